@@ -1,0 +1,17 @@
+"""The memory operations of TNT: tensors and ints only, nothing of the model."""
+
+from .api import global_memory, local_memory
+from .backends import BACKENDS, BackendChoice, choose_backend
+from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
+
+__all__ = [
+    "BACKENDS",
+    "BackendChoice",
+    "FastWeights",
+    "MemoryParams",
+    "MemoryState",
+    "choose_backend",
+    "global_memory",
+    "initial_memory_state",
+    "local_memory",
+]

@@ -1,0 +1,94 @@
+"""The public memory operations: one checked signature in front of every backend.
+
+A memory is a linear map or a small MLP per head that is trained while reading: token t contributes the gradient
+`G_t` of `½‖f(W, k_t) − v_t‖²` at the weights W_anchor before its chunk (TNT, arXiv 2511.07343, eq. 3):
+
+    S_t = momentum_t · S_{t−1} − lr_t · G_t(W_anchor)
+    W_t = (1 − decay_t) · W_{t−1} + S_t
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .backends import load_backend
+from .checks import check_global, check_local
+from .types import MemoryParams, MemoryState
+
+
+def local_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    params: MemoryParams,
+    *,
+    chunk_size: int,
+    shard_length: int | None = None,
+    qk_projection: str = "shard",
+    normalize_projection: bool = False,
+    momentum: Tensor | None = None,
+    decay: Tensor | None = None,
+    token_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: MemoryState | None = None,
+    output_final_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | None]:
+    """Read a sequence with a local memory: `o_t = f(W_t, M_t q_t)` (TNT eq. 6, 7, 14, 15).
+
+    Args:
+        q, k, v: [B, T, H, D], any T ≥ 1, all of one floating dtype. Keys are used as they are; the projection divides
+            by ‖k‖² (a zero key contributes nothing).
+        lr: [B, T, H], the inner step size of each token (not log, not negated).
+        params: initial fast weights and norm, see `MemoryParams`.
+        chunk_size: tokens whose gradients share one anchor.
+        shard_length: reset weights, momentum and projection before every token whose position *in its sequence* is a
+            multiple of it; a multiple of chunk_size, or None: never.
+        qk_projection: "shard": M_t = Σ k kᵀ/‖k‖² since the last reset (appendix C); "chunk": since the start of the
+            chunk (eq. 7 as printed); "none": read at q_t.
+        normalize_projection: divide the projected query by its L2 norm (a zero one stays zero).
+        momentum, decay: [B, T, H] in [0, 1]; None is 0.
+        token_scale: [chunk_size]; W_t = W_anchor − token_scale[t mod chunk_size] · Σ lr G (TTT); excludes the two above.
+        cu_seqlens: [N + 1] int, packed sequences: B must be 1, sequence n is q[0, cu[n]:cu[n+1]]. Empty ones are allowed.
+        initial_state: the `final_state` of an earlier call, N rows when packed and B otherwise. A sequence may be cut
+            anywhere, in mid-chunk too.
+        output_final_state: also return the state after the last token; gradients flow through it.
+        backend: "auto" | "reference" | "torch" | "triton"; one that is named and cannot run raises, never falls back.
+
+    Returns:
+        o [B, T, H, D] in q.dtype, and the final `MemoryState` or None.
+    """
+    problem = check_local(
+        q, k, v, lr, params, chunk_size=chunk_size, shard_length=shard_length, qk_projection=qk_projection,
+        normalize_projection=normalize_projection, momentum=momentum, decay=decay, token_scale=token_scale,
+        cu_seqlens=cu_seqlens, initial_state=initial_state,
+    )  # fmt: skip
+    return load_backend(backend, q).local_memory(problem, output_final_state)
+
+
+def global_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    params: MemoryParams,
+    *,
+    chunk_size: int,
+    momentum: Tensor | None = None,
+    decay: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: MemoryState | None = None,
+    output_final_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | None]:
+    """Read a sequence with the global memory: `o_t = f(V_anchor, q_t)` (TNT eq. 5, 13, 15).
+
+    Token t reads the state at the *start* of its chunk, at the raw query, and the memory is never reset, so only
+    T / chunk_size steps are sequential. Arguments and returns as in `local_memory`.
+    """
+    problem = check_global(
+        q, k, v, lr, params, chunk_size=chunk_size, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens,
+        initial_state=initial_state,
+    )  # fmt: skip
+    return load_backend(backend, q).global_memory(problem, output_final_state)

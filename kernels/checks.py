@@ -1,0 +1,211 @@
+"""Every check of the arguments of the memory operations, in one place.
+
+A backend receives a `MemoryProblem` that has passed them and checks nothing again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import MemoryParams, MemoryState
+
+QK_PROJECTIONS = ("shard", "chunk", "none")
+
+
+class MemoryProblem(NamedTuple):
+    """The checked arguments of one call; see `local_memory` for their meaning."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    params: MemoryParams
+    chunk_size: int
+    shard_length: int | None = None
+    qk_projection: str = "none"
+    normalize_projection: bool = False
+    momentum: Tensor | None = None
+    decay: Tensor | None = None
+    token_scale: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    initial_state: MemoryState | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of independent sequences: the batch size, or the number of packed sequences."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+def check_local(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    params: MemoryParams,
+    *,
+    chunk_size: int,
+    shard_length: int | None,
+    qk_projection: str,
+    normalize_projection: bool,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    token_scale: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: MemoryState | None,
+) -> MemoryProblem:
+    """Check a `local_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
+    problem = MemoryProblem(
+        q, k, v, lr, params, chunk_size, shard_length, qk_projection, normalize_projection, momentum, decay,
+        token_scale, cu_seqlens, initial_state,
+    )  # fmt: skip
+    _check_tensors(problem)
+    _check_params(problem)
+    _check_lengths(problem)
+    if qk_projection not in QK_PROJECTIONS:
+        raise ValueError(f"qk_projection={qk_projection!r} is unknown; use one of {QK_PROJECTIONS}")
+    if not isinstance(normalize_projection, bool):
+        raise TypeError(f"normalize_projection must be a bool, got {type(normalize_projection).__name__}")
+    if normalize_projection and qk_projection == "none":
+        raise ValueError('normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False')
+    if token_scale is not None:
+        if momentum is not None or decay is not None:
+            raise ValueError("token_scale excludes momentum and decay; pass one or the other")
+        _expect("token_scale", token_scale, (chunk_size,), q, "[chunk_size]", same_dtype=False)
+    _check_packing(problem)
+    _check_state(problem)
+    return problem
+
+
+def check_global(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    params: MemoryParams,
+    *,
+    chunk_size: int,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: MemoryState | None,
+) -> MemoryProblem:
+    """Check a `global_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
+    return check_local(
+        q, k, v, lr, params, chunk_size=chunk_size, shard_length=None, qk_projection="none",
+        normalize_projection=False, momentum=momentum, decay=decay, token_scale=None, cu_seqlens=cu_seqlens,
+        initial_state=initial_state,
+    )  # fmt: skip
+
+
+def _expect(name: str, x: object, shape: tuple[int, ...], like: Tensor, layout: str, same_dtype: bool) -> None:
+    """Check one tensor's type, shape, device, and that its dtype is floating (or that of `like`)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {layout} = {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {like.device}; move it with .to({str(like.device)!r})")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if same_dtype and x.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {x.dtype}; cast it with .to(q.dtype)")
+
+
+def _check_tensors(p: MemoryProblem) -> None:
+    if not isinstance(p.q, Tensor):
+        raise TypeError(f"q must be a tensor, got {type(p.q).__name__}")
+    if p.q.dim() != 4:
+        raise ValueError(f"q must have shape [B, T, H, D], got {tuple(p.q.shape)}")
+    B, T, H, D = p.q.shape
+    if min(B, T, H, D) < 1:
+        raise ValueError(f"q must not be empty, got [B, T, H, D] = {(B, T, H, D)}; skip the call when there is no token")
+    for name in ("q", "k", "v"):
+        _expect(name, getattr(p, name), (B, T, H, D), p.q, "[B, T, H, D]", same_dtype=True)
+    _expect("lr", p.lr, (B, T, H), p.q, "[B, T, H]", same_dtype=False)
+    for name in ("momentum", "decay"):
+        if getattr(p, name) is not None:
+            _expect(name, getattr(p, name), (B, T, H), p.q, "[B, T, H]", same_dtype=False)
+
+
+def _check_params(p: MemoryProblem) -> None:
+    params, (H, D) = p.params, p.q.shape[2:]
+    if not isinstance(params, MemoryParams):
+        raise TypeError(f"params must be a MemoryParams, got {type(params).__name__}")
+    if not isinstance(params.w1, Tensor) or params.w1.dim() != 3:
+        raise ValueError("params.w1 must be a tensor of shape [H, D, M]")
+    M = params.w1.shape[-1]
+    if params.w2 is None:
+        if params.b2 is not None:
+            raise ValueError("params.b2 belongs to the second layer; a linear memory (w2=None) must not have it")
+        if M != D:
+            raise ValueError(f"a linear memory (w2=None) needs params.w1 of shape [H, D, D], got M={M} and D={D}")
+    if (params.norm_weight is None) != (params.norm_bias is None):
+        raise ValueError("params.norm_weight and params.norm_bias come together: pass both or neither")
+    shapes = {"w1": (H, D, M), "b1": (H, M), "w2": (H, M, D), "b2": (H, D), "norm_weight": (H, D), "norm_bias": (H, D)}
+    layouts = {"w1": "[H, D, M]", "b1": "[H, M]", "w2": "[H, M, D]", "b2": "[H, D]"}
+    for name, shape in shapes.items():
+        x = getattr(params, name)
+        if x is not None:
+            _expect(f"params.{name}", x, shape, p.q, layouts.get(name, "[H, D]"), same_dtype=False)
+
+
+def _check_lengths(p: MemoryProblem) -> None:
+    for name in ("chunk_size", "shard_length"):
+        n = getattr(p, name)
+        if name == "shard_length" and n is None:
+            continue
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+        if n < 1:
+            raise ValueError(f"{name} must be at least 1, got {n}")
+    if p.shard_length is not None and p.shard_length % p.chunk_size:
+        near = max(1, p.shard_length // p.chunk_size) * p.chunk_size
+        raise ValueError(
+            f"chunk_size={p.chunk_size} must divide shard_length={p.shard_length}; use shard_length={near} or None"
+        )
+
+
+def _check_packing(p: MemoryProblem) -> None:
+    cu = p.cu_seqlens
+    if cu is None:
+        return
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu).__name__}")
+    if cu.dim() != 1 or cu.shape[0] < 2 or cu.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be a [N + 1] tensor of int32 or int64, got {tuple(cu.shape)} {cu.dtype}")
+    B, T = p.q.shape[:2]
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs all sequences packed into one row (B = 1), got B={B}; reshape to [1, B·T, …]")
+    ends = cu.tolist()
+    if ends[0] != 0 or ends[-1] != T or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise from 0 to T={T}, got {ends if len(ends) < 20 else ends[:20] + ['…']}")
+
+
+def _check_state(p: MemoryProblem) -> None:
+    state = p.initial_state
+    if state is None:
+        return
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"initial_state must be a MemoryState, got {type(state).__name__}")
+    N, (H, D) = p.rows, p.q.shape[2:]
+    for group in ("weights", "anchor", "momentum"):
+        weights = getattr(state, group)
+        if weights is None:
+            continue
+        for name, want in p.params.fast_weights._asdict().items():
+            x = getattr(weights, name)
+            if (want is None) != (x is None):
+                raise ValueError(f"initial_state.{group}.{name} does not match params.{name}: one is None, one is not")
+            if x is not None:
+                _expect(f"initial_state.{group}.{name}", x, (N, *want.shape), p.q, "[rows, *params]", same_dtype=False)
+    if (state.momentum is None) != (p.momentum is None):
+        raise ValueError("initial_state.momentum and momentum must both be given or both be None")
+    if (state.projection is None) != (p.qk_projection == "none"):
+        raise ValueError(f"initial_state.projection does not fit qk_projection={p.qk_projection!r}")
+    if state.projection is not None:
+        _expect("initial_state.projection", state.projection, (N, H, D, D), p.q, "[rows, H, D, D]", same_dtype=False)
+    if not isinstance(state.position, Tensor) or state.position.dtype != torch.int64 or state.position.shape != (N,):
+        raise ValueError(f"initial_state.position must be an int64 tensor of shape [rows] = ({N},)")

@@ -1,0 +1,1 @@
+"""TNT for Transformers."""
