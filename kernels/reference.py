@@ -1,0 +1,194 @@
+"""The reference backend: the recurrences of `api.py` as they are printed, one row and one token at a time.
+
+Nothing here is fast, and nothing is clever: every other backend is tested against it. The gradient of the inner loss
+is taken by `torch.func.grad`, so that it, too, is the definition and not a derivation. All operations are
+differentiable, float64 inputs are computed in float64 and everything else in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import MemoryProblem
+from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
+
+NORM_EPS = 1e-6
+
+
+class _Token(NamedTuple):
+    """One token of one row: q, k, v [H, D]; lr, momentum, decay [H] (the last two None when absent)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
+
+
+def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory`."""
+    return _read_all(problem, output_final_state, is_global=False)
+
+
+def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.global_memory`."""
+    return _read_all(problem, output_final_state, is_global=True)
+
+
+def _read_all(p: MemoryProblem, output_final_state: bool, is_global: bool) -> tuple[Tensor, MemoryState | None]:
+    dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+    outputs, states = [], []
+    with torch.autocast(p.q.device.type, enabled=False):
+        params = MemoryParams(*(None if x is None else x.to(dtype) for x in p.params))
+        first = _first_states(p, dtype)
+        for row, tokens in enumerate(_sequences(p, dtype)):
+            state = first.map(lambda x, row=row: x[row])
+            row_outputs, state = _read_row(p, params, state, tokens, is_global)
+            outputs += row_outputs
+            states.append(state)
+        o = torch.stack(outputs).reshape(p.q.shape).to(p.q.dtype)
+        return o, _stack_rows(states) if output_final_state else None
+
+
+def _read_row(
+    p: MemoryProblem, params: MemoryParams, state: MemoryState, tokens: list[_Token], is_global: bool
+) -> tuple[list[Tensor], MemoryState]:
+    """Read the tokens of one row, whose state and parameters have no row dimension."""
+    outputs = []
+    position = int(state.position)
+    if position % p.chunk_size == 0:
+        state = _start_chunk(state, p.qk_projection)
+    for token in tokens:
+        if p.shard_length is not None and position % p.shard_length == 0:
+            state = _reset(state, params)
+        state = _learn(state, token, params, p.qk_projection)
+        weights = state.weights
+        if p.token_scale is not None:
+            weights = _scaled(state, p.token_scale[position % p.chunk_size].to(weights.w1.dtype))
+        if is_global:
+            outputs.append(memory(params, state.anchor, token.q))
+        else:
+            outputs.append(memory(params, weights, _project(token.q, state.projection, p.normalize_projection)))
+        position += 1
+        if position % p.chunk_size == 0:
+            state = _start_chunk(state._replace(weights=weights), p.qk_projection)
+    return outputs, state._replace(position=torch.full_like(state.position, position))
+
+
+def memory(params: MemoryParams, weights: FastWeights, x: Tensor) -> Tensor:
+    """Read one row per head, x [H, D]: `f(W, x) = x + LN(y)`, or `y` without norm; `y = gelu(x W1 + b1) W2 + b2`."""
+    y = _linear(x, weights.w1, weights.b1)
+    if weights.w2 is not None:
+        y = _linear(F.gelu(y, approximate="tanh"), weights.w2, weights.b2)
+    if params.norm_weight is None:
+        return y
+    centred = y - y.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return x + centred / torch.sqrt(variance + NORM_EPS) * params.norm_weight + params.norm_bias
+
+
+def inner_gradient(params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor) -> FastWeights:
+    """The derivative of `½‖f(W, k) − v‖²` with respect to the fast weights, for one token, k and v [H, D]."""
+    names = [name for name, w in weights._asdict().items() if w is not None]
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return 0.5 * (memory(params, FastWeights(**tensors), k) - v).square().sum()  # heads do not meet in it
+
+    return FastWeights(**torch.func.grad(loss)({name: getattr(weights, name) for name in names}))
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    y = torch.einsum("hi,hio->ho", x, w)
+    return y if b is None else y + b
+
+
+def _learn(state: MemoryState, token: _Token, params: MemoryParams, qk_projection: str) -> MemoryState:
+    """One more token: `S = momentum S − lr G(W_anchor)`, `W = (1 − decay) W + S`, `M = M + k kᵀ/‖k‖²`."""
+    gradient = inner_gradient(params, state.anchor, token.k, token.v)
+    step = gradient.map(lambda g: -_per_head(token.lr, g) * g)
+    momentum = None
+    if token.momentum is not None:
+        step = state.momentum.zip_map(lambda s, u: _per_head(token.momentum, s) * s + u, step)
+        momentum = step
+    keep = torch.ones_like(token.lr) if token.decay is None else 1 - token.decay
+    weights = state.weights.zip_map(lambda w, s: _per_head(keep, w) * w + s, step)
+    projection = state.projection
+    if qk_projection != "none":
+        unit = _unit(token.k)
+        projection = projection + torch.einsum("hi,hj->hij", unit, unit)
+    return MemoryState(weights, state.anchor, momentum, projection, state.position)
+
+
+def _per_head(c: Tensor, like: Tensor) -> Tensor:
+    """One number per head [H], shaped to multiply a tensor [H, …]."""
+    return c.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _scaled(state: MemoryState, r: Tensor) -> FastWeights:
+    """`W_anchor − r Σ lr G`, from weights that hold `W_anchor − Σ lr G` (token scale)."""
+    return state.weights.zip_map(lambda w, anchor: anchor + r * (w - anchor), state.anchor)
+
+
+def _project(q: Tensor, projection: Tensor | None, normalize: bool) -> Tensor:
+    if projection is None:
+        return q
+    x = torch.einsum("hi,hij->hj", q, projection)
+    return _unit(x) if normalize else x
+
+
+def _unit(x: Tensor) -> Tensor:
+    """`x/‖x‖` along the last dimension. A zero row stays zero, and no gradient goes through it."""
+    square = x.square().sum(-1, keepdim=True)
+    is_zero = square == 0
+    return torch.where(is_zero, 0, x) / torch.sqrt(torch.where(is_zero, 1, square))
+
+
+def _reset(state: MemoryState, params: MemoryParams) -> MemoryState:
+    """What a shard starts with."""
+    weights = params.fast_weights
+    momentum = None if state.momentum is None else state.momentum.map(torch.zeros_like)
+    projection = None if state.projection is None else torch.zeros_like(state.projection)
+    return MemoryState(weights, weights, momentum, projection, state.position)
+
+
+def _start_chunk(state: MemoryState, qk_projection: str) -> MemoryState:
+    """The weights become the anchor of the chunk, and a projection "since the start of the chunk" is empty."""
+    if qk_projection == "chunk":
+        state = state._replace(projection=torch.zeros_like(state.projection))
+    return state._replace(anchor=state.weights)
+
+
+def _first_states(p: MemoryProblem, dtype: torch.dtype) -> MemoryState:
+    if p.initial_state is not None:
+        return p.initial_state.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return initial_memory_state(
+        p.params,
+        p.rows,
+        with_momentum=p.momentum is not None,
+        with_projection=p.qk_projection != "none",
+        dtype=dtype,
+    )
+
+
+def _sequences(p: MemoryProblem, dtype: torch.dtype) -> Iterator[list[_Token]]:
+    """The tokens of each row: of each batch row, or of each packed sequence of the only batch row."""
+    fields = [None if x is None else x.to(dtype) for x in (p.q, p.k, p.v, p.lr, p.momentum, p.decay)]
+    B, T = p.q.shape[:2]
+    if p.cu_seqlens is None:
+        spans = [(b, 0, T) for b in range(B)]
+    else:
+        ends = p.cu_seqlens.tolist()
+        spans = [(0, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    for b, start, end in spans:
+        yield [_Token(*(None if x is None else x[b, t] for x in fields)) for t in range(start, end)]
+
+
+def _stack_rows(states: list[MemoryState]) -> MemoryState:
+    tensors = [state.tensors() for state in states]
+    return MemoryState.from_tensors({name: torch.stack([t[name] for t in tensors]) for name in tensors[0]})
