@@ -1,0 +1,172 @@
+"""`TNTConfig`: every choice of a TNT, Titans or TTT model, as a transformers configuration."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .presets import load_preset
+from .validation import find_problems, find_unknown_fields, raise_problems
+
+CACHE_LAYER_TYPE = "tnt_memory"
+"""Name under which the model's cache layer is registered with transformers; see `TNTConfig.layer_types`."""
+
+
+class TNTConfig(PreTrainedConfig):
+    """Configuration of `TNTModel` and `TNTForCausalLM`.
+
+    No weight's shape depends on a chunk size or a shard length, so both may be changed when a checkpoint is loaded:
+    `from_pretrained(path, local_chunk_sizes=[1])`.
+
+    Args:
+        vocab_size: number of rows of the embedding, at least the tokenizer's.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_heads: number of heads; each has its own memories.
+        head_dim: width D of a head's keys and values. None: hidden_size // num_heads. The projections map hidden_size
+            to num_heads * head_dim, so the two need not be equal.
+        intermediate_size: width of the SwiGLU. None: 8/3 of hidden_size, rounded up to a multiple of 64.
+        hidden_act: activation of the SwiGLU gate, a name that transformers knows.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        initializer_range: standard deviation of the initial slow weights.
+        tie_word_embeddings: use the embedding as the output head.
+        use_cache: return the memories' state unless the call says otherwise.
+        pad_token_id, bos_token_id, eos_token_id: token ids below vocab_size, or None; eos may be a list.
+        memory_type: "mlp" (two layers, gelu) or "linear".
+        memory_expansion: hidden width of an MLP memory in units of head_dim. None: 2. A linear memory has 1.
+        memory_bias: fast-weight biases.
+        memory_residual_norm: f(x) = x + LN(y) instead of f(x) = y (TTT, arXiv 2407.04620).
+        memory_base_lr: eta_base of the local memories' step size `eta(x) = eta_base * sigmoid(theta.x + b)`.
+            None: TTT's 1.0 for linear memories and 0.1 for MLPs.
+        global_memory_base_lr: the same for the global memory, which sums over a far larger chunk. None: a tenth of it.
+        memory_initializer_range: standard deviation of the learned initial fast weights. None: 1/sqrt(fan_in).
+        global_chunk_size: tokens between two updates of the global memory (TNT eq. 5). None: no global memory.
+        local_chunk_sizes: one local memory for each; may be empty (TNT eq. 6, 14).
+        local_shard_lengths: tokens after which a local memory is reset to its learned initial state, a multiple of its
+            chunk size: one int for all, a list with one entry each, or None: never.
+        qk_projection: local memories are read at `M_t q_t`: "shard" sums M over the keys since the last reset (TNT
+            appendix C), "chunk" since the start of the chunk (eq. 7 as printed), "none" reads at q_t.
+        normalize_projection: divide the projected query by its L2 norm.
+        use_momentum: the inner optimiser's momentum, a gate of the input (Titans, arXiv 2501.00663).
+        use_forget_gate: weight decay of the fast weights, a gate of the input (Titans).
+        token_scale: TTT's learned scale of a chunk's summed gradient by position; excludes momentum and forget gate.
+        conv_kernel_size: width of the causal depthwise convolution behind the q, k, v projections. 0: none.
+        use_output_gate: multiply the mixer's output by a gate of the input.
+        kernel_backend: "auto", "reference", "torch" or "triton"; one that is named and cannot run raises.
+
+    Raises:
+        ValueError: one that lists every problem of the fields, unknown ones included.
+    """
+
+    model_type = "tnt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # Tools that ask for the standard name read num_heads.
+    attribute_map = {"num_attention_heads": "num_heads"}
+
+    vocab_size: int = 32128
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_heads: int = 12
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    memory_type: str = "mlp"
+    memory_expansion: int | None = None
+    memory_bias: bool = True
+    memory_residual_norm: bool = True
+    memory_base_lr: float | None = None
+    global_memory_base_lr: float | None = None
+    memory_initializer_range: float | None = None
+
+    global_chunk_size: int | None = 2048
+    local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
+    local_shard_lengths: int | list[int | None] | None = 2048
+    qk_projection: str = "shard"
+    normalize_projection: bool = False
+    use_momentum: bool = False
+    use_forget_gate: bool = False
+    token_scale: bool = False
+    conv_kernel_size: int = 4
+    use_output_gate: bool = True
+    kernel_backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.local_chunk_sizes = _as_list(self.local_chunk_sizes)
+        self.local_shard_lengths = _as_list(self.local_shard_lengths)
+        raise_problems(find_unknown_fields(type(self), kwargs) + find_problems(self))
+        super().__post_init__(**kwargs)
+        self._resolve_defaults()
+
+    def _resolve_defaults(self) -> None:
+        """Replace None by the number it stands for, so that a saved config keeps it when a default changes."""
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * -(-8 * self.hidden_size // (3 * 64))
+        linear = self.memory_type == "linear"
+        if self.memory_expansion is None:
+            self.memory_expansion = 1 if linear else 2
+        if self.memory_base_lr is None:
+            self.memory_base_lr = 1.0 if linear else 0.1
+        if self.global_memory_base_lr is None:
+            self.global_memory_base_lr = self.memory_base_lr / 10
+
+    def validate(self) -> None:
+        """Check all fields, e.g. after changing some. Raises one ValueError that lists every problem.
+
+        Runs in the constructor, and when the config is saved.
+        """
+        raise_problems(find_problems(self))
+
+    @property
+    def shard_lengths(self) -> list[int | None]:
+        """`local_shard_lengths` with one entry for each local memory; None: never reset."""
+        if isinstance(self.local_shard_lengths, list):
+            return list(self.local_shard_lengths)
+        return [self.local_shard_lengths] * len(self.local_chunk_sizes)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What `DynamicCache(config=config)` builds one cache layer each from. Derived, hence not saved."""
+        return [CACHE_LAYER_TYPE] * self.num_hidden_layers
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> TNTConfig:
+        """The preset `name` (see `available_presets`) with some fields replaced.
+
+        Raises:
+            ValueError: for an unknown preset, saying which ones exist, and for fields that do not fit together.
+        """
+        return cls(**{**load_preset(name), **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """A config from saved fields, `kwargs` replacing some; the result is checked as a whole.
+
+        transformers would set the replacements one by one behind the checks and drop those that it does not know. With
+        `return_unused_kwargs=True`, as the models' `from_pretrained` calls it, what is no field is returned to the
+        caller, but for names that look like a misspelt field.
+        """
+        own = {f.name for f in fields(cls)}
+        overrides = {k: v for k, v in kwargs.items() if k in own and k not in _TRANSFORMERS_FIELDS}
+        others = {k: v for k, v in kwargs.items() if k not in overrides and k != "return_unused_kwargs"}
+        raise_problems(find_unknown_fields(cls, others, only_misspelt=kwargs.get("return_unused_kwargs", False)))
+        rest = {k: v for k, v in kwargs.items() if k not in overrides}
+        return super().from_dict({**config_dict, **overrides}, **rest)
+
+
+_TRANSFORMERS_FIELDS = {f.name for f in fields(PreTrainedConfig)}
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

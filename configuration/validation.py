@@ -1,0 +1,173 @@
+"""Every rule of a `TNTConfig`, in one place. A finder yields texts: the parameter, the rule, the value, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+MEMORY_TYPES = ("mlp", "linear")
+QK_PROJECTIONS = ("shard", "chunk", "none")
+KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
+
+# What transformers passes to a constructor or stores in a config.json without declaring it on its base class.
+_TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "quantization_config",
+    "tie_last_hidden_states",
+    "transformers_weights",
+}
+
+
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise one ValueError with a numbered list of the problems, if there is any."""
+    problems = list(problems)
+    if problems:
+        lines = [f"  {i}. {problem}" for i, problem in enumerate(problems, start=1)]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError("\n".join([f"TNTConfig has {count}:", *lines]))
+
+
+def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool = False) -> list[str]:
+    """Keywords that are neither a field of the config class `cls` nor known to transformers' base class.
+
+    With `only_misspelt`, only those that look like a field.
+    """
+    names = [f.name for f in fields(cls)]
+    problems = []
+    for key in kwargs:
+        if key in names or key in _TRANSFORMERS_KEYS or key.startswith("_") or hasattr(PreTrainedConfig, key):
+            continue
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+        near = [cls.attribute_map[key]] if key in cls.attribute_map else near
+        if near:
+            problems.append(f"{key} is not a field of {cls.__name__}; did you mean {near[0]}?")
+        elif not only_misspelt:
+            problems.append(f"{key} is not a field of {cls.__name__}; remove it, or see help({cls.__name__})")
+    return problems
+
+
+def find_problems(config: Any) -> list[str]:
+    """All problems of a config's fields; fields whose default is derived may still be None."""
+    return [
+        *_find_wrong_scalars(config),
+        *_find_wrong_token_ids(config),
+        *_find_wrong_chunks(config),
+        *_find_contradictions(config),
+    ]
+
+
+def _is_int(x: Any, at_least: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= at_least
+
+
+def _is_real(x: Any, at_least: float) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x >= at_least
+
+
+def _find_wrong_scalars(c: Any) -> Iterator[str]:
+    """Types and ranges of single fields."""
+    if c.model_type != "tnt":
+        yield f"model_type must be 'tnt', got {c.model_type!r}; load this checkpoint with AutoConfig"
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
+        if not _is_int(getattr(c, name), 1):
+            yield f"{name} must be an int of at least 1, got {getattr(c, name)!r}"
+    for name in ("head_dim", "intermediate_size", "memory_expansion"):
+        if getattr(c, name) is not None and not _is_int(getattr(c, name), 1):
+            yield f"{name} must be an int of at least 1, or None for the default, got {getattr(c, name)!r}"
+    if not _is_int(c.conv_kernel_size, 0):
+        yield f"conv_kernel_size must be an int of at least 0 (0: no convolution), got {c.conv_kernel_size!r}"
+    for name in ("rms_norm_eps", "initializer_range"):
+        if not _is_real(getattr(c, name), 0):
+            yield f"{name} must be a finite number of at least 0, got {getattr(c, name)!r}"
+    for name in ("memory_base_lr", "global_memory_base_lr", "memory_initializer_range"):
+        if getattr(c, name) is not None and not _is_real(getattr(c, name), 0):
+            yield f"{name} must be a finite number of at least 0, or None for the default, got {getattr(c, name)!r}"
+    for name in (
+        "tie_word_embeddings", "use_cache", "memory_bias", "memory_residual_norm", "normalize_projection",
+        "use_momentum", "use_forget_gate", "token_scale", "use_output_gate",
+    ):  # fmt: skip
+        if not isinstance(getattr(c, name), bool):
+            yield f"{name} must be True or False, got {getattr(c, name)!r}"
+    choices = {"memory_type": MEMORY_TYPES, "qk_projection": QK_PROJECTIONS, "kernel_backend": KERNEL_BACKENDS}
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            yield f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(c, name)!r}"
+    if not isinstance(c.hidden_act, str) or c.hidden_act not in ACT2FN:
+        near = difflib.get_close_matches(str(c.hidden_act), ACT2FN, n=3) or ["silu", "gelu", "relu"]
+        yield f"hidden_act={c.hidden_act!r} is not an activation of transformers; use {' or '.join(map(repr, near))}"
+
+
+def _find_wrong_token_ids(c: Any) -> Iterator[str]:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(c, name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        for i in ids:
+            if i is not None and not _is_int(i, 0):
+                yield f"{name} must be a token id (an int of at least 0) or None, got {value!r}"
+            elif i is not None and _is_int(c.vocab_size, 1) and i >= c.vocab_size:
+                yield f"{name}={value!r} must be below vocab_size={c.vocab_size}; use a larger vocab_size"
+
+
+def _find_wrong_chunks(c: Any) -> Iterator[str]:
+    """Chunk sizes and shard lengths, each and together."""
+    if c.global_chunk_size is not None and not _is_int(c.global_chunk_size, 1):
+        yield f"global_chunk_size must be an int of at least 1, or None, got {c.global_chunk_size!r}"
+    chunks, lengths = c.local_chunk_sizes, c.local_shard_lengths
+    if not isinstance(chunks, list):
+        yield f"local_chunk_sizes must be a list with one int for each local memory, got {chunks!r}; use [{chunks!r}]"
+        return
+    if not chunks and c.global_chunk_size is None:
+        yield "there is no memory: give local_chunk_sizes an entry, e.g. [8], or set global_chunk_size, e.g. 2048"
+    for i, chunk in enumerate(chunks):
+        if not _is_int(chunk, 1):
+            yield f"local_chunk_sizes[{i}] must be an int of at least 1, got {chunk!r}"
+    if isinstance(lengths, list) and len(lengths) != len(chunks):
+        yield (
+            f"local_shard_lengths has {len(lengths)} entries for the {len(chunks)} of local_chunk_sizes; give one for "
+            "each, or one number for all"
+        )
+        return
+    per_memory = lengths if isinstance(lengths, list) else [lengths] * max(1, len(chunks))
+    for i, length in enumerate(per_memory):
+        name = f"local_shard_lengths[{i}]" if isinstance(lengths, list) else "local_shard_lengths"
+        if length is not None and not _is_int(length, 1):
+            yield f"{name} must be an int of at least 1, or None, got {length!r}"
+            if not isinstance(lengths, list):
+                return
+        elif length is not None and i < len(chunks) and _is_int(chunks[i], 1) and length % chunks[i]:
+            yield (
+                f"local_chunk_sizes[{i}]={chunks[i]} must divide {name}={length}; "
+                f"use {_nearest_divisors(length, chunks[i])}"
+            )
+
+
+def _nearest_divisors(length: int, chunk: int) -> str:
+    """The divisors of `length` next to `chunk` on either side, as words."""
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    below, above = [d for d in divisors if d < chunk], [d for d in divisors if d > chunk]
+    return " or ".join(str(d) for d in below[-1:] + above[:1])
+
+
+def _find_contradictions(c: Any) -> Iterator[str]:
+    """Fields that are fine alone and do not fit together."""
+    if c.head_dim is None and _is_int(c.hidden_size, 1) and _is_int(c.num_heads, 1) and c.hidden_size % c.num_heads:
+        yield (
+            f"num_heads={c.num_heads} must divide hidden_size={c.hidden_size} when head_dim is None; "
+            f"use {_nearest_divisors(c.hidden_size, c.num_heads)}, or set head_dim"
+        )
+    if c.memory_type == "linear" and _is_int(c.memory_expansion, 2):
+        yield f"a linear memory has no hidden layer, got memory_expansion={c.memory_expansion}; use 1 or None"
+    if c.normalize_projection is True and c.qk_projection == "none":
+        yield 'normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False'
+    if c.token_scale is True and (c.use_momentum is True or c.use_forget_gate is True):
+        given = " and ".join(f"{n}=True" for n in ("use_momentum", "use_forget_gate") if getattr(c, n) is True)
+        yield f"token_scale=True excludes {given}; use one or the other"
