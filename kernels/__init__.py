@@ -1,8 +1,13 @@
 """The memory operations of TNT: tensors and ints only, nothing of the model."""
 
-from .api import global_memory, local_memory
-from .backends import BACKENDS, BackendChoice, choose_backend
-from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
+if __name__ == "kernels":  # not as modeling_tnt.kernels: see _bare_name
+    from ._bare_name import step_aside
+
+    step_aside()
+else:
+    from .api import global_memory, local_memory
+    from .backends import BACKENDS, BackendChoice, choose_backend
+    from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 __all__ = [
     "BACKENDS",
