@@ -39,10 +39,14 @@ def raise_problems(problems: Iterable[str]) -> None:
 def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool = False) -> list[str]:
     """Keywords that are neither a field of the config class `cls` nor known to transformers' base class.
 
-    With `only_misspelt`, only those that look like a field.
+    With `only_misspelt`, only those that look like a field. A `model_type` of another model counts as unknown too.
     """
     names = [f.name for f in fields(cls)]
     problems = []
+    if kwargs.get("model_type", cls.model_type) != cls.model_type:
+        problems.append(
+            f"model_type must be {cls.model_type!r}, got {kwargs['model_type']!r}; load this checkpoint with AutoConfig"
+        )
     for key in kwargs:
         if key in names or key in _TRANSFORMERS_KEYS or key.startswith("_") or hasattr(PreTrainedConfig, key):
             continue
@@ -75,8 +79,6 @@ def _is_real(x: Any, at_least: float) -> bool:
 
 def _find_wrong_scalars(c: Any) -> Iterator[str]:
     """Types and ranges of single fields."""
-    if c.model_type != "tnt":
-        yield f"model_type must be 'tnt', got {c.model_type!r}; load this checkpoint with AutoConfig"
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
         if not _is_int(getattr(c, name), 1):
             yield f"{name} must be an int of at least 1, got {getattr(c, name)!r}"

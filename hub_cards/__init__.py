@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Model cards: their templates (package data) and what fills them."""
