@@ -1,1 +1,13 @@
-"""TNT for Transformers."""
+"""TNT for Transformers: importing this package makes the Auto classes know the model type "tnt"."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache import load_cache, save_cache
+from .configuration import TNTConfig
+from .modeling import TNTForCausalLM, TNTModel, TNTPreTrainedModel
+
+AutoConfig.register("tnt", TNTConfig, exist_ok=True)
+AutoModel.register(TNTConfig, TNTModel, exist_ok=True)
+AutoModelForCausalLM.register(TNTConfig, TNTForCausalLM, exist_ok=True)
+
+__all__ = ["TNTConfig", "TNTForCausalLM", "TNTModel", "TNTPreTrainedModel", "load_cache", "save_cache"]

@@ -1,0 +1,55 @@
+"""The short causal convolution behind the q, k and v projections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .packing import Packing
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution `y_t = Σ_j weight[:, j] · x_{t − K + 1 + j}` that stays inside each sequence.
+
+    What lies before the first token of a sequence is zero, or the `tail` that an earlier call returned.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, tail: Tensor | None = None, return_tail: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Convolve.
+
+        Args:
+            x: [B, T, C], or [1, total, C] with `packing`.
+            tail: the last K − 1 inputs of each sequence of an earlier call, [rows, K − 1, C].
+            return_tail: also return those of this call, for every sequence; an empty one keeps its own.
+
+        Returns:
+            y, shaped like x, and the tail or None.
+        """
+        reach = self.weight.shape[1] - 1
+        rows = x.shape[0] if packing is None else packing.rows
+        tail = x.new_zeros(rows, reach, x.shape[-1]) if tail is None else tail.to(x.dtype)
+        if packing is None:
+            padded = torch.cat([tail, x], dim=1)
+            return self._convolve(padded), padded[:, x.shape[1] :].clone() if return_tail else None
+        # Every sequence gets its tail put in front, which shifts token i of sequence n by (n + 1)(K − 1).
+        output_index = torch.arange(x.shape[1], device=x.device) + packing.sequence_index * reach
+        window = torch.arange(reach, device=x.device)
+        begins = packing.cu_seqlens[:-1] + torch.arange(rows, device=x.device) * reach
+        padded = x.new_zeros(x.shape[1] + rows * reach, x.shape[-1])
+        padded = padded.index_copy(0, output_index + reach, x[0])
+        padded = padded.index_copy(0, (begins[:, None] + window).flatten(), tail.flatten(0, 1))
+        y = self._convolve(padded[None]).index_select(1, output_index)
+        ends = begins + packing.cu_seqlens.diff()
+        return y, padded[ends[:, None] + window] if return_tail else None
+
+    def _convolve(self, padded: Tensor) -> Tensor:
+        """[B, K − 1 + T, C] → [B, T, C]."""
+        weight = self.weight[:, None].to(padded.dtype)
+        return F.conv1d(padded.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)

@@ -1,0 +1,173 @@
+"""The token mixer: a global memory and local memories that are trained on the sequence while they read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import TNTCacheLayer, cache_signature
+from .configuration import TNTConfig
+from .convolution import ShortConvolution
+from .kernels import MemoryParams, MemoryState, global_memory, local_memory
+from .packing import Packing
+
+# The memory operations stay outside of torch.compile's graphs: they run loops over chunks, which it would unroll.
+_global_memory = torch.compiler.disable(global_memory)
+_local_memory = torch.compiler.disable(local_memory)
+
+
+class MemoryGates(NamedTuple):
+    """What a memory's inner optimiser does at each token; [B, T, H] in float32, or None where it is not enabled."""
+
+    lr: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
+
+
+class TNTMemory(nn.Module):
+    """The learned parameters of one memory: initial fast weights, output norm, and the gates of its inner optimiser.
+
+    No shape depends on a chunk size or a shard length, so that both can be changed after training.
+    """
+
+    def __init__(self, config: TNTConfig, base_lr: float, with_token_scale: bool) -> None:
+        super().__init__()
+        heads, dim = config.num_heads, config.head_dim
+        hidden = dim * config.memory_expansion if config.memory_type == "mlp" else dim
+        self.base_lr = base_lr
+        self.w1 = nn.Parameter(torch.empty(heads, dim, hidden))
+        self.b1 = nn.Parameter(torch.empty(heads, hidden)) if config.memory_bias else None
+        self.w2 = nn.Parameter(torch.empty(heads, hidden, dim)) if config.memory_type == "mlp" else None
+        self.b2 = nn.Parameter(torch.empty(heads, dim)) if self.w2 is not None and config.memory_bias else None
+        self.norm_weight = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
+        self.norm_bias = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
+        self.lr_gate = nn.Linear(config.hidden_size, heads)
+        self.momentum_gate = nn.Linear(config.hidden_size, heads) if config.use_momentum else None
+        self.decay_gate = nn.Linear(config.hidden_size, heads) if config.use_forget_gate else None
+        self.row_scale = nn.Parameter(torch.empty(1)) if with_token_scale else None
+        self.row_exponent = nn.Parameter(torch.empty(1)) if with_token_scale else None
+
+    @property
+    def params(self) -> MemoryParams:
+        """What the memory operations take."""
+        return MemoryParams(self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias)
+
+    def gates(self, x: Tensor) -> MemoryGates:
+        """Gates of the tokens x [B, T, hidden_size]: η(x) = η_base σ(θ·x + b) (TTT) and Titans' momentum and decay."""
+        momentum = None if self.momentum_gate is None else _sigmoid_gate(self.momentum_gate, x)
+        decay = None if self.decay_gate is None else _sigmoid_gate(self.decay_gate, x)
+        return MemoryGates(self.base_lr * _sigmoid_gate(self.lr_gate, x), momentum, decay)
+
+    def token_scale(self, chunk_size: int) -> Tensor | None:
+        """r [chunk_size], r_pos = scale · (pos + 1)^(−exponent): TTT's learned 1/(pos + 1), defined for any chunk size."""
+        if self.row_scale is None:
+            return None
+        positions = torch.arange(1, chunk_size + 1, device=self.row_scale.device, dtype=torch.float32)
+        return self.row_scale * torch.exp(-_widen(self.row_exponent) * positions.log())
+
+
+def _sigmoid_gate(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Outside of autocast: products of many gates follow, and those need more digits than bfloat16 has."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.sigmoid(_widen(linear(x.to(linear.weight.dtype))))
+
+
+class TNTMemoryLayer(nn.Module):
+    """`o_t = f(V, q_t) + Σ_i f(W_t^(i), M_t^(i) q_t)` (TNT eq. 15) with its projections, norm and output gate."""
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.num_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, inner, bias=False) if config.use_output_gate else None
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.conv = ShortConvolution(3 * inner, config.conv_kernel_size) if config.conv_kernel_size else None
+        has_global = config.global_chunk_size is not None
+        self.global_memory = TNTMemory(config, config.global_memory_base_lr, False) if has_global else None
+        self.local_memories = nn.ModuleList(
+            TNTMemory(config, config.memory_base_lr, config.token_scale) for _ in config.local_chunk_sizes
+        )
+        self.norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def memories(self) -> dict[str, TNTMemory]:
+        """The memories by the name under which a cache keeps their states: "global", "local0", "local1", …"""
+        named = {} if self.global_memory is None else {"global": self.global_memory}
+        return named | {f"local{i}": memory for i, memory in enumerate(self.local_memories)}
+
+    def project(
+        self, x: Tensor, packing: Packing | None = None, conv_tail: Tensor | None = None, return_tail: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, T, hidden_size] → q, k, v [B, T, H, D] as the memories see them, and the convolution's new tail."""
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        if self.conv is not None:
+            qkv, conv_tail = self.conv(qkv, packing, conv_tail, return_tail)
+        qkv = F.silu(qkv).unflatten(-1, (3, self.config.num_heads, self.config.head_dim))
+        q, k, v = qkv.unbind(-3)
+        return _l2_normalize(q), _l2_normalize(k), v, conv_tail
+
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        cache_layer: TNTCacheLayer | None = None,
+        update_cache: bool = False,
+    ) -> Tensor:
+        """Mix the tokens of x [B, T, hidden_size], or of [1, total, hidden_size] with `packing`.
+
+        With a `cache_layer` the memories start from its states; with `update_cache` it holds those after the last token.
+        """
+        states = {} if cache_layer is None else cache_layer.memories
+        tail = None if cache_layer is None else cache_layer.conv_tail
+        q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
+        outputs, new_states = [], {}
+        for name, memory, operation in self._operations():
+            gates = memory.gates(x)
+            o, new_states[name] = operation(
+                q, k, v, gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
+                cu_seqlens=None if packing is None else packing.cu_seqlens, initial_state=states.get(name),
+                output_final_state=update_cache, backend=self.config.kernel_backend,
+            )  # fmt: skip
+            outputs.append(o)
+        if update_cache:
+            cache_layer.store(new_states, tail, cache_signature(self.config))
+        o = self.norm(sum(outputs[1:], outputs[0])).flatten(-2)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(x))
+        return self.o_proj(o)
+
+    def _operations(self) -> Iterator[tuple[str, TNTMemory, Callable[..., tuple[Tensor, MemoryState | None]]]]:
+        """Name, parameters and operation of each memory. Sizes are read from the config at each call: they may change."""
+        config = self.config
+        if len(config.local_chunk_sizes) != len(self.local_memories):
+            raise ValueError(
+                f"local_chunk_sizes={config.local_chunk_sizes} must have one entry for each of the model's "
+                f"{len(self.local_memories)} local memories"
+            )
+        memories = self.memories()
+        if self.global_memory is not None:
+            yield "global", memories["global"], partial(_global_memory, chunk_size=config.global_chunk_size)
+        for i, (chunk_size, shard_length) in enumerate(
+            zip(config.local_chunk_sizes, config.shard_lengths, strict=True)
+        ):
+            memory = memories[f"local{i}"]
+            yield f"local{i}", memory, partial(
+                _local_memory, chunk_size=chunk_size, shard_length=shard_length, qk_projection=config.qk_projection,
+                normalize_projection=config.normalize_projection, token_scale=memory.token_scale(chunk_size),
+            )  # fmt: skip
+
+
+def _l2_normalize(x: Tensor) -> Tensor:
+    return F.normalize(_widen(x), dim=-1, eps=1e-6).to(x.dtype)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,314 @@
+"""`TNTModel` and `TNTForCausalLM`: transformers models whose token mixer is a set of memories trained while reading."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cache import TNTCacheLayer, check_cache
+from .configuration import TNTConfig
+from .convolution import ShortConvolution
+from .memory_layer import TNTMemory, TNTMemoryLayer
+from .packing import Packing, plan_packing
+
+# Initial gates, as logits: half of what was learned from earlier tokens stays in the momentum, a token's memory halves
+# after about 280 tokens. The step size starts at half of its base (logit 0, the default of a linear layer's bias here).
+_MOMENTUM_GATE_BIAS = 0.0
+_DECAY_GATE_BIAS = -6.0
+
+
+class TNTMLP(nn.Module):
+    """SwiGLU: `down(act(gate(x)) · up(x))`."""
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TNTBlock(GradientCheckpointingLayer):
+    """RMSNorm → memories → residual, RMSNorm → SwiGLU → residual."""
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__()
+        self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.memory = TNTMemoryLayer(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = TNTMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        packing: Packing | None = None,
+        cache_layer: TNTCacheLayer | None = None,
+        update_cache: bool = False,
+    ) -> Tensor:
+        """[B, T, hidden_size] → the same shape; see `TNTMemoryLayer.forward`."""
+        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class TNTPreTrainedModel(PreTrainedModel):
+    """What the models share: how weights are made and what transformers should know of them."""
+
+    config: TNTConfig
+    config_class = TNTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TNTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            bound = 1 / math.sqrt(module.weight.shape[1])
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, TNTMemory):
+            self._init_memory(module)
+
+    def _init_memory(self, memory: TNTMemory) -> None:
+        for weight in (memory.w1, memory.w2):
+            if weight is not None:
+                # With the residual norm a tiny W_init makes the first gradient of a shard huge: the norm divides by a
+                # tiny deviation. So the default is the scale that keeps the norm of what comes in.
+                std = self.config.memory_initializer_range
+                init.normal_(weight, std=1 / math.sqrt(weight.shape[1]) if std is None else std)
+        for bias in (memory.b1, memory.b2, memory.norm_bias):
+            if bias is not None:
+                init.zeros_(bias)
+        for one in (memory.norm_weight, memory.row_scale, memory.row_exponent):
+            if one is not None:
+                init.ones_(one)
+        if memory.momentum_gate is not None:
+            init.constant_(memory.momentum_gate.bias, _MOMENTUM_GATE_BIAS)
+        if memory.decay_gate is not None:
+            init.constant_(memory.decay_gate.bias, _DECAY_GATE_BIAS)
+
+
+class TNTModel(TNTPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TNTBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Read a batch of sequences.
+
+        Args:
+            input_ids: [B, T] token ids, T ≥ 1; or
+            inputs_embeds: [B, T, hidden_size].
+            attention_mask: [B, T], or [B, tokens in the cache + T]: 0 at padding, on either side. Padding does not count
+                as a position and leaves every state alone; its outputs are zero.
+            position_ids: [B, T] or [1, T]. Positions are counted by the memories themselves; a step other than +1
+                between two tokens of a row is read as the start of another, packed sequence.
+            seq_idx: [B, T] or [1, T] index of the packed sequence of each token, instead of position_ids.
+            cu_seqlens: [N + 1] boundaries of the packed sequences of a single row (B = 1), instead of either.
+            cu_seq_lens_q, cu_seq_lens_k: the same under transformers' names; must agree. max_length_* are not needed.
+            past_key_values: `DynamicCache(config=model.config)`, or what an earlier call returned: the states to start
+                from. They are replaced by those after the last token unless use_cache is False.
+            use_cache: return the states. None: if a cache is given, or else `config.use_cache` outside of training and
+                packing (packed sequences have no state of their own to return).
+            output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
+            output_attentions: there are none; True raises.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
+                another configuration or batch size, or packed sequences behind a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions=True: a TNT model has no attention weights; use False")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given.dim() != (2 if inputs_embeds is None else 3) or given.shape[0] < 1 or given.shape[1] < 1:
+            name, layout = (
+                ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, hidden_size]")
+            )
+            raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
+        batch_shape = (given.shape[0], given.shape[1])
+
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config, batch_shape[0])
+        packing = plan_packing(
+            batch_shape,
+            given.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seqlens=_same_boundaries(
+                cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k
+            ),
+            past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
+        )
+        use_cache = self._decide_use_cache(use_cache, past_key_values, packing, batch_shape[0])
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if packing is not None:
+            hidden_states = packing.gather(hidden_states)
+        all_hidden_states = []
+        for i, layer in enumerate(self.layers):
+            all_hidden_states.append(hidden_states)
+            cache_layer = None if past_key_values is None else past_key_values.layers[i]
+            if hidden_states.shape[1] > 0:
+                hidden_states = layer(hidden_states, packing, cache_layer, use_cache)
+            if use_cache:
+                cache_layer.advance(batch_shape[1])
+        hidden_states = self.norm(hidden_states)
+        all_hidden_states.append(hidden_states)
+
+        if packing is not None:
+            hidden_states = packing.scatter(hidden_states)
+        if output_hidden_states:
+            inner = all_hidden_states[:-1]
+            inner = inner if packing is None else [packing.scatter(h) for h in inner]
+            all_hidden_states = (*inner, hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+        )
+
+    def _decide_use_cache(
+        self, use_cache: bool | None, past_key_values: Cache | None, packing: Packing | None, batch: int
+    ) -> bool:
+        """Whether this call replaces or makes a cache; see `forward`."""
+        packed = packing is not None and packing.rows != batch
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training and not packed)
+        if packed and (use_cache or past_key_values is not None):
+            raise ValueError(
+                f"{packing.rows} packed sequences in {batch} rows leave no state per row; use use_cache=False and no "
+                "past_key_values, or one sequence a row with an attention_mask"
+            )
+        if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "gradient checkpointing runs every block twice and cannot be combined with use_cache or past_key_values "
+                "in training; use use_cache=False, or call model.eval() to generate"
+            )
+        return use_cache
+
+
+class TNTForCausalLM(TNTPreTrainedModel, GenerationMixin):
+    """`TNTModel` with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__(config)
+        self.model = TNTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and their cross-entropy if `labels` are given. See `TNTModel.forward` for the rest.
+
+        Args:
+            labels: [B, T] token ids, −100 where there is nothing to predict; shifted by one inside. In packed batches
+                the first token of every sequence must be −100 (transformers' collators see to that).
+            logits_to_keep: only the last n columns (0: all), or those at the indices of a tensor.
+            num_items_in_batch: divide the summed loss by this, instead of the number of labels in this call (gradient
+                accumulation).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            return_dict=True,
+        )
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def _same_boundaries(**given: Tensor | None) -> Tensor | None:
+    """The one value of several names for the boundaries of packed sequences; ValueError if they differ."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if not values:
+        return None
+    (first, chosen), *others = values.items()
+    for name, value in others:
+        if not torch.equal(chosen, value):
+            raise ValueError(f"{first} and {name} must be equal: both are the boundaries of the same sequences")
+    return chosen

@@ -1,0 +1,157 @@
+"""Which columns of a batch are tokens, and which tokens form a sequence.
+
+Chunk and shard positions count the real tokens of each sequence, so padding must not reach the memories at all, and packed
+sequences must not see each other. Both are the same operation: the real tokens are gathered into one row [1, total] with
+the boundaries of its sequences, every layer runs on that row, and the result is scattered back. A batch without padding
+or packing stays [B, T] and pays nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """The real tokens of a batch [B, T] as one row of N sequences, some of which may be empty.
+
+    cu_seqlens      [N + 1] int64, sequence n is tokens cu_seqlens[n] to cu_seqlens[n+1] of the row.
+    sequence_index  [total] int64, the sequence of each token.
+    token_index     [total] int64, the place of each token in the flattened batch [B·T]; None: every column is a token.
+    batch_shape     (B, T).
+    """
+
+    cu_seqlens: Tensor
+    sequence_index: Tensor
+    token_index: Tensor | None
+    batch_shape: tuple[int, int]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] → [1, total, ...]."""
+        flat = x.flatten(0, 1)
+        return (flat if self.token_index is None else flat.index_select(0, self.token_index)).unsqueeze(0)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[1, total, ...] → [B, T, ...] with zeros where there is no token."""
+        flat = x.squeeze(0)
+        if self.token_index is not None:
+            rows = self.batch_shape[0] * self.batch_shape[1]
+            flat = flat.new_zeros(rows, *flat.shape[1:]).index_copy(0, self.token_index, flat)
+        return flat.unflatten(0, self.batch_shape)
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences, empty ones included."""
+        return self.cu_seqlens.shape[0] - 1
+
+
+def plan_packing(
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    past_length: int = 0,
+) -> Packing | None:
+    """How to pack a batch; None when it has neither padding nor several sequences in a row.
+
+    Args:
+        batch_shape: (B, T).
+        attention_mask: [B, T] or [B, past_length + T], 0 at padding; its last T columns count.
+        position_ids: [B, T] or [1, T]; a new sequence begins where they do not go up by one from one token to the next.
+            Only that is read from them.
+        seq_idx: [B, T] or [1, T]; a new sequence begins where it changes. Replaces position_ids.
+        cu_seqlens: [N + 1] boundaries of the sequences in a single row (B = 1). Replaces the two above.
+        past_length: columns that a cache has already seen. Packed sequences cannot continue one.
+
+    Raises:
+        ValueError: for a wrong shape, boundaries that do not rise from 0 to T, or packed sequences behind a filled cache.
+    """
+    (batch, length), total = batch_shape, batch_shape[0] * batch_shape[1]
+    mask = None if attention_mask is None else _real_columns(attention_mask, batch_shape, past_length)
+    if cu_seqlens is not None:
+        packing = _pack_boundaries(cu_seqlens, batch_shape, device, mask)
+    else:
+        token_index = None if mask is None else mask.flatten().nonzero().squeeze(1).to(device)
+        token = torch.arange(total, device=device) if token_index is None else token_index
+        row = token.div(length, rounding_mode="floor")
+        starts = _sequence_starts(row, token_index, batch_shape, position_ids, seq_idx)
+        if starts is None:
+            return None if mask is None else _from_lengths(mask.sum(1).to(device), token_index, batch_shape)
+        packing = _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape)
+    if past_length:
+        raise ValueError(
+            "packed sequences (cu_seqlens, seq_idx, or position_ids that do not go up by one) cannot continue a filled "
+            "past_key_values; pass one sequence a row, or no cache"
+        )
+    return packing
+
+
+def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> Tensor | None:
+    """[B, T] bool, True at real tokens, or None when all are. Single tokens may be padding, too: no shortcut for T = 1."""
+    batch, length = batch_shape
+    allowed = [(batch, n) for n in dict.fromkeys((length, past_length + length))]
+    if tuple(attention_mask.shape) not in allowed:
+        raise ValueError(
+            f"attention_mask must have shape [batch, tokens] = {' or '.join(map(str, allowed))} "
+            f"({past_length} tokens are in the cache), got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, -length:] != 0
+    return None if mask.all() else mask
+
+
+def _sequence_starts(
+    row: Tensor,
+    token_index: Tensor | None,
+    batch_shape: tuple[int, int],
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor | None:
+    """Indices of the tokens that begin a sequence, or None when no row holds more than one. `row` [total]."""
+    name, ids = ("seq_idx", seq_idx) if seq_idx is not None else ("position_ids", position_ids)
+    if ids is None:
+        return None
+    batch, length = batch_shape
+    if tuple(ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}, got {tuple(ids.shape)}")
+    if row.shape[0] < 2:
+        return None
+    ids = ids.to(row.device).expand(batch, length).flatten()
+    ids = ids if token_index is None else ids.index_select(0, token_index)
+    breaks = ids[1:] != ids[:-1] + (1 if name == "position_ids" else 0)
+    new_row = row[1:] != row[:-1]
+    if not (breaks & ~new_row).any():
+        return None
+    first = breaks.new_ones(1)
+    return torch.cat([first, breaks | new_row]).nonzero().squeeze(1)
+
+
+def _pack_boundaries(
+    cu_seqlens: Tensor, batch_shape: tuple[int, int], device: torch.device, mask: Tensor | None
+) -> Packing:
+    batch, length = batch_shape
+    if mask is not None:
+        raise ValueError("attention_mask must be all ones, or None, when cu_seqlens is given; remove the padding")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs all sequences in one row, got a batch of {batch}; reshape to [1, tokens]")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be an integer tensor of shape [N + 1], got {tuple(cu_seqlens.shape)}")
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}, got {ends[:20]}")
+    return _from_lengths(cu_seqlens.to(device).long().diff(), None, batch_shape)
+
+
+def _from_lengths(lengths: Tensor, token_index: Tensor | None, batch_shape: tuple[int, int]) -> Packing:
+    total = batch_shape[0] * batch_shape[1] if token_index is None else token_index.shape[0]
+    sequences = torch.arange(lengths.shape[0], device=lengths.device)
+    return Packing(
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        sequence_index=sequences.repeat_interleave(lengths, output_size=total),
+        token_index=token_index,
+        batch_shape=batch_shape,
+    )
