@@ -1,9 +1,9 @@
 """The cache: what the memories of a model know, of a size that does not depend on how much they have read.
 
 `TNTCacheLayer` registers itself with transformers under the layer type that `TNTConfig.layer_types` names, so that
-`DynamicCache(config=config)`, and with it plain `generate()`, is made of these layers. transformers' own recurrent layer
-(`LinearAttentionLayer`) holds one state tensor a slot, written in place, and no sequence length; a memory's state is several
-tensors, of which some are shared at a chunk boundary, hence a layer of our own.
+`DynamicCache(config=config)`, and with it plain `generate()`, is made of these layers. transformers' own recurrent
+layer (`LinearAttentionLayer`) holds one state tensor a slot, written in place, and no sequence length; a memory's
+state is several tensors, of which some are shared at a chunk boundary, hence a layer of our own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SIGNATURE_FIELDS = (
 class TNTCacheLayer(CacheLayerMixin):
     """The state of one layer for a batch of rows: its memories and the last inputs of its convolution.
 
-    memories  name of a memory ("global", "local0", …) → `MemoryState`; its `position` counts the real tokens of each row.
+    memories   name of a memory ("global", "local0", …) → `MemoryState`, whose `position` counts each row's real tokens.
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
     """
 
@@ -157,9 +157,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     """
     layers = cache.layers
     if not layers or not all(getattr(c, "_layer_type", None) == _LAYER_TYPE and c.is_initialized for c in layers):
-        raise ValueError(
-            "save_cache needs the filled past_key_values of a TNT model; run the model with use_cache=True"
-        )
+        raise ValueError("save_cache needs the filled past_key_values of a TNT model; call it with use_cache=True")
     tensors = {}
     for i, layer in enumerate(layers):
         flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
@@ -209,11 +207,10 @@ def load_cache(path: str | os.PathLike, config: TNTConfig, device: torch.device 
 
 
 def _check_signature(filled: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differences = [
-        f"{name}={filled.get(name)!r} (now {wanted[name]!r})" for name in wanted if filled.get(name) != wanted[name]
-    ]
+    names = [name for name in wanted if filled.get(name) != wanted[name]]
+    differences = [f"{name}={filled.get(name)!r} (now {wanted[name]!r})" for name in names]
     if differences:
         raise ValueError(
-            f"past_key_values was filled by a model with {', '.join(differences)}; use that configuration, or start with "
-            "an empty cache"
+            f"past_key_values was filled by a model with {', '.join(differences)}; use that configuration, or start "
+            "with an empty cache"
         )

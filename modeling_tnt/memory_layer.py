@@ -64,7 +64,7 @@ class TNTMemory(nn.Module):
         return MemoryGates(self.base_lr * _sigmoid_gate(self.lr_gate, x), momentum, decay)
 
     def token_scale(self, chunk_size: int) -> Tensor | None:
-        """r [chunk_size], r_pos = scale · (pos + 1)^(−exponent): TTT's learned 1/(pos + 1), defined for any chunk size."""
+        """r [chunk_size], r_pos = scale · (pos + 1)^(−exponent): TTT's learned 1/(pos + 1), for any chunk size."""
         if self.row_scale is None:
             return None
         positions = torch.arange(1, chunk_size + 1, device=self.row_scale.device, dtype=torch.float32)
@@ -122,7 +122,7 @@ class TNTMemoryLayer(nn.Module):
     ) -> Tensor:
         """Mix the tokens of x [B, T, hidden_size], or of [1, total, hidden_size] with `packing`.
 
-        With a `cache_layer` the memories start from its states; with `update_cache` it holds those after the last token.
+        With a `cache_layer` the memories start from its states; with `update_cache` it gets those after the last token.
         """
         states = {} if cache_layer is None else cache_layer.memories
         tail = None if cache_layer is None else cache_layer.conv_tail
@@ -144,7 +144,7 @@ class TNTMemoryLayer(nn.Module):
         return self.o_proj(o)
 
     def _operations(self) -> Iterator[tuple[str, TNTMemory, Callable[..., tuple[Tensor, MemoryState | None]]]]:
-        """Name, parameters and operation of each memory. Sizes are read from the config at each call: they may change."""
+        """Name, parameters and operation of each memory. Sizes are read from the config each time: they may change."""
         config = self.config
         if len(config.local_chunk_sizes) != len(self.local_memories):
             raise ValueError(

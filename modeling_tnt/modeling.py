@@ -135,8 +135,8 @@ class TNTModel(TNTPreTrainedModel):
         Args:
             input_ids: [B, T] token ids, T ≥ 1; or
             inputs_embeds: [B, T, hidden_size].
-            attention_mask: [B, T], or [B, tokens in the cache + T]: 0 at padding, on either side. Padding does not count
-                as a position and leaves every state alone; its outputs are zero.
+            attention_mask: [B, T], or [B, tokens in the cache + T]: 0 at padding, on either side. Padding does not
+                count as a position and leaves every state alone; its outputs are zero.
             position_ids: [B, T] or [1, T]. Positions are counted by the memories themselves; a step other than +1
                 between two tokens of a row is read as the start of another, packed sequence.
             seq_idx: [B, T] or [1, T] index of the packed sequence of each token, instead of position_ids.
@@ -153,18 +153,10 @@ class TNTModel(TNTPreTrainedModel):
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
                 another configuration or batch size, or packed sequences behind a cache.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        given = self._check_inputs(input_ids, inputs_embeds)
+        batch_shape = (given.shape[0], given.shape[1])
         if output_attentions:
             raise ValueError("output_attentions=True: a TNT model has no attention weights; use False")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given.dim() != (2 if inputs_embeds is None else 3) or given.shape[0] < 1 or given.shape[1] < 1:
-            name, layout = (
-                ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, hidden_size]")
-            )
-            raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
-        batch_shape = (given.shape[0], given.shape[1])
-
         if past_key_values is not None:
             check_cache(past_key_values, self.config, batch_shape[0])
         packing = plan_packing(
@@ -208,6 +200,20 @@ class TNTModel(TNTPreTrainedModel):
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
 
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one that is given, with a shape that fits."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden_size = self.config.hidden_size
+        if inputs_embeds is None:
+            given, name, layout, fits = input_ids, "input_ids", "[B, T]", input_ids.dim() == 2
+        else:
+            fits = inputs_embeds.dim() == 3 and inputs_embeds.shape[2] == hidden_size
+            given, name, layout = inputs_embeds, "inputs_embeds", f"[B, T, {hidden_size}]"
+        if not fits or given.shape[0] < 1 or given.shape[1] < 1:
+            raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
+        return given
+
     def _decide_use_cache(
         self, use_cache: bool | None, past_key_values: Cache | None, packing: Packing | None, batch: int
     ) -> bool:
@@ -222,8 +228,8 @@ class TNTModel(TNTPreTrainedModel):
             )
         if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
             raise ValueError(
-                "gradient checkpointing runs every block twice and cannot be combined with use_cache or past_key_values "
-                "in training; use use_cache=False, or call model.eval() to generate"
+                "gradient checkpointing runs every block twice, so in training it excludes use_cache and past_key_values; "
+                "use use_cache=False, or call model.eval() to generate"
             )
         return use_cache
 

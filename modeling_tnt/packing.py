@@ -1,9 +1,9 @@
 """Which columns of a batch are tokens, and which tokens form a sequence.
 
-Chunk and shard positions count the real tokens of each sequence, so padding must not reach the memories at all, and packed
-sequences must not see each other. Both are the same operation: the real tokens are gathered into one row [1, total] with
-the boundaries of its sequences, every layer runs on that row, and the result is scattered back. A batch without padding
-or packing stays [B, T] and pays nothing.
+Chunk and shard positions count the real tokens of each sequence, so padding must not reach the memories at all, and
+packed sequences must not see each other. Both are the same operation: the real tokens are gathered into one row
+[1, total] with the boundaries of its sequences, every layer runs on that row, and the result is scattered back. A batch
+without padding or packing stays [B, T] and pays nothing.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def plan_packing(
         past_length: columns that a cache has already seen. Packed sequences cannot continue one.
 
     Raises:
-        ValueError: for a wrong shape, boundaries that do not rise from 0 to T, or packed sequences behind a filled cache.
+        ValueError: wrong shapes, boundaries that do not rise from 0 to T, or packed sequences behind a filled cache.
     """
-    (batch, length), total = batch_shape, batch_shape[0] * batch_shape[1]
+    batch, length = batch_shape
     mask = None if attention_mask is None else _real_columns(attention_mask, batch_shape, past_length)
     if cu_seqlens is not None:
         packing = _pack_boundaries(cu_seqlens, batch_shape, device, mask)
     else:
         token_index = None if mask is None else mask.flatten().nonzero().squeeze(1).to(device)
-        token = torch.arange(total, device=device) if token_index is None else token_index
+        token = torch.arange(batch * length, device=device) if token_index is None else token_index
         row = token.div(length, rounding_mode="floor")
         starts = _sequence_starts(row, token_index, batch_shape, position_ids, seq_idx)
         if starts is None:
@@ -92,7 +92,7 @@ def plan_packing(
 
 
 def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> Tensor | None:
-    """[B, T] bool, True at real tokens, or None when all are. Single tokens may be padding, too: no shortcut for T = 1."""
+    """[B, T] bool, True at real tokens, or None when all are. A single column may be padding, too: no shortcut."""
     batch, length = batch_shape
     allowed = [(batch, n) for n in dict.fromkeys((length, past_length + length))]
     if tuple(attention_mask.shape) not in allowed:
