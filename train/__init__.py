@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Two-stage training of TNT models: data, trainer, evaluation and the `tnt` command."""

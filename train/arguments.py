@@ -1,0 +1,168 @@
+"""The arguments of `tnt train`: one dataclass, its command-line flags, and its checks, all problems at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from modeling_tnt.configuration import TNTConfig
+
+
+def _option(default: Any, group: str, help: str) -> Any:
+    metadata = {"group": group, "help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainArguments:
+    """What `tnt train` needs to know; every field is a flag, `max_steps` being `--max-steps`."""
+
+    preset: str = _option("tiny", "model", "name of the model's preset")
+    override: list[str] = _option([], "model", "TNTConfig fields to replace, each as field=JSON, e.g. num_heads=2")
+
+    data: list[str] = _option(
+        [], "data", "text, JSONL or parquet files, folders of them, or one name of the `datasets` library; "
+        "nothing: the source files of Python's standard library",
+    )  # fmt: skip
+    data_config: str | None = _option(None, "data", "configuration of a dataset given by name")
+    text_column: str = _option("text", "data", "column that holds the text in JSONL, parquet and datasets")
+    data_limit: float = _option(64.0, "data", "megabytes of text to read at most")
+    validation_share: float = _option(0.05, "data", "share of the bytes held out for validation, by document")
+    tokenizer: str = _option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
+
+    max_steps: int = _option(300, "optimisation", "optimiser steps of stage 1")
+    batch_size: int = _option(8, "optimisation", "rows per step")
+    seq_len: int = _option(1024, "optimisation", "tokens per row")
+    learning_rate: float = _option(2e-3, "optimisation", "peak learning rate of stage 1")
+    warmup_share: float = _option(0.1, "optimisation", "share of a stage's steps with a rising learning rate")
+    weight_decay: float = _option(0.1, "optimisation", "AdamW's decay of the projections' matrices, and of no others")
+    max_grad_norm: float = _option(1.0, "optimisation", "L2 norm that gradients are clipped to")
+    mixed_precision: str = _option("no", "optimisation", "no, bf16 or fp16")
+    seed: int = _option(0, "optimisation", "of the initial weights, the order of the data and the sample")
+
+    stage2_share: float = _option(0.05, "stage 2", "stage 2's steps as a share of stage 1's, at least one; 0: none")
+    stage2_chunk_sizes: list[int] | None = _option(
+        None, "stage 2", "local chunk sizes, in tokens, one for each local memory; by default a quarter of stage 1's"
+    )
+    stage2_learning_rate: float | None = _option(
+        None, "stage 2", "peak learning rate of stage 2; by default 0.3 of stage 1's"
+    )
+
+    output_dir: Path = _option(Path("runs/quickstart"), "output", "folder for checkpoints, metrics and plot")
+    overwrite: bool = _option(False, "output", "replace the run that output_dir holds")
+    checkpoint_every: int = _option(100, "output", "steps between checkpoints")
+    health_every: int = _option(25, "output", "steps between looks at the memories' inner gradients and states")
+    eval_tokens: int = _option(
+        131072, "output", "validation tokens to score, rounded down to whole rows; never more than a quarter of the "
+        "tokens that stage 1 trains on",
+    )  # fmt: skip
+    prompt_tokens: int = _option(256, "output", "validation tokens that the sample continues")
+    sample_tokens: int = _option(256, "output", "tokens of the sample")
+
+    def problems(self) -> list[str]:
+        """Every rule that a value breaks, as texts with the flag, the rule and the value."""
+        return [*self._find_wrong_numbers(), *self._find_wrong_choices()]
+
+    def _find_wrong_numbers(self) -> Iterable[str]:
+        least = {
+            "max_steps": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1, "health_every": 1, "eval_tokens": 1,
+            "prompt_tokens": 1, "sample_tokens": 1, "seed": 0,
+        }  # fmt: skip
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                yield f"{_flag(name)} must be at least {minimum}, got {getattr(self, name)}"
+        for name in ("data_limit", "learning_rate", "max_grad_norm", "stage2_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                yield f"{_flag(name)} must be positive and finite, got {value}"
+        for name, (low, high) in {"warmup_share": (0, 1), "stage2_share": (0, 1), "weight_decay": (0, 10)}.items():
+            if not low <= getattr(self, name) <= high:
+                yield f"{_flag(name)} must lie between {low} and {high}, got {getattr(self, name)}"
+        if not 0 < self.validation_share < 1:
+            yield f"--validation-share must lie between 0 and 1, both excluded, got {self.validation_share}"
+
+    def _find_wrong_choices(self) -> Iterable[str]:
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            yield f"--mixed-precision must be no, bf16 or fp16, got {self.mixed_precision!r}"
+        for item in self.override:
+            if "=" not in item:
+                yield f"--override takes field=JSON, got {item!r}"
+        taken = next((p for p in (self.output_dir, *self.output_dir.parents) if p.exists()), None)
+        if taken is not None and not taken.is_dir():
+            yield f"--output-dir {self.output_dir} cannot be made: {taken} is a file; give another folder"
+
+    def config_overrides(self) -> dict[str, Any]:
+        """`override` as a dict. A value that is no JSON is taken as a string: qk_projection=none."""
+        overrides = {}
+        for item in self.override:
+            name, _, value = item.partition("=")
+            try:
+                overrides[name] = json.loads(value)
+            except json.JSONDecodeError:
+                overrides[name] = value
+        return overrides
+
+    def default_stage2_chunks(self, config: TNTConfig) -> list[int]:
+        """For each local memory the largest divisor of its chunk size that is at most a quarter of it, at least 1."""
+        return [
+            max(d for d in range(1, max(1, chunk // 4) + 1) if chunk % d == 0) for chunk in config.local_chunk_sizes
+        ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers an unknown flag with the nearest known one."""
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.reject(unknown, parsed)
+        return parsed
+
+    def reject(self, unknown: list[str], parsed: argparse.Namespace) -> NoReturn:
+        known = [_flag(f.name) for f in fields(TrainArguments)] if getattr(parsed, "command", None) == "train" else []
+        hints = []
+        for flag in (item.split("=")[0] for item in unknown if item.startswith("-")):
+            near = difflib.get_close_matches(flag, known, n=1)
+            hints.append(f"{flag} is unknown" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        self.error("\n  ".join(hints) or f"unexpected arguments: {' '.join(unknown)}")
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Give the parser one flag for each field of `TrainArguments`, in groups, with defaults in the help."""
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(TrainArguments)
+    defaults = TrainArguments()
+    for f in fields(TrainArguments):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = getattr(defaults, f.name)
+        shown = "" if default in (None, []) else f" (default: {default})"
+        options: dict[str, Any] = {"default": default, "help": f.metadata["help"].replace("%", "%%") + shown}
+        kind = hints[f.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in get_args(kind) if k is not type(None))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = get_args(kind)[0] if get_args(kind) else kind
+            options["metavar"] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[options["type"]]
+            if get_args(kind):
+                options["nargs"] = "+"
+        groups[group].add_argument(_flag(f.name), **options)
+
+
+def to_train_arguments(parsed: argparse.Namespace) -> TrainArguments:
+    return TrainArguments(**{f.name: getattr(parsed, f.name) for f in fields(TrainArguments)})
