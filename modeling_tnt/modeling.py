@@ -228,7 +228,7 @@ class TNTModel(TNTPreTrainedModel):
             )
         if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
             raise ValueError(
-                "gradient checkpointing runs every block twice, so in training it excludes use_cache and past_key_values; "
+                "gradient checkpointing runs every block twice; in training it excludes use_cache and past_key_values; "
                 "use use_cache=False, or call model.eval() to generate"
             )
         return use_cache
