@@ -1,0 +1,71 @@
+"""What the README says is true: its commands, its Python, its preset table, its links into the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_tnt import TNTForCausalLM
+from modeling_tnt.configuration import TNTConfig, available_presets
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_two_commands_which_ci_reads_from_here():
+    commands = [block.strip() for block in blocks("bash") if ".venv/bin/pip" in block]
+    assert len(commands) == 2
+    assert all("\n" not in command for command in commands)
+    assert commands[0].endswith(".venv/bin/tnt train")
+    assert commands[1].endswith(".venv/bin/python -m pytest -q")
+    prefix = re.search(r"grep '\^(.*?)' README.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8")).group(1)
+    assert [line for line in README.splitlines() if line.startswith(prefix)] == commands
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["memory"].get_seq_length() == names["text"]["input_ids"].shape[1]
+    assert names["model"].config.local_chunk_sizes == [1]
+    assert "200 tokens read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_preset_table(preset):
+    row = re.search(rf"^\| `{preset}` \|(.*)\|$", README, flags=re.MULTILINE)
+    assert row, f"the README's table has no row for {preset}"
+    parameters, size, memory, global_chunk, local, _ = (cell.strip() for cell in row.group(1).split("|"))
+    config = TNTConfig.from_preset(preset)
+    with torch.device("meta"):
+        count = TNTForCausalLM(config).num_parameters()
+    assert parameters == (f"{count / 1e6:.2f} M" if count < 1e7 else f"{count / 1e6:.0f} M")
+    assert size == f"{config.num_hidden_layers} × {config.hidden_size}, {config.num_heads}"
+    inner = [config.head_dim * config.memory_expansion] if config.memory_type == "mlp" else []
+    widths = " → ".join(map(str, [config.head_dim, *inner, config.head_dim]))
+    assert memory == f"{'MLP' if inner else 'linear'}, {widths}"
+    assert global_chunk == ("–" if config.global_chunk_size is None else str(config.global_chunk_size))
+    resets = "never" if config.local_shard_lengths is None else f"{config.local_shard_lengths} tokens"
+    assert local == f"{', '.join(map(str, config.local_chunk_sizes))}, {resets}"
+
+
+def test_links_and_names_into_the_code_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    references = re.findall(r"\[`(\w+)\.([\w.]+)`\]\(([\w/]+\.py)\)", README)
+    assert len(references) > 10
+    for module, name, path in references:
+        assert Path(path).stem == module, f"{module}.{name} is linked to {path}"
+        scope: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            defined = {n.name: n for n in scope.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            assert part in defined, f"{path} defines no {name}"
+            scope = defined[part]
