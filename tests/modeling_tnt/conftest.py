@@ -1,0 +1,17 @@
+"""Makes the helper module of this folder importable and uninitialised memory visible."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory():
+    """`torch.empty` returns NaN (PyTorch does so in deterministic mode), so that an output never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
