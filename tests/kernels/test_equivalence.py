@@ -12,6 +12,7 @@ from memory_cases import (
     BACKENDS,
     CASES,
     FAST_BACKENDS,
+    FLOAT64_TOLERANCE,
     LOCAL_CASES,
     MEMORIES,
     PROJECTIONS,
@@ -179,17 +180,21 @@ def test_two_shards_in_one_call_are_two_calls(backend: str):
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_gates_at_the_ends_of_their_range(case: Case, backend: str, value: float):
     """Exactly 0 and exactly 1, at some tokens and at all: no logarithm of zero, values and gradients as they are."""
-    for every in (1, 3):
+    for every, norm in product((1, 3), (True, False)):
+        if norm and not case.norm:
+            continue
         results = []
         for name in (backend, "reference"):
-            x = make_inputs(case)
+            x = make_inputs(case.with_(norm=norm))
             with torch.no_grad():
                 for gate in ("momentum", "decay"):
                     if gate in x:
                         x[gate][:, ::every] = value
             results.append(summarize(*call(case, name, x), x))
         assert all(t.isfinite().all() for t in results[0].values())
-        assert_same(*results)
+        # A memory that forgets everything answers with nearly nothing, which the norm blows up by 1e3 and more: the
+        # gradients through it have condition numbers of 1e9, so with norm only five digits more than float32 are left.
+        assert_same(*results, tolerance=1e-8 if norm else FLOAT64_TOLERANCE)
 
 
 @every_backend

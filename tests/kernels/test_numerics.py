@@ -19,8 +19,9 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 fast_backends = pytest.mark.parametrize("backend", FAST_BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
-# float32 rounds at 6e-8; sums over tokens, and gradients through the norm's division by a small deviation, amplify it.
-FLOAT32_TOLERANCE = 3e-5
+# float32 rounds at 6e-8; where the norm divides by a small deviation, these cases amplify that by up to 600 (seen for
+# the reference and the torch backend alike: 4e-5), most by 50.
+FLOAT32_TOLERANCE = 1e-4
 # One rounding to bfloat16, half of 2^-7 of the value: what outputs and the gradients of q, k, v carry.
 BFLOAT16_TOLERANCE = 4e-3
 

@@ -1,0 +1,322 @@
+"""Speed and memory of one local memory, forward and backward, beside PyPI's `titans-pytorch`.
+
+    python tests/benchmarks/bench_memory.py                                        # both, chunks of 16 and of 64
+    python tests/benchmarks/bench_memory.py --only ours --length 65536 --chunk-sizes 16 1 --repeats 1
+    python tests/benchmarks/bench_memory.py --only ours --device cuda --length 16384
+
+What is timed is one training step of a memory *layer*, `loss = mean(o²)`, gradients of the input and of every
+parameter, for an input [B, T, H·D] in float32. The contenders, alternating in one process (A, B, C, A, B, C, …):
+
+  ours        the layer below around `local_memory`: plain gradient descent, reset every `--shard-length` tokens, read
+              at the projected query. Gradients of a chunk are taken at that chunk's start.
+  ours+gates  the same with momentum and decay, which the peer has too.
+  peer        `NeuralMemory(dim=H·D, heads=H, dim_head=D, chunk_size=C, batch_size=64)`: its weights are updated, and
+              its gradients taken, once every `batch_size` tokens, its momentum and decay once every C: it never resets.
+              Without batch_size all gradients would be taken at the initial weights, in parallel: another model.
+
+Around both memories stand the same parts, namely the peer's: two RMS norms, projections to q, k, v, a step size (and
+momentum and decay) per token and head, a gate per head, an output projection. The memory is an MLP of `--expansion`
+with the residual norm for both (the peer's own default expansion is 4: see --peer-expansion).
+
+Memory is measured in a fresh process per contender: the high-water mark of resident memory during one step, less what
+was resident before it, after a small step has warmed up libraries and thread pools. Linux can reset that mark (write
+"5" to /proc/self/clear_refs), so nothing that importing needed is counted or hidden, which `ru_maxrss` cannot promise.
+
+Operations are counted by `operations` below, and the share is that of the best float32 `torch.mm` in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeling_tnt.kernels import MemoryParams, local_memory
+
+PEER = "titans_pytorch"
+MIB = 2**20
+
+
+class MemoryLayer(nn.Module):
+    """The parts of the peer's layer around our memory: norms, projections, gates."""
+
+    def __init__(self, args: argparse.Namespace, chunk_size: int, gates: bool, backend: str):
+        super().__init__()
+        H, D, M = args.heads, args.head_dim, args.head_dim * args.expansion
+        dim = H * D
+        self.shape = (H, D)
+        self.options = {
+            "chunk_size": chunk_size,
+            "shard_length": args.shard_length or None,
+            "qk_projection": args.qk_projection,
+            "backend": backend,
+        }
+        self.read_norm, self.write_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.to_lr, self.to_gate = nn.Linear(dim, H), nn.Linear(dim, H, bias=False)
+        self.to_momentum, self.to_decay = (nn.Linear(dim, H) if gates else None for _ in range(2))
+        self.w1 = nn.Parameter(torch.randn(H, D, M) * D**-0.5)
+        self.w2 = nn.Parameter(torch.randn(H, M, D) * M**-0.5)
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(H, D)), nn.Parameter(torch.zeros(H, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read, write = self.read_norm(x), self.write_norm(x)
+        q, k, v = (
+            f(y).unflatten(-1, self.shape) for f, y in ((self.to_q, read), (self.to_k, write), (self.to_v, write))
+        )
+        params = MemoryParams(self.w1, w2=self.w2, norm_weight=self.norm_weight, norm_bias=self.norm_bias)
+        o, _ = local_memory(
+            q,
+            F.normalize(k, dim=-1),
+            v,
+            0.1 * self.to_lr(write).sigmoid(),
+            params,
+            momentum=self.to_momentum(write).sigmoid() if self.to_momentum else None,
+            decay=0.1 * self.to_decay(write).sigmoid() if self.to_decay else None,
+            **self.options,
+        )
+        return self.to_out((o * self.to_gate(read).sigmoid().unsqueeze(-1)).flatten(-2))
+
+
+def make_contender(name: str, args: argparse.Namespace, chunk_size: int) -> Callable[[int], None]:
+    """One training step as a function of the number of tokens."""
+    torch.manual_seed(0)
+    dim = args.heads * args.head_dim
+    if name == "peer":
+        from titans_pytorch import NeuralMemory
+
+        memory = NeuralMemory(
+            dim=dim,
+            heads=args.heads,
+            dim_head=args.head_dim,
+            chunk_size=chunk_size,
+            batch_size=64,
+            default_model_kwargs={"depth": 2, "expansion_factor": float(args.peer_expansion or args.expansion)},
+        ).to(args.device)
+
+        def layer(x: Tensor) -> Tensor:
+            return memory(x)[0]
+
+        parameters = list(memory.parameters())
+    else:
+        layer = MemoryLayer(args, chunk_size, gates=name == "ours+gates", backend=args.backend).to(args.device)
+        parameters = list(layer.parameters())
+    inputs = {}
+
+    def step(length: int) -> None:
+        if length not in inputs:
+            inputs[length] = torch.randn(args.batch, length, dim, device=args.device).requires_grad_()
+        x = inputs[length]
+        layer(x).square().mean().backward()
+        for t in (x, *parameters):
+            t.grad = None
+
+    return step
+
+
+def operations(args: argparse.Namespace, chunk_size: int, gates: bool) -> int:
+    """Floating-point operations of the memory alone in one step, forward and backward, two per multiply-add.
+
+    Per token and head of width D with an MLP of width M, in chunks of C tokens, counted from the matrix products of
+    the dual form as dense products; elementwise work, the gates' recurrence and the projections around the memory are
+    not counted, nor is anything that an implementation computes twice beyond the recomputation named here.
+
+      C × D × M products: forward 7 (K W1, A W2, Δ2 W2ᵀ; X W1, H W2; the updates Kᵀ Δ1, Aᵀ Δ2), recomputed 5,
+        backward 14: 26 of 2·D·M. Momentum adds forward 4 (X S1, H S2, two updates), recomputed 2, backward 8: 40.
+      C × C products: forward X Kᵀ, H Aᵀ and two that apply them to Δ, recomputed, and 8 backward: 16·C·(D + M).
+      Q-K projection: forward Q M, Kᵀ K: 4·D², Q Kᵀ and its use: 4·C·D; backward 6·D² and 10·C·D.
+    """
+    D, M, C = args.head_dim, args.head_dim * args.expansion, chunk_size
+    per_token = (40 if gates else 26) * 2 * D * M + 16 * C * (D + M)
+    if args.qk_projection != "none":
+        per_token += 10 * D * D + 14 * C * D
+    return per_token * args.batch * args.length * args.heads
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(fn: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    fn()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_rate(device: str) -> float:
+    """The best float32 rate of a square `torch.mm`, in operations per second."""
+    best = 0.0
+    for n in (1024, 2048):
+        a, b = torch.randn(2, n, n, device=device)
+        out = torch.empty_like(a)
+        torch.mm(a, b, out=out)
+        best = max(best, *(2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(5)))  # noqa: B023
+    return best
+
+
+def check_ours(args: argparse.Namespace, chunk_size: int, gates: bool) -> None:
+    """Time only what is right: output and gradients of a short call against the reference, in float32."""
+    results = []
+    for backend in (args.backend, "reference"):
+        torch.manual_seed(0)
+        layer = MemoryLayer(args, chunk_size, gates, backend).to(args.device)
+        x = torch.randn(1, min(chunk_size + 5, 24), args.heads * args.head_dim, device=args.device).requires_grad_()
+        o = layer(x)
+        results.append([o.detach(), *torch.autograd.grad(o.square().mean(), [x, *layer.parameters()])])
+    for got, want in zip(*results, strict=True):
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        if not error < 1e-3:  # float32 rounding amplified by the norm stays below 1e-4
+            raise RuntimeError(
+                f"backend={args.backend!r} is wrong by {error:.1e} at chunk size {chunk_size}; not timed"
+            )
+
+
+def status_bytes(field: str) -> int:
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M).group(1))
+
+
+def measure_peak(args: argparse.Namespace, name: str, chunk_size: int) -> int:
+    """Bytes that one step needs beyond what is resident before it. Run in a fresh process."""
+    step = make_contender(name, args, chunk_size)
+    step(min(128, args.length))
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(args.length)
+        return torch.cuda.max_memory_allocated() - before
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step(args.length)
+    return status_bytes("VmHWM") - before
+
+
+def peak_in_a_fresh_process(name: str, chunk_size: int, argv: list[str]) -> int | None:
+    """None if the process failed, for example for want of memory; its message is passed on."""
+    command = [sys.executable, __file__, *argv, "--measure-peak-of", name, str(chunk_size)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  {name}: peak memory not measured: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return None
+    return int(done.stdout.split()[-1])
+
+
+def run_chunk_size(args: argparse.Namespace, names: list[str], chunk_size: int, argv: list[str]) -> list[dict]:
+    for name in names:
+        if name.startswith("ours"):
+            check_ours(args, chunk_size, gates=name == "ours+gates")
+    steps = {name: make_contender(name, args, chunk_size) for name in names}
+    for step in steps.values():
+        step(min(args.length, 512))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(lambda: step(args.length), args.device))  # noqa: B023
+    rows = []
+    for name in names:
+        tokens_per_second = [args.batch * args.length / t for t in times[name]]
+        row = {
+            "contender": name,
+            "chunk_size": chunk_size,
+            "tokens_per_second": statistics.median(tokens_per_second),
+            "tokens_per_second_lowest": min(tokens_per_second),
+            "tokens_per_second_highest": max(tokens_per_second),
+        }
+        if name.startswith("ours"):
+            row["operations"] = operations(args, chunk_size, gates=name == "ours+gates")
+            row["operations_per_second"] = row["operations"] / statistics.median(times[name])
+        if not args.no_peak:
+            row["peak_bytes"] = peak_in_a_fresh_process(name, chunk_size, argv)
+        rows.append(row)
+    return rows
+
+
+def report(rows: list[dict], rate: float) -> None:
+    head = ("C", "contender", "tokens/s: median (lowest-highest)", "x peer", "GFLOP/s", "share", "peak MiB", "of peer")
+    line = "{:>4} {:<11} {:>36} {:>7} {:>8} {:>6} {:>9} {:>8}"
+    print(line.format(*head))
+    for row in rows:
+        peer = next((r for r in rows if r["contender"] == "peer" and r["chunk_size"] == row["chunk_size"]), None)
+        speed = (
+            f"{row['tokens_per_second']:,.0f} "
+            f"({row['tokens_per_second_lowest']:,.0f}-{row['tokens_per_second_highest']:,.0f})"
+        )
+        ratio = f"{row['tokens_per_second'] / peer['tokens_per_second']:.2f}" if peer else ""
+        flops = share = memory = of_peer = ""
+        if "operations_per_second" in row:
+            flops = f"{row['operations_per_second'] / 1e9:.1f}"
+            share = f"{row['operations_per_second'] / rate:.0%}"
+        if row.get("peak_bytes"):
+            memory = f"{row['peak_bytes'] / MIB:,.0f}"
+            of_peer = f"{row['peak_bytes'] / peer['peak_bytes']:.3f}" if peer and peer.get("peak_bytes") else ""
+        print(line.format(row["chunk_size"], row["contender"], speed, ratio, flops, share, memory, of_peer))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--expansion", type=int, default=2)
+    parser.add_argument("--shard-length", type=int, default=512, help="0: never reset")
+    parser.add_argument("--qk-projection", choices=("shard", "chunk", "none"), default="shard")
+    parser.add_argument("--peer-expansion", type=int, help="another expansion for the peer, such as its default, 4")
+    parser.add_argument("--contenders", nargs="+", choices=("ours", "ours+gates", "peer"),
+                        default=["ours", "ours+gates", "peer"])  # fmt: skip
+    parser.add_argument("--only", choices=("ours", "peer"), help="leave the others out")
+    parser.add_argument("--backend", default="torch", help="of ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peak", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--measure-peak-of", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    if args.measure_peak_of:
+        name, chunk_size = args.measure_peak_of
+        print(measure_peak(args, name, int(chunk_size)))
+        return
+    names = [n for n in args.contenders if args.only is None or n.startswith(args.only)]
+    missing = "peer" in names and importlib.util.find_spec(PEER) is None
+    if missing:
+        names.remove("peer")
+        print("peer is missing: titans-pytorch is not installed (pip install titans-pytorch); nothing to compare with")
+    machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
+    print(f"B={args.batch} T={args.length} H={args.heads} D={args.head_dim} expansion={args.expansion} "
+          f"shard={args.shard_length} projection={args.qk_projection} float32 on {args.device}; {machine}")  # fmt: skip
+    rate = matmul_rate(args.device)
+    rows = [row for chunk_size in args.chunk_sizes for row in run_chunk_size(args, names, chunk_size, argv)]
+    rate = max(rate, matmul_rate(args.device))
+    print(f"float32 matmul: {rate / 1e9:.1f} GFLOP/s, the best square torch.mm before and after")
+    report(rows, rate)
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k not in ("json", "measure_peak_of")}
+        numbers = {"settings": settings, "machine": machine, "peer_missing": missing, "matmul_rate": rate, "rows": rows}
+        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,64 @@
+"""The benchmark runs at sizes that take no time, and counts what it says it counts."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("bench_memory.py")
+TINY = ["--length", "40", "--batch", "1", "--heads", "2", "--head-dim", "8", "--shard-length", "16", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_memory", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def known_rate(bench, monkeypatch):
+    """Measuring the machine takes longer than everything else here."""
+    monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e9)
+
+
+def test_it_runs_and_writes_its_numbers(bench, tmp_path: Path, capsys):
+    out = tmp_path / "numbers.json"
+    bench.main([*TINY, "--contenders", "ours", "--chunk-sizes", "4", "--json", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["contender"] == "ours"
+    assert row["tokens_per_second_lowest"] <= row["tokens_per_second"] <= row["tokens_per_second_highest"]
+    assert row["peak_bytes"] >= 0 and row["operations_per_second"] > 0
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_momentum_and_decay_run_too(bench, capsys):
+    bench.main([*TINY, "--only", "ours", "--chunk-sizes", "4", "--no-peak"])
+    assert "ours+gates" in capsys.readouterr().out
+
+
+def test_a_missing_peer_is_named(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PEER", "a_package_that_is_not_there")
+    bench.main([*TINY, "--chunk-sizes", "4", "--no-peak", "--contenders", "ours", "peer"])
+    assert "peer is missing: titans-pytorch is not installed" in capsys.readouterr().out
+
+
+def test_a_wrong_backend_is_not_timed(bench, monkeypatch):
+    right = bench.local_memory
+
+    def wrong(*args, **options):
+        o, state = right(*args, **options)
+        return (o * 1.01 if options["backend"] == "torch" else o), state
+
+    monkeypatch.setattr(bench, "local_memory", wrong)
+    with pytest.raises(RuntimeError, match="is wrong by .* at chunk size 4; not timed"):
+        bench.main([*TINY, "--chunk-sizes", "4", "--no-peak", "--only", "ours"])
+
+
+def test_operations(bench):
+    args = bench.parse(["--qk-projection", "none"])
+    tokens_and_heads = 2 * 2048 * 4
+    assert bench.operations(args, 16, gates=False) == tokens_and_heads * (52 * 64 * 128 + 16 * 16 * 192)
+    assert bench.operations(args, 16, gates=True) == tokens_and_heads * (80 * 64 * 128 + 16 * 16 * 192)
