@@ -15,3 +15,12 @@ def nan_in_uninitialised_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors of these tests are tiny: on a busy machine threads that wait for each other make them 50 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
