@@ -21,12 +21,26 @@ _global_memory = torch.compiler.disable(global_memory)
 _local_memory = torch.compiler.disable(local_memory)
 
 
+# Initial gates: half of the earlier surprise stays in the momentum; a token's trace halves after about 280 tokens.
+# The step size starts at half of its base.
+_MOMENTUM_LOGIT = 0.0
+_DECAY_LOGIT = -6.0
+
+
 class MemoryGates(NamedTuple):
     """What a memory's inner optimiser does at each token; [B, T, H] in float32, or None where it is not enabled."""
 
     lr: Tensor
     momentum: Tensor | None
     decay: Tensor | None
+
+
+class TNTGate(nn.Linear):
+    """The logits of a gate: one for each head, from a token's hidden state."""
+
+    def __init__(self, hidden_size: int, heads: int, initial_logit: float) -> None:
+        super().__init__(hidden_size, heads)
+        self.initial_logit = initial_logit
 
 
 class TNTMemory(nn.Module):
@@ -46,9 +60,9 @@ class TNTMemory(nn.Module):
         self.b2 = nn.Parameter(torch.empty(heads, dim)) if self.w2 is not None and config.memory_bias else None
         self.norm_weight = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
         self.norm_bias = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
-        self.lr_gate = nn.Linear(config.hidden_size, heads)
-        self.momentum_gate = nn.Linear(config.hidden_size, heads) if config.use_momentum else None
-        self.decay_gate = nn.Linear(config.hidden_size, heads) if config.use_forget_gate else None
+        self.lr_gate = TNTGate(config.hidden_size, heads, 0.0)
+        self.momentum_gate = TNTGate(config.hidden_size, heads, _MOMENTUM_LOGIT) if config.use_momentum else None
+        self.decay_gate = TNTGate(config.hidden_size, heads, _DECAY_LOGIT) if config.use_forget_gate else None
         self.row_scale = nn.Parameter(torch.empty(1)) if with_token_scale else None
         self.row_exponent = nn.Parameter(torch.empty(1)) if with_token_scale else None
 
@@ -135,10 +149,11 @@ class TNTMemoryLayer(nn.Module):
                 cu_seqlens=None if packing is None else packing.cu_seqlens, initial_state=states.get(name),
                 output_final_state=update_cache, backend=self.config.kernel_backend,
             )  # fmt: skip
-            outputs.append(o)
+            outputs.append(_KeepInGraph.apply(o, *gates))
         if update_cache:
             cache_layer.store(new_states, tail, cache_signature(self.config))
-        o = self.norm(sum(outputs[1:], outputs[0])).flatten(-2)
+        o = sum(outputs[1:], outputs[0])
+        o = self.norm(o.to(self.norm.weight.dtype)).flatten(-2)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
@@ -162,6 +177,24 @@ class TNTMemoryLayer(nn.Module):
                 _local_memory, chunk_size=chunk_size, shard_length=shard_length, qk_projection=config.qk_projection,
                 normalize_projection=config.normalize_projection, token_scale=memory.token_scale(chunk_size),
             )  # fmt: skip
+
+
+class _KeepInGraph(torch.autograd.Function):
+    """The first argument. The others get a gradient of zero if they have no part in it.
+
+    What a memory learns in a chunk that nobody reads back (the global one in its last) depends on its gates, but the
+    output does not: without a gradient at all, DistributedDataParallel would wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx, o: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.likes = [None if t is None else (t.shape, t.dtype, t.device) for t in others]
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        zeros = (None if x is None else torch.zeros(x[0], dtype=x[1], device=x[2]) for x in ctx.likes)
+        return grad, *zeros
 
 
 def _l2_normalize(x: Tensor) -> Tensor:

@@ -16,13 +16,8 @@ from transformers.utils import can_return_tuple
 from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
-from .memory_layer import TNTMemory, TNTMemoryLayer
+from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer
 from .packing import Packing, plan_packing
-
-# Initial gates, as logits: half of what was learned from earlier tokens stays in the momentum, a token's memory halves
-# after about 280 tokens. The step size starts at half of its base (logit 0, the default of a linear layer's bias here).
-_MOMENTUM_GATE_BIAS = 0.0
-_DECAY_GATE_BIAS = -6.0
 
 
 class TNTMLP(nn.Module):
@@ -79,6 +74,8 @@ class TNTPreTrainedModel(PreTrainedModel):
         if isinstance(module, ShortConvolution):
             bound = 1 / math.sqrt(module.weight.shape[1])
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, TNTGate):
+            init.constant_(module.bias, module.initial_logit)
         elif isinstance(module, TNTMemory):
             self._init_memory(module)
 
@@ -95,10 +92,6 @@ class TNTPreTrainedModel(PreTrainedModel):
         for one in (memory.norm_weight, memory.row_scale, memory.row_exponent):
             if one is not None:
                 init.ones_(one)
-        if memory.momentum_gate is not None:
-            init.constant_(memory.momentum_gate.bias, _MOMENTUM_GATE_BIAS)
-        if memory.decay_gate is not None:
-            init.constant_(memory.decay_gate.bias, _DECAY_GATE_BIAS)
 
 
 class TNTModel(TNTPreTrainedModel):

@@ -51,7 +51,7 @@ def test_the_reference_backend_agrees(variant):
 @every_variant
 @torch.no_grad()
 def test_what_comes_later_changes_nothing_before(variant):
-    """Lengths around chunk and shard boundaries are prefixes of each other; a changed token moves its row from there on."""
+    """Lengths around chunk and shard boundaries are prefixes; a changed token moves its row from there on."""
     model, tokens = make_model(variant), make_tokens(2, T)
     whole = model(tokens).logits
     for length in (1, 3, 4, 5, 7, 8, 9):
