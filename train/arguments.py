@@ -45,7 +45,7 @@ class TrainArguments:
     warmup_share: float = _option(0.1, "optimisation", "share of a stage's steps with a rising learning rate")
     weight_decay: float = _option(0.1, "optimisation", "AdamW's decay of the projections' matrices, and of no others")
     max_grad_norm: float = _option(1.0, "optimisation", "L2 norm that gradients are clipped to")
-    mixed_precision: str = _option("no", "optimisation", "no, bf16 or fp16")
+    mixed_precision: str = _option("no", "optimisation", "no or bf16")
     seed: int = _option(0, "optimisation", "of the initial weights, the order of the data and the sample")
 
     stage2_share: float = _option(0.05, "stage 2", "stage 2's steps as a share of stage 1's, at least one; 0: none")
@@ -66,6 +66,13 @@ class TrainArguments:
     )  # fmt: skip
     prompt_tokens: int = _option(256, "output", "validation tokens that the sample continues")
     sample_tokens: int = _option(256, "output", "tokens of the sample")
+
+    def __post_init__(self) -> None:
+        for name in ("data", "override", "stage2_chunk_sizes"):
+            value = getattr(self, name)
+            if not isinstance(value, list) and not (value is None and name == "stage2_chunk_sizes"):
+                raise TypeError(f"{name} must be a list, got {type(value).__name__}; use [{value!r}]")
+        self.output_dir = Path(self.output_dir)
 
     def problems(self) -> list[str]:
         """Every rule that a value breaks, as texts with the flag, the rule and the value."""
@@ -90,8 +97,8 @@ class TrainArguments:
             yield f"--validation-share must lie between 0 and 1, both excluded, got {self.validation_share}"
 
     def _find_wrong_choices(self) -> Iterable[str]:
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            yield f"--mixed-precision must be no, bf16 or fp16, got {self.mixed_precision!r}"
+        if self.mixed_precision not in ("no", "bf16"):
+            yield f"--mixed-precision must be no or bf16, got {self.mixed_precision!r}"
         for item in self.override:
             if "=" not in item:
                 yield f"--override takes field=JSON, got {item!r}"

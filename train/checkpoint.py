@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 STATE_FILE = "trainer_state.json"
 
 
@@ -23,8 +25,7 @@ def save_checkpoint(path: Path, model: Any, tokenizer: Any, state: dict[str, Any
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    except Exception as error:
-        # safetensors reports a full disk by an exception of its own, which is no OSError.
+    except (OSError, SafetensorError) as error:
         kept = f"the one saved before is kept in {path}" if path.exists() else "there was none before it"
         raise OSError(f"the checkpoint {path} could not be saved ({error}); {kept}") from error
 

@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arguments import Parser, add_train_flags, to_train_arguments
 from .plan import prepare
-from .trainer import NonFiniteError, TrainingInterrupted, train
+from .trainer import NonFiniteError, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         train(run)
     except (NonFiniteError, OSError) as error:
         return _fail(error, status=1)
-    except TrainingInterrupted as error:
-        return _fail(error, status=130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted after training, while the results were written", status=130)
     return 0
 
 

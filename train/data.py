@@ -93,7 +93,7 @@ def _stdlib_documents() -> Iterator[Document]:
         relative = path.relative_to(root)
         if STDLIB_SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
                 continue
             yield Document(relative.as_posix(), text)
@@ -129,7 +129,7 @@ def _file_documents(files: list[Path], text_column: str) -> Iterator[Document]:
             yield from _table_documents(path, text_column)
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"data={str(path)!r} is not UTF-8 text ({error}); convert it or leave it out") from error
         yield Document(text, text)

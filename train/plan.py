@@ -1,17 +1,20 @@
-"""From arguments to a checked plan: configuration, tokenizer, data and stages. Nothing is trained or written here."""
+"""From arguments to a checked plan: configuration, tokenizer, data and stages. Nothing is trained here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from modeling_tnt.configuration import TNTConfig
 
 from .arguments import TrainArguments
+from .checkpoint import recover
 from .data import PackedTokens, Split, pack, read_corpus, split_documents
 
-RESULT_NAMES = ("stage1", "stage2", "metrics.json", "loss.png", "log.jsonl", "sample.txt")
+STAGE_FOLDERS = ("stage1", "stage2")
+RESULT_FILES = ("metrics.json", "loss.png", "log.jsonl", "sample.txt")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Run:
 
 
 def prepare(arguments: TrainArguments) -> Run:
-    """Check the arguments, read the data and plan the stages. Nothing is written and no model is built.
+    """Check the arguments, read the data and plan the stages. No model is built and no file written.
 
     Raises:
         ValueError, TypeError: for arguments that break a rule, all of them at once, or data that does not fit them.
@@ -72,9 +75,8 @@ def _check(arguments: TrainArguments) -> tuple[TNTConfig, PreTrainedTokenizerBas
     tokenizer = _load_tokenizer(arguments.tokenizer)
     if tokenizer.eos_token_id is None:
         problems.append(f"--tokenizer {arguments.tokenizer} has no end-of-sequence token, which separates documents")
-    output_dir = arguments.output_dir
-    if not arguments.overwrite and any((output_dir / name).exists() for name in ("stage1", "stage2", "metrics.json")):
-        problems.append(f"--output-dir {output_dir} holds another run; give another folder, or --overwrite")
+    if not arguments.overwrite and _holds_run(arguments.output_dir):
+        problems.append(f"--output-dir {arguments.output_dir} holds another run; give another folder, or --overwrite")
     stages: list[Stage] = []
     config = None
     try:
@@ -91,6 +93,12 @@ def _check(arguments: TrainArguments) -> tuple[TNTConfig, PreTrainedTokenizerBas
     if problems:
         raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
     return config, tokenizer, stages
+
+
+def _holds_run(output_dir: Path) -> bool:
+    for name in STAGE_FOLDERS:
+        recover(output_dir / name)
+    return any((output_dir / name).exists() for name in (*STAGE_FOLDERS, "metrics.json"))
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -118,8 +126,10 @@ def plan_stages(arguments: TrainArguments, config: TNTConfig) -> list[Stage]:
             f"--stage2-chunk-sizes has {len(chunk_sizes)} entries; give one for each of the "
             f"{len(config.local_chunk_sizes)} local memories"
         )
-    # Chunk sizes that do not divide the shards are the config's to find.
-    TNTConfig(**{**config.to_diff_dict(), "local_chunk_sizes": chunk_sizes})
+    try:
+        TNTConfig(**{**config.to_diff_dict(), "local_chunk_sizes": chunk_sizes})
+    except ValueError as error:
+        raise ValueError(f"stage 2 with the local chunks {chunk_sizes}: {error}") from error
     steps = max(1, round(arguments.stage2_share * arguments.max_steps))
     learning_rate = arguments.stage2_learning_rate or 0.3 * arguments.learning_rate
     return [first, Stage("stage2", steps, chunk_sizes, learning_rate)]

@@ -96,7 +96,11 @@ def _draw_health(axes: Axes, records: list[dict[str, Any]], quantity: str, title
             label=memory if layer == layers[-1] else None,
         )  # fmt: skip
     axes.set_title(title, fontsize=10)
-    axes.set_yscale("log")
+    values = [value for points in lines.values() for _, value in points if value > 0]
+    if values and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     if lines:
         axes.legend(fontsize=8)
 

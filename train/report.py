@@ -112,13 +112,12 @@ def save_results(
 def _print_summary(metrics: dict[str, Any], scores: list[Score]) -> None:
     sample = metrics["sample"]
     width = max(len(score.label) for score in scores)
-    held_out = metrics["documents"]["validation"]
-    lines = [f"\nvalidation bits per byte ({metrics['validation_tokens']:,} tokens of {held_out} held-out documents)"]
+    lines = [f"\nvalidation bits per byte, on {metrics['validation_tokens']:,} tokens of held-out documents"]
     for score in scores:
-        remark = "   what stage 2 has to cure" if "_at_" in score.key else ""
+        remark = "   the mismatch that stage 2 is to cure" if "_at_" in score.key else ""
         lines.append(f"  {score.label:<{width}}  {score.bits_per_byte:.3f}{remark}")
     lines += ["\nsample: a validation prompt, and after >>> the model's continuation", "-" * 60]
-    lines += [f"{sample['prompt'][-200:]}>>>{sample['continuation']}", "-" * 60]
+    lines += [f"{sample['prompt']}>>>{sample['continuation']}", "-" * 60]
     lines += [f"model    {metrics['model']}", f"figures  {Path(metrics['model']).parent / 'metrics.json'}, loss.png"]
     lines += [f"took     {metrics['seconds']:.0f} seconds"]
     print("\n".join(lines), flush=True)

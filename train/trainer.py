@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.health import memory_health
 
-from .checkpoint import recover, save_checkpoint
+from .checkpoint import save_checkpoint
 from .data import RowDataset, ShuffledRows
 from .evaluate import bigram_bits_per_byte, bits_per_byte, generate_sample
-from .plan import RESULT_NAMES, Run, Stage
+from .plan import RESULT_FILES, STAGE_FOLDERS, Run, Stage
 from .report import Log, Score, print_start, progress_bar, save_results
 
 
@@ -37,8 +37,8 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient norm is infinite or not a number."""
 
 
-class TrainingInterrupted(Exception):
-    """The keyboard interrupted training."""
+class TrainingInterrupted(KeyboardInterrupt):
+    """The keyboard interrupted training; the message says where, and what is left."""
 
 
 @dataclass
@@ -220,10 +220,7 @@ def _save(run: Run, model: PreTrainedModel, folder: Path, state: State) -> None:
 def _clear(output_dir: Path) -> None:
     """Remove an earlier run's results, which `prepare` has made sure that the user wants, and nothing else."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in RESULT_NAMES:
-        path = output_dir / name
-        recover(path)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in STAGE_FOLDERS:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for name in RESULT_FILES:
+        (output_dir / name).unlink(missing_ok=True)

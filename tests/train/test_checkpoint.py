@@ -1,0 +1,137 @@
+"""A checkpoint is whole or not there, and the one before it survives whatever interrupts its replacement."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_tnt.train import checkpoint
+from modeling_tnt.train.checkpoint import atomic_file, atomic_folder, recover, save_checkpoint
+
+
+def _write(folder: Path, text: str) -> None:
+    (folder / "weights").write_text(text)
+
+
+def _only(path: Path) -> bool:
+    """Whether nothing but `path` is in its folder: no leftovers."""
+    return [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder that holds "old"."""
+    path = tmp_path / "stage1"
+    with atomic_folder(path) as folder:
+        _write(folder, "old")
+    return path
+
+
+def test_a_folder_replaces_the_one_before(saved: Path):
+    with atomic_folder(saved) as folder:
+        _write(folder, "new")
+        assert (saved / "weights").read_text() == "old"
+    assert (saved / "weights").read_text() == "new" and _only(saved)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
+def test_a_failure_while_writing_keeps_the_old_folder(saved: Path, error: BaseException):
+    with pytest.raises(type(error)), atomic_folder(saved) as folder:
+        _write(folder, "half of")
+        raise error
+    assert (saved / "weights").read_text() == "old" and _only(saved)
+
+
+@pytest.mark.parametrize("failing_rename", [1, 2])
+def test_a_failure_of_either_rename_keeps_the_old_folder(saved: Path, monkeypatch, failing_rename: int):
+    calls, rename = [], os.rename
+
+    def fail_once(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == failing_rename:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(saved) as folder:
+        _write(folder, "new")
+    assert (saved / "weights").read_text() == "old" and _only(saved)
+
+
+@pytest.mark.parametrize("moment", ["writing", "flushed", "moved aside", "in place"])
+def test_a_process_killed_at_any_moment_leaves_a_whole_folder(saved: Path, monkeypatch, moment: str):
+    """The process is killed for real: a fork that exits without any clean-up."""
+    pid = os.fork()
+    if pid == 0:
+        rename, renames = os.rename, []
+
+        def die_behind_rename(source: Path, target: Path) -> None:
+            if moment == "flushed":
+                os._exit(1)
+            rename(source, target)
+            renames.append(source)
+            if moment == ("moved aside", "in place")[len(renames) - 1]:
+                os._exit(1)
+
+        os.rename = die_behind_rename
+        with atomic_folder(saved) as folder:
+            _write(folder, "new")
+            if moment == "writing":
+                os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    recover(saved)
+    assert (saved / "weights").read_text() == ("new" if moment == "in place" else "old") and _only(saved)
+
+
+def test_a_failure_while_writing_a_file_keeps_the_old_file(tmp_path: Path):
+    path = tmp_path / "metrics.json"
+    with atomic_file(path) as fresh:
+        fresh.write_text("old")
+    with pytest.raises(OSError), atomic_file(path) as fresh:
+        fresh.write_text("ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old" and _only(path)
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_a_checkpoint_loads_and_carries_tokenizer_and_state(tmp_path: Path, model):
+    save_checkpoint(tmp_path / "stage1", model, ByT5Tokenizer(), {"step": 3})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stage1")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert ByT5Tokenizer.from_pretrained(tmp_path / "stage1")("a").input_ids == [100, 1]
+    assert json.loads((tmp_path / "stage1" / checkpoint.STATE_FILE).read_text()) == {"step": 3}
+
+
+def test_a_disk_that_is_full_is_an_oserror_and_keeps_the_old_checkpoint(tmp_path: Path, model):
+    """The system refuses to write more than 20 kB to a file, in the middle of the weights (28 kB)."""
+    path = tmp_path / "stage1"
+    save_checkpoint(path, model, ByT5Tokenizer(), {"step": 1})
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"stage1 could not be saved .*; the one saved before is kept in {path}"):
+            save_checkpoint(path, model, ByT5Tokenizer(), {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before and _only(path)
