@@ -118,7 +118,7 @@ def _sequence_starts(
     batch, length = batch_shape
     if tuple(ids.shape) not in ((batch, length), (1, length)):
         raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}, got {tuple(ids.shape)}")
-    if row.shape[0] < 2:
+    if length == 1 or row.shape[0] < 2:
         return None
     ids = ids.to(row.device).expand(batch, length).flatten()
     ids = ids if token_index is None else ids.index_select(0, token_index)
