@@ -121,7 +121,9 @@ def _check_tensors(p: MemoryProblem) -> None:
         raise ValueError(f"q must have shape [B, T, H, D], got {tuple(p.q.shape)}")
     B, T, H, D = p.q.shape
     if min(B, T, H, D) < 1:
-        raise ValueError(f"q must not be empty, got [B, T, H, D] = {(B, T, H, D)}; skip the call when there is no token")
+        raise ValueError(
+            f"q must not be empty, got [B, T, H, D] = {(B, T, H, D)}; skip the call when there is no token"
+        )
     for name in ("q", "k", "v"):
         _expect(name, getattr(p, name), (B, T, H, D), p.q, "[B, T, H, D]", same_dtype=True)
     _expect("lr", p.lr, (B, T, H), p.q, "[B, T, H]", same_dtype=False)
@@ -178,7 +180,9 @@ def _check_packing(p: MemoryProblem) -> None:
         raise ValueError(f"cu_seqlens must be a [N + 1] tensor of int32 or int64, got {tuple(cu.shape)} {cu.dtype}")
     B, T = p.q.shape[:2]
     if B != 1:
-        raise ValueError(f"cu_seqlens needs all sequences packed into one row (B = 1), got B={B}; reshape to [1, B·T, …]")
+        raise ValueError(
+            f"cu_seqlens needs all sequences packed into one row (B = 1), got B={B}; reshape to [1, B·T, …]"
+        )
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != T or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
         raise ValueError(f"cu_seqlens must rise from 0 to T={T}, got {ends if len(ends) < 20 else ends[:20] + ['…']}")

@@ -56,11 +56,11 @@ class Coefficients(NamedTuple):
 
 
 class Gelu(NamedTuple):
-    """gelu_tanh at z, with the sigmoid that its derivatives share."""
+    """gelu_tanh at z, with what its derivatives share."""
 
-    z: Tensor
-    sigmoid: Tensor
-    value: Tensor
+    square: Tensor  # z²
+    sigmoid: Tensor  # σ(a(z))
+    value: Tensor  # z σ
 
 
 class NormalisedRows(NamedTuple):
@@ -70,6 +70,13 @@ class NormalisedRows(NamedTuple):
     n: Tensor
     mean: Tensor
     rstd: Tensor
+
+
+class Affinity(NamedTuple):
+    """How much each read meets each token. `raw` is kept only where Θ has a gradient."""
+
+    raw: Tensor | None  # [N, C, C] P = x·a (+ 1 with a bias, whose input is a constant 1)
+    masked: Tensor  # [N, C, C] P ⊙ Θ
 
 
 class ChunkState(NamedTuple):
@@ -87,31 +94,29 @@ class ChunkState(NamedTuple):
     u: Tensor | None  # δ2 W2ᵀ (MLP only)
     d_in: Tensor  # δ of the first layer, times lr
     d_out: Tensor  # δ of the last layer, times lr (a linear memory's only layer: the same tensor as d_in)
-    p_in: Tensor | None  # [N, C, C]: x·a (+ 1 with bias) of the first layer, before Θ
-    p_out: Tensor | None  # [N, C, C]: the same of the last layer
+    reads_in: Affinity | None  # first layer's reads (a linear memory's only ones)
+    reads_out: Affinity | None  # last layer's reads (MLP only)
 
 
 def gelu(z: Tensor) -> Gelu:
     """gelu in its tanh form, as z σ(a(z))."""
-    s = torch.sigmoid(z * (z * z * _A3 + _A1))
-    return Gelu(z, s, z * s)
+    square = z * z
+    sigmoid = torch.addcmul(z * _A1, square, z, value=_A3).sigmoid_()
+    return Gelu(square, sigmoid, z * sigmoid)
 
 
 def gelu_slope(g: Gelu) -> Tensor:
-    """φ'(z) = σ + z σ (1 − σ) a'(z)."""
-    return torch.addcmul(g.sigmoid, g.value * (1 - g.sigmoid), g.z * g.z * (3 * _A3) + _A1)
+    """φ'(z) = σ + z σ (1 − σ) a'(z), with a'(z) = A1 + 3 A3 z²."""
+    w = torch.addcmul(g.value, g.value, g.sigmoid, value=-1)
+    return torch.addcmul(torch.add(g.sigmoid, w, alpha=_A1), w, g.square, value=3 * _A3)
 
 
-def gelu_slope_and_curvature(g: Gelu) -> tuple[Tensor, Tensor]:
-    """φ'(z), and φ''(z) = σ (1 − σ) (2 a' + z a'' + z a'² (1 − 2σ)). Not differentiable: it works in place."""
-    sq = g.z * g.z
-    da = (sq * (3 * _A3)).add_(_A1)
-    w = torch.addcmul(g.sigmoid, g.sigmoid, g.sigmoid, value=-1)
-    zwda = (g.z * w).mul_(da)
-    slope = g.sigmoid + zwda
-    curvature = zwda.mul_(da).mul_((g.sigmoid * -2).add_(1))
-    curvature.addcmul_(w, da, value=2).addcmul_(w, sq, value=6 * _A3)
-    return slope, curvature
+def gelu_curvature(g: Gelu, slope: Tensor) -> Tensor:
+    """φ''(z) = σ (1 − σ) (2 a' + z a'') + (φ' − σ) a' (1 − 2σ). Not differentiable: it works in place."""
+    slope_of_a = (g.square * (3 * _A3)).add_(_A1)
+    curvature = (slope - g.sigmoid).mul_(slope_of_a).mul_((g.sigmoid * -2).add_(1))
+    bump = torch.addcmul(g.sigmoid, g.sigmoid, g.sigmoid, value=-1)
+    return curvature.addcmul_(bump, slope_of_a.mul_(4).sub_(2 * _A1))
 
 
 def normalise(y: Tensor) -> NormalisedRows:
@@ -132,15 +137,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
-def masked(p: Tensor, theta: Tensor | None) -> Tensor:
-    """P ⊙ Θ, where no Θ stands for the causal mask."""
-    return p.tril() if theta is None else p * theta
-
-
-def affinity(x: Tensor, a: Tensor, has_bias: bool) -> Tensor:
-    """P = x aᵀ + 1 with a bias (a constant input 1 in every row), x aᵀ without: [N, C, C]."""
+def affinity(x: Tensor, a: Tensor, has_bias: bool, theta: Tensor | None) -> Affinity:
+    """P = x aᵀ (+ 1) and P ⊙ Θ, where no Θ stands for the causal mask."""
     p = torch.bmm(x, a.transpose(1, 2))
-    return p + 1 if has_bias else p
+    if has_bias:
+        p = p.add_(1)
+    return Affinity(None, p.tril_()) if theta is None else Affinity(p, p * theta)
 
 
 def chunk_gradients(
@@ -193,14 +195,14 @@ def read_layer(
     momentum: tuple[Tensor, Tensor | None] | None,
     has_bias: bool,
     c: Coefficients,
-) -> tuple[Tensor, Tensor]:
-    """One layer's read `B (x W) + F (x S) − (P ⊙ Θ) δ`, and P. `base` is x W + b."""
+) -> tuple[Tensor, Affinity]:
+    """One layer's read `B (x W) + F (x S) − (P ⊙ Θ) δ`. `base` is x W + b."""
     if c.read_decay is not None:
         base = base * c.read_decay
     if momentum is not None:
         base = torch.addcmul(base, linear(x, *momentum), c.read_momentum)
-    p = affinity(x, a, has_bias)
-    return torch.baddbmm(base, masked(p, c.theta), delta, alpha=-1), p
+    reads = affinity(x, a, has_bias, c.theta)
+    return torch.baddbmm(base, reads.masked, delta, alpha=-1), reads
 
 
 def chunk_forward(
@@ -234,23 +236,23 @@ def chunk_forward(
         y = linear(x, current.w1, current.b1)
     has_momentum = intra and momentum is not None
     is_mlp = anchor.w2 is not None
-    p_in = p_out = hidden_x = norm_x = None
+    reads_in = reads_out = hidden_x = norm_x = None
     if intra:
         s_in = (momentum.w1, momentum.b1) if has_momentum else None
-        y, p_in = read_layer(y, x, k, f["d_in"], s_in, anchor.b1 is not None, c)
+        y, reads_in = read_layer(y, x, k, f["d_in"], s_in, anchor.b1 is not None, c)
     if is_mlp:
         hidden_x = gelu(y.contiguous())
         h, a, last = hidden_x.value, f["hidden_k"].value, anchor if current is None or not intra else current
         y = linear(h, last.w2, last.b2)
         if intra:
             s_out = (momentum.w2, momentum.b2) if has_momentum else None
-            y, p_out = read_layer(y, h, a, f["d_out"], s_out, anchor.b2 is not None, c)
+            y, reads_out = read_layer(y, h, a, f["d_out"], s_out, anchor.b2 is not None, c)
     if norm is None:
         o = y
     else:
         norm_x = normalise(y.contiguous())
         o = torch.addcmul(x + norm.bias, norm_x.n, norm.weight)
-    return o, ChunkState(**f, hidden_x=hidden_x, norm_x=norm_x, p_in=p_in, p_out=p_out)
+    return o, ChunkState(**f, hidden_x=hidden_x, norm_x=norm_x, reads_in=reads_in, reads_out=reads_out)
 
 
 def read_only(weights: FastWeights, x: Tensor, norm: Norm | None) -> Tensor:
@@ -262,30 +264,36 @@ def read_only(weights: FastWeights, x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def advance(
-    weights: FastWeights, momentum: FastWeights | None, s: ChunkState, c: Coefficients
+    weights: FastWeights, momentum: FastWeights | None, s: ChunkState, c: Coefficients, overwrite: bool = False
 ) -> tuple[FastWeights, FastWeights | None]:
-    """The weights and momentum after the chunk: W_end = B W + F S − Σ γ lr G, S_end = m S − Σ σ lr G."""
-    new = _step(weights, c.end_decay, s, c.end_gain)
+    """The weights and momentum after the chunk: W_end = B W + F S − Σ γ lr G, S_end = m S − Σ σ lr G.
+
+    With `overwrite` they take the place of those before it; otherwise those stay as they are.
+    """
+    if not overwrite:
+        weights = weights.map(Tensor.clone)
+    _step(weights, c.end_decay, s, c.end_gain)
     if c.end_momentum is not None:
-        new = new.zip_map(lambda w, m: torch.addcmul(w, _like(c.end_momentum, m), m), momentum)
+        weights.zip_map(lambda w, m: w.addcmul_(_like(c.end_momentum, m), m), momentum)
     if c.momentum_decay is not None:
-        momentum = _step(momentum, c.momentum_decay, s, c.momentum_gain)
-    return new, momentum
+        if not overwrite:
+            momentum = momentum.map(Tensor.clone)
+        _step(momentum, c.momentum_decay, s, c.momentum_gain)
+    return weights, momentum
 
 
-def _step(weights: FastWeights, decay: Tensor | None, s: ChunkState, gain: Tensor | None) -> FastWeights:
-    """decay · W − Σ gain lr G, the products accumulated straight onto the weights."""
+def _step(weights: FastWeights, decay: Tensor | None, s: ChunkState, gain: Tensor | None) -> None:
+    """W ← decay · W − Σ gain lr G, in place: the products are accumulated straight onto the weights."""
     if decay is not None:
-        weights = weights.map(lambda w: w * _like(decay, w))
-    k = s.kx[:, : s.lr.shape[1]]
+        weights.map(lambda w: w.mul_(_like(decay, w)))
     d_in, d_out = (s.d_in, s.d_out) if gain is None else (s.d_in * gain, s.d_out * gain)
-    w1 = torch.baddbmm(weights.w1, k.transpose(1, 2), d_in, alpha=-1)
-    b1 = None if weights.b1 is None else weights.b1 - d_in.sum(1)
-    if weights.w2 is None:
-        return FastWeights(w1, b1)
-    w2 = torch.baddbmm(weights.w2, s.hidden_k.value.transpose(1, 2), d_out, alpha=-1)
-    b2 = None if weights.b2 is None else weights.b2 - d_out.sum(1)
-    return FastWeights(w1, b1, w2, b2)
+    weights.w1.baddbmm_(s.kx[:, : s.lr.shape[1]].transpose(1, 2), d_in, alpha=-1)
+    if weights.b1 is not None:
+        weights.b1.sub_(d_in.sum(1))
+    if weights.w2 is not None:
+        weights.w2.baddbmm_(s.hidden_k.value.transpose(1, 2), d_out, alpha=-1)
+    if weights.b2 is not None:
+        weights.b2.sub_(d_out.sum(1))
 
 
 def _like(c: Tensor, w: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .chunk import (
+    Affinity,
     ChunkState,
     Coefficients,
     Norm,
+    gelu_curvature,
     gelu_slope,
-    gelu_slope_and_curvature,
     linear,
-    masked,
     normalise_backward,
 )
 from .types import FastWeights
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
     a: Tensor  # [N, C, in] input at the keys
     x: Tensor  # [N, C, in] input at the read rows
     delta: Tensor  # [N, C, out] δ, times lr
-    p: Tensor | None  # [N, C, C] affinity, before Θ
+    reads: Affinity | None
 
 
 class ChunkGradients(NamedTuple):
@@ -91,13 +91,13 @@ def chunk_backward(
     else:
         grad_h = _read_backward(last, grad_y, c, intra, grad_a, grad_delta_out, g, out=None)
         grad_h += torch.bmm(_scaled(grad_y, c.read_decay if intra else None), last.weight.transpose(1, 2))
-        slope, curvature = gelu_slope_and_curvature(s.hidden_k)
+        slope = s.hidden_k_slope
         grad_k_in, grad_delta_in = _advance_backward(first, c, g)
         grad_y_in = grad_h.mul_(gelu_slope(s.hidden_x))
         grad_x = _read_backward(first, grad_y_in, c, intra, grad_k_in, grad_delta_in, g, out=grad_first[:, C:])
         # δ1 = (δ2 W2ᵀ) ⊙ φ'(z1)
         grad_u = grad_delta_in * slope
-        grad_z_in = grad_delta_in.mul_(s.u).mul_(curvature)
+        grad_z_in = grad_delta_in.mul_(s.u).mul_(gelu_curvature(s.hidden_k, slope))
         grad_delta_out.baddbmm_(grad_u, last.weight)
         last.grad_weight.baddbmm_(grad_u.transpose(1, 2), s.d_out)
 
@@ -138,11 +138,11 @@ def _layers(
     none = FastWeights(None)
     m, gm = momentum or none, grad_momentum or none
     w, gw = weights, grad_weights
-    first = Layer(w.w1, w.b1, gw.w1, gw.b1, m.w1, m.b1, gm.w1, gm.b1, k, x, s.d_in, s.p_in)
+    first = Layer(w.w1, w.b1, gw.w1, gw.b1, m.w1, m.b1, gm.w1, gm.b1, k, x, s.d_in, s.reads_in)
     if s.hidden_k is None:
         return first, first
     a, h = s.hidden_k.value, s.hidden_x.value
-    return first, Layer(w.w2, w.b2, gw.w2, gw.b2, m.w2, m.b2, gm.w2, gm.b2, a, h, s.d_out, s.p_out)
+    return first, Layer(w.w2, w.b2, gw.w2, gw.b2, m.w2, m.b2, gm.w2, gm.b2, a, h, s.d_out, s.reads_out)
 
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -235,12 +235,14 @@ def _read_backward(
         grad_base = grad_y
     else:
         r = torch.bmm(grad_y, layer.delta.transpose(1, 2))
-        if g.wants("theta"):
-            g.add("theta", -(r * layer.p))
-        r = masked(r, c.theta)
+        if c.theta is None:
+            r.tril_()
+        else:
+            g.add("theta", -(r * layer.reads.raw))
+            r.mul_(c.theta)
         grad_x = torch.bmm(r, layer.a).neg_()
         grad_a.baddbmm_(r.transpose(1, 2), layer.x, alpha=-1)
-        grad_delta.baddbmm_(masked(layer.p, c.theta).transpose(1, 2), grad_y, alpha=-1)
+        grad_delta.baddbmm_(layer.reads.masked.transpose(1, 2), grad_y, alpha=-1)
         if c.momentum_decay is not None:
             scaled = grad_y * c.read_momentum
             g.add("read_momentum", _dot(grad_y, linear(layer.x, layer.momentum, layer.momentum_bias)))

@@ -280,7 +280,9 @@ def _zip_states(fn, states: list[MemoryState]) -> MemoryState:
         return getattr(first, name).zip_map(fn, *(getattr(s, name) for s in states[1:]))
 
     projection = None if first.projection is None else fn(*(s.projection for s in states))
-    return MemoryState(group("weights"), group("anchor"), group("momentum"), projection, fn(*(s.position for s in states)))
+    return MemoryState(
+        group("weights"), group("anchor"), group("momentum"), projection, fn(*(s.position for s in states))
+    )
 
 
 def _sequence_lengths(p: MemoryProblem) -> list[int]:
