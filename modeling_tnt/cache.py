@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
@@ -119,6 +119,10 @@ class TNTCacheLayer(CacheLayerMixin):
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.memories = {name: state.map(fn) for name, state in self.memories.items()}
         self.conv_tail = None if self.conv_tail is None else fn(self.conv_tail)
+
+
+# Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)
+STATIC_LAYER_TYPE_MAPPING[_LAYER_TYPE] = TNTCacheLayer
 
 
 def cache_signature(config: TNTConfig) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def test_the_prompt_may_be_read_in_pieces_or_as_embeddings():
     assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected[:, 11:])
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
+def test_every_cache_implementation_is_ours(kind):
+    model, prompt = make_model(), make_tokens(2, 5)
+    out = model.generate(prompt, cache_implementation=kind, **GREEDY)
+    assert torch.equal(out, model.generate(prompt, **GREEDY))
+
+
 def test_what_generation_cannot_do_is_refused():
     model, prompt = make_model(), make_tokens(1, 5)
     with pytest.raises(ValueError, match="assisted generation is not supported"):
