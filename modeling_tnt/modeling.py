@@ -130,8 +130,8 @@ class TNTModel(TNTPreTrainedModel):
             inputs_embeds: [B, T, hidden_size].
             attention_mask: [B, T], or [B, tokens in the cache + T]: 0 at padding, on either side. Padding does not
                 count as a position and leaves every state alone; its outputs are zero.
-            position_ids: [B, T] or [1, T]. Positions are counted by the memories themselves; a step other than +1
-                between two tokens of a row is read as the start of another, packed sequence.
+            position_ids: [B, T] or [1, T]. Positions are counted by the memories themselves; where they do not rise
+                from one token of a row to the next, another, packed sequence begins.
             seq_idx: [B, T] or [1, T] index of the packed sequence of each token, instead of position_ids.
             cu_seqlens: [N + 1] boundaries of the packed sequences of a single row (B = 1), instead of either.
             cu_seq_lens_q, cu_seq_lens_k: the same under transformers' names; must agree. max_length_* are not needed.
@@ -203,6 +203,8 @@ class TNTModel(TNTPreTrainedModel):
         else:
             fits = inputs_embeds.dim() == 3 and inputs_embeds.shape[2] == hidden_size
             given, name, layout = inputs_embeds, "inputs_embeds", f"[B, T, {hidden_size}]"
+        if inputs_embeds is None and input_ids.is_floating_point():
+            raise TypeError(f"input_ids must be integers, got {input_ids.dtype}; pass embeddings as inputs_embeds")
         if not fits or given.shape[0] < 1 or given.shape[1] < 1:
             raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
         return given

@@ -62,8 +62,8 @@ def plan_packing(
     Args:
         batch_shape: (B, T).
         attention_mask: [B, T] or [B, past_length + T], 0 at padding; its last T columns count.
-        position_ids: [B, T] or [1, T]; a new sequence begins where they do not go up by one from one token to the next.
-            Only that is read from them.
+        position_ids: [B, T] or [1, T]; a new sequence begins where they do not rise from one token to the next. Only
+            that is read from them: a gap, as padding inside a row leaves one, is none.
         seq_idx: [B, T] or [1, T]; a new sequence begins where it changes. Replaces position_ids.
         cu_seqlens: [N + 1] boundaries of the sequences in a single row (B = 1). Replaces the two above.
         past_length: columns that a cache has already seen. Packed sequences cannot continue one.
@@ -85,7 +85,7 @@ def plan_packing(
         packing = _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape)
     if past_length:
         raise ValueError(
-            "packed sequences (cu_seqlens, seq_idx, or position_ids that do not go up by one) cannot continue a filled "
+            "packed sequences (cu_seqlens, seq_idx, or position_ids that do not rise) cannot continue a filled "
             "past_key_values; pass one sequence a row, or no cache"
         )
     return packing
@@ -122,7 +122,7 @@ def _sequence_starts(
         return None
     ids = ids.to(row.device).expand(batch, length).flatten()
     ids = ids if token_index is None else ids.index_select(0, token_index)
-    breaks = ids[1:] != ids[:-1] + (1 if name == "position_ids" else 0)
+    breaks = ids[1:] != ids[:-1] if name == "seq_idx" else ids[1:] <= ids[:-1]
     new_row = row[1:] != row[:-1]
     if not (breaks & ~new_row).any():
         return None

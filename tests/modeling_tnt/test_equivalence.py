@@ -152,6 +152,18 @@ def test_packed_rows_with_padding():
     torch.testing.assert_close(logits, torch.cat([model(x[None]).logits[0] for x in (a, b, c, d)]), **EXACT)
 
 
+@torch.no_grad()
+def test_padding_inside_a_row_is_no_boundary():
+    model, row = make_model(), make_tokens(1, 9)
+    ids, mask = torch.zeros(1, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long)
+    where = [0, 1, 4, 5, 6, 7, 9, 10, 11]
+    ids[0, where], mask[0, where] = row[0], 1
+    out = model(ids, attention_mask=mask, position_ids=torch.arange(12)[None], use_cache=True)
+    alone = model(row, use_cache=True)
+    torch.testing.assert_close(out.logits[mask == 1], alone.logits[0], **EXACT)
+    assert_same_states(out.past_key_values, alone.past_key_values, **EXACT)
+
+
 @every_variant
 def test_gradients_flow_through_the_cache(variant):
     """Truncated or not is the caller's choice (`MemoryState.detach`): a cut read has the gradients of a whole one."""

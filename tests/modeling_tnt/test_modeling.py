@@ -213,6 +213,8 @@ def test_wrong_inputs_are_refused():
         model(tokens[0])
     with pytest.raises(ValueError, match=r"inputs_embeds must have shape \[B, T, 32\]"):
         model(inputs_embeds=embeds[..., :31])
+    with pytest.raises(TypeError, match="input_ids must be integers"):
+        model(tokens.float())
     with pytest.raises(ValueError, match="attention_mask must have shape"):
         model(tokens, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="attention_mask must have shape"):
