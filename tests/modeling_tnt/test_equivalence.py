@@ -153,6 +153,19 @@ def test_packed_rows_with_padding():
 
 
 @torch.no_grad()
+def test_rows_never_join():
+    """Also where the ids of one row go on in the next."""
+    model, tokens = make_model(), make_tokens(2, 6)
+    expected = torch.cat(
+        [model(tokens[row : row + 1, part]).logits for row, part in ((0, slice(4)), (0, slice(4, 6)))], 1
+    )
+    for name, ids in (("seq_idx", [[0, 0, 0, 0, 1, 1], [1] * 6]), ("position_ids", [[0, 1, 2, 3, 0, 1], range(2, 8)])):
+        logits = model(tokens, **{name: torch.tensor([list(row) for row in ids])}).logits
+        torch.testing.assert_close(logits[:1], expected, **EXACT)
+        torch.testing.assert_close(logits[1:], model(tokens[1:]).logits, **EXACT)
+
+
+@torch.no_grad()
 def test_padding_inside_a_row_is_no_boundary():
     model, row = make_model(), make_tokens(1, 9)
     ids, mask = torch.zeros(1, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long)
