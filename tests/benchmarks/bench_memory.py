@@ -5,10 +5,11 @@
     python tests/benchmarks/bench_memory.py --only ours --device cuda --length 16384
 
 What is timed is one training step of a memory *layer*, `loss = mean(o²)`, gradients of the input and of every
-parameter, for an input [B, T, H·D] in float32. The contenders, alternating in one process (A, B, C, A, B, C, …):
+parameter, for an input [B, T, H·D] in float32. The contenders, alternating in one process (A, B, A, B, …):
 
-  ours        the layer below around `local_memory`: plain gradient descent, reset every `--shard-length` tokens, read
-              at the projected query. Gradients of a chunk are taken at that chunk's start.
+  operation   `local_memory` alone, on given q, k, v and step sizes: what the share of the matmul rate is about.
+  ours        the layer below around it: plain gradient descent, reset every `--shard-length` tokens, read at the
+              projected query. Gradients of a chunk are taken at that chunk's start.
   ours+gates  the same with momentum and decay, which the peer has too.
   peer        `NeuralMemory(dim=H·D, heads=H, dim_head=D, chunk_size=C, batch_size=64)`: its weights are updated, and
               its gradients taken, once every `batch_size` tokens, its momentum and decay once every C: it never resets.
@@ -16,7 +17,7 @@ parameter, for an input [B, T, H·D] in float32. The contenders, alternating in 
 
 Around both memories stand the same parts, namely the peer's: two RMS norms, projections to q, k, v, a step size (and
 momentum and decay) per token and head, a gate per head, an output projection. The memory is an MLP of `--expansion`
-with the residual norm for both (the peer's own default expansion is 4: see --peer-expansion).
+with the residual norm for both; the peer's own default expansion is 4: see --peer-expansion.
 
 Memory is measured in a fresh process per contender: the high-water mark of resident memory during one step, less what
 was resident before it, after a small step has warmed up libraries and thread pools. Linux can reset that mark (write
@@ -46,6 +47,7 @@ from torch.nn import functional as F
 from modeling_tnt.kernels import MemoryParams, local_memory
 
 PEER = "titans_pytorch"
+CONTENDERS = ("operation", "ours", "ours+gates", "peer")
 MIB = 2**20
 
 
@@ -71,18 +73,20 @@ class MemoryLayer(nn.Module):
         self.w2 = nn.Parameter(torch.randn(H, M, D) * M**-0.5)
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(H, D)), nn.Parameter(torch.zeros(H, D))
 
+    def params(self) -> MemoryParams:
+        return MemoryParams(self.w1, w2=self.w2, norm_weight=self.norm_weight, norm_bias=self.norm_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         read, write = self.read_norm(x), self.write_norm(x)
         q, k, v = (
             f(y).unflatten(-1, self.shape) for f, y in ((self.to_q, read), (self.to_k, write), (self.to_v, write))
         )
-        params = MemoryParams(self.w1, w2=self.w2, norm_weight=self.norm_weight, norm_bias=self.norm_bias)
         o, _ = local_memory(
             q,
             F.normalize(k, dim=-1),
             v,
             0.1 * self.to_lr(write).sigmoid(),
-            params,
+            self.params(),
             momentum=self.to_momentum(write).sigmoid() if self.to_momentum else None,
             decay=0.1 * self.to_decay(write).sigmoid() if self.to_decay else None,
             **self.options,
@@ -111,8 +115,10 @@ def make_contender(name: str, args: argparse.Namespace, chunk_size: int) -> Call
 
         parameters = list(memory.parameters())
     else:
-        layer = MemoryLayer(args, chunk_size, gates=name == "ours+gates", backend=args.backend).to(args.device)
-        parameters = list(layer.parameters())
+        memory = MemoryLayer(args, chunk_size, gates=name == "ours+gates", backend=args.backend).to(args.device)
+        if name == "operation":
+            return operation_step(args, memory)
+        layer, parameters = memory, list(memory.parameters())
     inputs = {}
 
     def step(length: int) -> None:
@@ -126,22 +132,43 @@ def make_contender(name: str, args: argparse.Namespace, chunk_size: int) -> Call
     return step
 
 
-def operations(args: argparse.Namespace, chunk_size: int, gates: bool) -> int:
-    """Floating-point operations of the memory alone in one step, forward and backward, two per multiply-add.
+def operation_step(args: argparse.Namespace, layer: MemoryLayer) -> Callable[[int], None]:
+    """The layer's memory without what is around it."""
+    params = layer.params()
+    inputs = {}
+
+    def step(length: int) -> None:
+        if length not in inputs:
+            qkv = torch.randn(3, args.batch, length, *layer.shape, device=args.device)
+            lr = 0.1 * torch.rand(args.batch, length, args.heads, device=args.device)
+            inputs[length] = [t.requires_grad_() for t in (qkv[0], F.normalize(qkv[1], dim=-1), qkv[2], lr)]
+        o, _ = local_memory(*inputs[length], params, **layer.options)
+        o.square().mean().backward()
+        for t in (*inputs[length], *layer.parameters()):
+            t.grad = None
+
+    return step
+
+
+def operations(args: argparse.Namespace, chunk_size: int, contender: str) -> int:
+    """Floating-point operations of one step, forward and backward, two per multiply-add.
 
     Per token and head of width D with an MLP of width M, in chunks of C tokens, counted from the matrix products of
-    the dual form as dense products; elementwise work, the gates' recurrence and the projections around the memory are
-    not counted, nor is anything that an implementation computes twice beyond the recomputation named here.
+    the dual form as dense products; elementwise work and the gates' recurrence are not counted, nor is anything that an
+    implementation computes twice beyond the recomputation named here.
 
       C × D × M products: forward 7 (K W1, A W2, Δ2 W2ᵀ; X W1, H W2; the updates Kᵀ Δ1, Aᵀ Δ2), recomputed 5,
         backward 14: 26 of 2·D·M. Momentum adds forward 4 (X S1, H S2, two updates), recomputed 2, backward 8: 40.
       C × C products: forward X Kᵀ, H Aᵀ and two that apply them to Δ, recomputed, and 8 backward: 16·C·(D + M).
       Q-K projection: forward Q M, Kᵀ K: 4·D², Q Kᵀ and its use: 4·C·D; backward 6·D² and 10·C·D.
+      Around the memory (not for "operation"): four projections of the whole width H·D, 6·H·D² each per head.
     """
     D, M, C = args.head_dim, args.head_dim * args.expansion, chunk_size
-    per_token = (40 if gates else 26) * 2 * D * M + 16 * C * (D + M)
+    per_token = (40 if contender == "ours+gates" else 26) * 2 * D * M + 16 * C * (D + M)
     if args.qk_projection != "none":
         per_token += 10 * D * D + 14 * C * D
+    if contender != "operation":
+        per_token += 4 * 6 * args.heads * D * D
     return per_token * args.batch * args.length * args.heads
 
 
@@ -236,8 +263,8 @@ def run_chunk_size(args: argparse.Namespace, names: list[str], chunk_size: int, 
             "tokens_per_second_lowest": min(tokens_per_second),
             "tokens_per_second_highest": max(tokens_per_second),
         }
-        if name.startswith("ours"):
-            row["operations"] = operations(args, chunk_size, gates=name == "ours+gates")
+        if name != "peer":
+            row["operations"] = operations(args, chunk_size, name)
             row["operations_per_second"] = row["operations"] / statistics.median(times[name])
         if not args.no_peak:
             row["peak_bytes"] = peak_in_a_fresh_process(name, chunk_size, argv)
@@ -250,7 +277,12 @@ def report(rows: list[dict], rate: float) -> None:
     line = "{:>4} {:<11} {:>36} {:>7} {:>8} {:>6} {:>9} {:>8}"
     print(line.format(*head))
     for row in rows:
-        peer = next((r for r in rows if r["contender"] == "peer" and r["chunk_size"] == row["chunk_size"]), None)
+        # The operation alone does less than the peer's layer, so it is not compared with it.
+        peer = (
+            None
+            if row["contender"] == "operation"
+            else next((r for r in rows if r["contender"] == "peer" and r["chunk_size"] == row["chunk_size"]), None)
+        )
         speed = (
             f"{row['tokens_per_second']:,.0f} "
             f"({row['tokens_per_second_lowest']:,.0f}-{row['tokens_per_second_highest']:,.0f})"
@@ -279,8 +311,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shard-length", type=int, default=512, help="0: never reset")
     parser.add_argument("--qk-projection", choices=("shard", "chunk", "none"), default="shard")
     parser.add_argument("--peer-expansion", type=int, help="another expansion for the peer, such as its default, 4")
-    parser.add_argument("--contenders", nargs="+", choices=("ours", "ours+gates", "peer"),
-                        default=["ours", "ours+gates", "peer"])  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--only", choices=("ours", "peer"), help="leave the others out")
     parser.add_argument("--backend", default="torch", help="of ours")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -299,7 +330,7 @@ def main(argv: list[str]) -> None:
         name, chunk_size = args.measure_peak_of
         print(measure_peak(args, name, int(chunk_size)))
         return
-    names = [n for n in args.contenders if args.only is None or n.startswith(args.only)]
+    names = [n for n in args.contenders if args.only is None or (args.only == "peer") == (n == "peer")]
     missing = "peer" in names and importlib.util.find_spec(PEER) is None
     if missing:
         names.remove("peer")

@@ -60,5 +60,8 @@ def test_a_wrong_backend_is_not_timed(bench, monkeypatch):
 def test_operations(bench):
     args = bench.parse(["--qk-projection", "none"])
     tokens_and_heads = 2 * 2048 * 4
-    assert bench.operations(args, 16, gates=False) == tokens_and_heads * (52 * 64 * 128 + 16 * 16 * 192)
-    assert bench.operations(args, 16, gates=True) == tokens_and_heads * (80 * 64 * 128 + 16 * 16 * 192)
+    assert bench.operations(args, 16, "operation") == tokens_and_heads * (52 * 64 * 128 + 16 * 16 * 192)
+    gates = bench.operations(args, 16, "ours+gates") - bench.operations(args, 16, "ours")
+    assert gates == tokens_and_heads * 28 * 64 * 128
+    around = bench.operations(args, 16, "ours") - bench.operations(args, 16, "operation")
+    assert around == 2 * 2048 * 3 * 4 * 2 * 256**2  # four square projections, three products each
