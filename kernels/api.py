@@ -49,8 +49,8 @@ def local_memory(
             chunk (eq. 7 as printed); "none": read at q_t.
         normalize_projection: divide the projected query by its L2 norm (a zero one stays zero).
         momentum, decay: [B, T, H] in [0, 1]; None is 0.
-        token_scale: [chunk_size]; W_t = W_anchor − token_scale[t mod chunk_size] · Σ lr G (TTT); excludes the two above.
-        cu_seqlens: [N + 1] int, packed sequences: B must be 1, sequence n is q[0, cu[n]:cu[n+1]]. Empty ones are allowed.
+        token_scale: [chunk_size]; W_t = W_anchor − token_scale[t mod chunk_size] · Σ lr G (TTT); excludes both above.
+        cu_seqlens: [N + 1] int, packed sequences: B must be 1, sequence n is q[0, cu[n]:cu[n+1]], which may be empty.
         initial_state: the `final_state` of an earlier call, N rows when packed and B otherwise. A sequence may be cut
             anywhere, in mid-chunk too.
         output_final_state: also return the state after the last token; gradients flow through it.

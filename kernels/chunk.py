@@ -2,7 +2,7 @@
 
 Differentiable torch on rows: N independent memories (a row is one head of one shard), C tokens each. The scan runs it
 without autograd and brings its own backward (chunk_backward.py); the pieces at the edges of a sequence run it with
-autograd. Names follow the usual derivation: with the memory `y = φ(x W1 + b1) W2 + b2` and G_τ = a_τᵀ δ_τ for each layer,
+autograd. With the memory `y = φ(x W1 + b1) W2 + b2` and G_τ = a_τᵀ δ_τ for each layer,
 
     x_t W_t = B_t (x_t W) + F_t (x_t S) − Σ_{τ≤t} Θ_tτ (x_t·a_τ) δ_τ          (TTT, arXiv 2407.04620, section 2.5)
 

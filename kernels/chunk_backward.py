@@ -1,8 +1,8 @@
 """The analytic backward of `chunk_forward` followed by `advance`, for a chunk whose reads start at its anchor.
 
-`x̄` is the gradient of the loss with respect to x; in code `grad_x`. The gradients of the weights and the momentum before
-the chunk are accumulated in place onto those after it, since almost all of them pass straight through. Nothing here is
-differentiable.
+`x̄` is the gradient of the loss with respect to x; in code `grad_x`. The gradients of the weights and the momentum
+before the chunk are accumulated in place onto those after it, since almost all of them pass straight through. Nothing
+here is differentiable.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The sequential part of the torch backend: chunk after chunk over many shards at once, with an analytic backward.
 
-Both directions are custom operators, so that `torch.compile` and activation checkpointing see one node each. The forward
-keeps the weights at the start of every `interval`-th chunk; the backward recomputes a group of chunks from there. Shards
-are sorted by length, so those that are still running are always the first ones and nothing is computed for padding.
+Both directions are custom operators, so that `torch.compile` and activation checkpointing see one node each. The
+forward keeps the weights at the start of every `interval`-th chunk; the backward recomputes a group of chunks from
+there. Shards are sorted by length, so those that are still running are always the first ones and nothing is computed
+for padding.
 """
 
 from __future__ import annotations

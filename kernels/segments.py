@@ -145,7 +145,7 @@ def scatter(blocks: list[tuple[Tokens, Tensor]], total: int) -> Tensor:
         return blocks[0][1].reshape(total, *blocks[0][1].shape[2:])
     where = torch.empty(total, dtype=torch.int64, device=blocks[0][1].device)
     base = 0
-    for tokens, block in blocks:
+    for tokens, _ in blocks:
         size = tokens.rows * tokens.length
         place = torch.arange(base, base + size, device=where.device).view(tokens.rows, tokens.length)
         index, valid = tokens.index(), tokens.valid()
