@@ -149,9 +149,9 @@ def _norm_rows(inputs: ScanInputs, shards: int) -> Norm | None:
 
 def _own(weights: FastWeights | None) -> FastWeights | None:
     """[J, H, …] -> [J · H, …], a copy that may be overwritten."""
-    return (
-        None if weights is None else weights.map(lambda t: t.clone(memory_format=torch.contiguous_format).flatten(0, 1))
-    )
+    if weights is None:
+        return None
+    return weights.map(lambda t: t.clone(memory_format=torch.contiguous_format).flatten(0, 1))
 
 
 class _Chunk(NamedTuple):
@@ -167,13 +167,18 @@ class _Chunk(NamedTuple):
 
 
 def _read_chunk(
-    inputs: ScanInputs, plan: ScanPlan, index: int, weights: FastWeights, momentum: FastWeights | None
+    inputs: ScanInputs,
+    plan: ScanPlan,
+    index: int,
+    weights: FastWeights,
+    momentum: FastWeights | None,
+    norm: Norm | None,
 ) -> tuple[_Chunk, Tensor]:
-    """Read one chunk of the shards that have it, whose states are the first ones of those given."""
+    """Read one chunk of the shards that have it, whose rows are the first ones of those given."""
     active = plan.active(index)
     rows = active * inputs.x.shape[2]
     weights, momentum = _first(weights, rows), _first(momentum, rows)
-    norm = _norm_rows(inputs, active)
+    norm = None if norm is None else Norm(norm.weight[:rows], norm.bias[:rows])
     kx, v, lr, c = _chunk_inputs(inputs, index, active, plan.chunk_size)
     o, state = chunk_forward(weights, None, momentum, kx, v, lr, norm, c, plan.intra)
     return _Chunk(index, active, weights, momentum, norm, c, state), o
@@ -214,8 +219,9 @@ def scan_forward(
             part = inputs.shards(slab.start, slab.stop)
             plan = ScanPlan(lengths[slab], chunk_size, intra, interval)
             weights, momentum = _own(part.weights), _own(part.momentum)
+            norm = _norm_rows(part, len(plan.lengths))
             for index in range(plan.lengths[0]):
-                chunk, o_rows = _read_chunk(part, plan, index, weights, momentum)
+                chunk, o_rows = _read_chunk(part, plan, index, weights, momentum, norm)
                 span = slice(index * chunk_size, (index + 1) * chunk_size)
                 _store(o[slab][: chunk.active, span], o_rows, H)
                 if interval and index % interval == 0:
@@ -308,6 +314,7 @@ def _backward_slab(
     grad_weights = FastWeights(*(flat.get(name) for name in _WEIGHTS))
     grad_momentum = None if inputs.momentum is None else FastWeights(*(flat.get(name) for name in _MOMENTUM))
     grad_norm_weight = None if inputs.norm_weight is None else inputs.x.new_zeros(J * H, C, D)
+    norm = _norm_rows(inputs, J)
     total = plan.lengths[0]
     for start in reversed(range(0, total, plan.interval)):
         at_start = {name: t[start // plan.interval].flatten(0, 1) for name, t in kept.items()}
@@ -316,7 +323,7 @@ def _backward_slab(
         stop = min(start + plan.interval, total)
         chunks = []
         for index in range(start, stop):
-            chunks.append(_read_chunk(inputs, plan, index, weights, momentum)[0])
+            chunks.append(_read_chunk(inputs, plan, index, weights, momentum, norm)[0])
             if index + 1 < stop:
                 weights, momentum = advance(*chunks[-1][2:4], chunks[-1].state, chunks[-1].coefficients)
         while chunks:
