@@ -21,7 +21,7 @@ from .chunk_backward import chunk_backward
 from .types import FastWeights
 
 # Shards are taken in slabs whose fast weights fit into the caches of a CPU; see tests/benchmarks/LOG.md.
-SLAB_BYTES = 4 << 20
+SLAB_BYTES = 2 << 20
 
 _WEIGHTS = FastWeights._fields
 _MOMENTUM = tuple(f"momentum_{name}" for name in _WEIGHTS)

@@ -49,6 +49,7 @@ def prepare(arguments: TrainArguments) -> Run:
         OSError: for data that cannot be read.
     """
     config, tokenizer, stages = _check(arguments)
+    print("reading and tokenising the data ...", flush=True)
     corpus = read_corpus(
         arguments.data, data_config=arguments.data_config, text_column=arguments.text_column,
         limit_bytes=int(arguments.data_limit * 1e6),
