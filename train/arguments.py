@@ -38,10 +38,10 @@ class TrainArguments:
     validation_share: float = _option(0.05, "data", "share of the bytes held out for validation, by document")
     tokenizer: str = _option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
 
-    max_steps: int = _option(300, "optimisation", "optimiser steps of stage 1")
-    batch_size: int = _option(8, "optimisation", "rows per step")
+    max_steps: int = _option(1200, "optimisation", "optimiser steps of stage 1")
+    batch_size: int = _option(1, "optimisation", "rows per step")
     seq_len: int = _option(1024, "optimisation", "tokens per row")
-    learning_rate: float = _option(2e-3, "optimisation", "peak learning rate of stage 1")
+    learning_rate: float = _option(3e-3, "optimisation", "peak learning rate of stage 1")
     warmup_share: float = _option(0.1, "optimisation", "share of a stage's steps with a rising learning rate")
     weight_decay: float = _option(0.1, "optimisation", "AdamW's decay of the projections' matrices, and of no others")
     max_grad_norm: float = _option(1.0, "optimisation", "L2 norm that gradients are clipped to")
@@ -58,8 +58,8 @@ class TrainArguments:
 
     output_dir: Path = _option(Path("runs/quickstart"), "output", "folder for checkpoints, metrics and plot")
     overwrite: bool = _option(False, "output", "replace the run that output_dir holds")
-    checkpoint_every: int = _option(100, "output", "steps between checkpoints")
-    health_every: int = _option(25, "output", "steps between looks at the memories' inner gradients and states")
+    checkpoint_every: int = _option(200, "output", "steps between checkpoints")
+    health_every: int = _option(50, "output", "steps between looks at the memories' inner gradients and states")
     eval_tokens: int = _option(
         131072, "output", "validation tokens to score, rounded down to whole rows; never more than a quarter of the "
         "tokens that stage 1 trains on",
