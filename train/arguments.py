@@ -53,7 +53,7 @@ class TrainArguments:
         None, "stage 2", "local chunk sizes, in tokens, one for each local memory; by default a quarter of stage 1's"
     )
     stage2_learning_rate: float | None = _option(
-        None, "stage 2", "peak learning rate of stage 2; by default 0.3 of stage 1's"
+        None, "stage 2", "peak learning rate of stage 2; by default a tenth of stage 1's, where that ended"
     )
 
     output_dir: Path = _option(Path("runs/quickstart"), "output", "folder for checkpoints, metrics and plot")

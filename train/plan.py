@@ -132,5 +132,5 @@ def plan_stages(arguments: TrainArguments, config: TNTConfig) -> list[Stage]:
     except ValueError as error:
         raise ValueError(f"stage 2 with the local chunks {chunk_sizes}: {error}") from error
     steps = max(1, round(arguments.stage2_share * arguments.max_steps))
-    learning_rate = arguments.stage2_learning_rate or 0.3 * arguments.learning_rate
+    learning_rate = arguments.stage2_learning_rate or 0.1 * arguments.learning_rate
     return [first, Stage("stage2", steps, chunk_sizes, learning_rate)]
