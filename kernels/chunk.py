@@ -54,6 +54,13 @@ class Coefficients(NamedTuple):
     momentum_gain: Tensor | None = None
     momentum_decay: Tensor | None = None
 
+    def in_rows(self, rows: int, C: int) -> Coefficients:
+        """Give coefficients that were made with other leading dimensions (and without the trailing 1s) these shapes."""
+        shapes = {"theta": (C, C), "end_decay": (1, 1), "end_momentum": (1, 1), "momentum_decay": (1, 1)}
+        return Coefficients(
+            *(None if t is None else t.reshape(rows, *shapes.get(name, (-1, 1))) for name, t in self._asdict().items())
+        )
+
 
 class Gelu(NamedTuple):
     """gelu_tanh at z, with what its derivatives share."""

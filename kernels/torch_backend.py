@@ -205,10 +205,7 @@ class _Reader:
         def unrows(weights: FastWeights | None) -> FastWeights | None:
             return None if weights is None else weights.map(lambda t: t.unflatten(0, (pieces, H)))
 
-        shapes = {"theta": (C, C), "end_decay": (1, 1), "end_momentum": (1, 1), "momentum_decay": (1, 1)}
-        c = Coefficients(
-            **{k: None if t is None else t.reshape(pieces * H, *shapes.get(k, (-1, 1))) for k, t in c._asdict().items()}
-        )
+        c = c.in_rows(pieces * H, C)
         anchor, current, momentum = rows(anchor), rows(current), rows(momentum)
         kx = torch.cat((_rows(b.k), _rows(x)), dim=1)
         lr = _rows(b.lr.unsqueeze(-1))
