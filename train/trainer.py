@@ -83,7 +83,8 @@ def train(run: Run) -> dict[str, Any]:
                     scores.append(_score(run, model, key, f"after {state.stage}", log))
                 stage_results.append(train_stage(run, stage, model, state, accelerator, log))
                 scores.append(_score(run, model, f"after_{stage.name}", f"after {stage.name}", log))
-            prompt = run.validation.tokens[0, : arguments.prompt_tokens]
+            # From the middle: the first held-out file of the default data is a list of constants.
+            prompt = run.validation.tokens[len(run.validation.tokens) // 2, : arguments.prompt_tokens]
             sample = generate_sample(
                 model, run.tokenizer, prompt, new_tokens=arguments.sample_tokens, seed=arguments.seed
             )
