@@ -1,7 +1,7 @@
 """Named configurations, one JSON file each under `presets/`, holding the fields that differ from the defaults.
 
 `tiny`             trains on 2 CPU cores in minutes; bytes (ByT5 tokenizer). It reads its local memory at the raw query
-                   (`qk_projection="none"`), which is what measured best at this size.
+                   (`qk_projection="none"`), which measured best at this size (tests/benchmarks/LOG.md).
 `tnt-150m`         TNT (arXiv 2511.07343), stage 1 with the local chunks {8}.
 `titans-150m`      Titans (arXiv 2501.00663) as a TNT without a global memory, reset or projection.
 `ttt-linear-125m`  TTT-Linear (arXiv 2407.04620), the same with TTT's token scale instead of momentum and forget gate.
