@@ -31,11 +31,8 @@ def project_queries(
     Returns:
         x [J, L, H, D] and M [J, H, D, D] or None.
     """
-    if start is None:
-        J, _, H, D = q.shape
-        start = q.new_zeros(1, 1, 1, 1).expand(J, H, D, D)
-    x, end = torch.ops.modeling_tnt.project_forward(q, k, start, normalize, BLOCK)
-    return x, end if need_end else None
+    outputs = torch.ops.modeling_tnt.project_forward(q, k, start, normalize, need_end, BLOCK)
+    return outputs[0], outputs[1] if need_end else None
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,49 +68,72 @@ def _store(target: Tensor, slab: slice, span: slice, rows: Tensor) -> None:
     block.copy_(rows.view(block.shape))
 
 
-def _read(q: Tensor, k: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+def _state_rows(m: Tensor | None, slab: slice) -> Tensor | None:
+    """[J, H, D, D] -> [N, D, D], a copy; None stands for zero."""
+    return None if m is None else m[slab].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _read(q: Tensor, k: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:
     """X = Q M + tril(Q Kᵀ) K, and that triangle."""
     p = torch.bmm(q, k.transpose(1, 2)).tril_()
-    return torch.bmm(q, m).baddbmm_(p, k), p
+    return _add_product(None if m is None else torch.bmm(q, m), p, k), p
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in place; None stands for zero."""
+    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
 @torch.library.custom_op("modeling_tnt::project_forward", mutates_args=())
-def project_forward(q: Tensor, k: Tensor, start: Tensor, normalize: bool, block: int) -> tuple[Tensor, Tensor]:
-    """x and M after the last token."""
-    x, end = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(start.shape)
+def project_forward(
+    q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: bool, block: int
+) -> list[Tensor]:
+    """x and, if it is needed, M after the last token. No M is made where nothing reads it."""
+    outputs = _empty_outputs(q, need_end)
+    L = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         for slab in _slabs(q, block):
-            m = start[slab].clone(memory_format=torch.contiguous_format).flatten(0, 1)
-            for first in range(0, q.shape[1], block):
-                span = slice(first, min(first + block, q.shape[1]))
+            m = _state_rows(start, slab)
+            for first in range(0, L, block):
+                span = slice(first, min(first + block, L))
                 unit_k, _ = _unit(_rows(k, slab, span))
                 rows, _ = _read(_rows(q, slab, span), unit_k, m)
-                _store(x, slab, span, _unit(rows)[0] if normalize else rows)
-                m.baddbmm_(unit_k.transpose(1, 2), unit_k)
-            end[slab] = m.view(end[slab].shape)
-    return x, end
+                _store(outputs[0], slab, span, _unit(rows)[0] if normalize else rows)
+                if need_end or span.stop < L:
+                    m = _add_product(m, unit_k.transpose(1, 2), unit_k)
+            if need_end:
+                target = outputs[1][slab]
+                target.copy_(m.view(target.shape))
+    return outputs
+
+
+def _empty_outputs(q: Tensor, need_end: bool) -> list[Tensor]:
+    J, _, H, D = q.shape
+    x = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return [x, q.new_empty(J, H, D, D)] if need_end else [x]
 
 
 @project_forward.register_fake
-def _(q: Tensor, k: Tensor, start: Tensor, normalize: bool, block: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(start.shape)
+def _(q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: bool, block: int) -> list[Tensor]:
+    return _empty_outputs(q, need_end)
 
 
 @torch.library.custom_op("modeling_tnt::project_backward", mutates_args=())
 def project_backward(
-    q: Tensor, k: Tensor, start: Tensor, grad_x: Tensor, grad_end: Tensor, normalize: bool, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and start."""
-    grad_q, grad_k = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
-    grad_start = torch.empty_like(grad_end, memory_format=torch.contiguous_format)
+    q: Tensor, k: Tensor, start: Tensor | None, grad_x: Tensor, grad_end: Tensor | None, normalize: bool, block: int
+) -> list[Tensor]:
+    """Gradients of q, k and, where it is given, start."""
+    grads = _empty_gradients(q, k, start)
+    L = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         for slab in _slabs(q, block):
-            spans = [slice(i, min(i + block, q.shape[1])) for i in range(0, q.shape[1], block)]
-            before = [start[slab].reshape(-1, *start.shape[2:])]  # M before each block
+            spans = [slice(i, min(i + block, L)) for i in range(0, L, block)]
+            before = [_state_rows(start, slab)]  # M before each block
             for span in spans[:-1]:
                 unit_k, _ = _unit(_rows(k, slab, span))
-                before.append(torch.baddbmm(before[-1], unit_k.transpose(1, 2), unit_k))
-            grad_m = grad_end[slab].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+                earlier = None if before[-1] is None else before[-1].clone()
+                before.append(_add_product(earlier, unit_k.transpose(1, 2), unit_k))
+            grad_m = _state_rows(grad_end, slab)
             while spans:
                 span, m = spans.pop(), before.pop()
                 query, grad = _rows(q, slab, span), _rows(grad_x, slab, span)
@@ -124,34 +144,42 @@ def project_backward(
                 else:
                     p = torch.bmm(query, unit_k.transpose(1, 2)).tril_()
                 r = torch.bmm(grad, unit_k.transpose(1, 2)).tril_()
-                _store(grad_q, slab, span, torch.bmm(grad, m.transpose(1, 2)).baddbmm_(r, unit_k))
-                grad_unit = torch.bmm(unit_k, grad_m + grad_m.transpose(1, 2))
-                grad_unit.baddbmm_(r.transpose(1, 2), query).baddbmm_(p.transpose(1, 2), grad)
-                _store(grad_k, slab, span, _unit_backward(unit_k, factor, grad_unit))
-                grad_m.baddbmm_(query.transpose(1, 2), grad)
-            grad_start[slab] = grad_m.view(grad_start[slab].shape)
-    return grad_q, grad_k, grad_start
+                from_m = None if m is None else torch.bmm(grad, m.transpose(1, 2))
+                _store(grads[0], slab, span, _add_product(from_m, r, unit_k))
+                grad_unit = None if grad_m is None else torch.bmm(unit_k, grad_m + grad_m.transpose(1, 2))
+                grad_unit = _add_product(grad_unit, r.transpose(1, 2), query).baddbmm_(p.transpose(1, 2), grad)
+                _store(grads[1], slab, span, _unit_backward(unit_k, factor, grad_unit))
+                if m is not None:
+                    grad_m = _add_product(grad_m, query.transpose(1, 2), grad)
+            if start is not None:
+                target = grads[2][slab]
+                target.copy_(grad_m.view(target.shape))
+    return grads
+
+
+def _empty_gradients(q: Tensor, k: Tensor, start: Tensor | None) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, start) if t is not None]
 
 
 @project_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, start: Tensor, grad_x: Tensor, grad_end: Tensor, normalize: bool, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, grad_end))
+    q: Tensor, k: Tensor, start: Tensor | None, grad_x: Tensor, grad_end: Tensor | None, normalize: bool, block: int
+) -> list[Tensor]:
+    return _empty_gradients(q, k, start)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, start, ctx.normalize, ctx.block = inputs
+    q, k, start, ctx.normalize, _, ctx.block = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, start)
 
 
-def _autograd_backward(ctx, grad_x: Tensor | None, grad_end: Tensor | None):
+def _autograd_backward(ctx, grads):
     q, k, start = ctx.saved_tensors
-    grad_x = torch.zeros_like(q) if grad_x is None else grad_x
-    grad_end = q.new_zeros(start.shape) if grad_end is None else grad_end
-    grads = torch.ops.modeling_tnt.project_backward(q, k, start, grad_x, grad_end, ctx.normalize, ctx.block)
-    return *grads, None, None
+    grad_x = torch.zeros_like(q) if grads[0] is None else grads[0]
+    grad_end = grads[1] if len(grads) > 1 else None
+    result = torch.ops.modeling_tnt.project_backward(q, k, start, grad_x, grad_end, ctx.normalize, ctx.block)
+    return result[0], result[1], result[2] if start is not None else None, None, None, None
 
 
 project_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

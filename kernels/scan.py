@@ -123,22 +123,20 @@ def scan_backward(
         _keep_freed_memory()
     inputs = _unpack(tensors, names)
     given = dict(zip(grad_names.split(","), grads, strict=True))
-    state = list(named(inputs.weights, inputs.momentum))
-    kept_by_name = dict(zip((name for name, _ in state), kept, strict=True))
+    kept_by_name = dict(zip((name for name, _ in named(inputs.weights, inputs.momentum)), kept, strict=True))
     ragged = lengths[-1] < lengths[0]
     if ragged:  # past a shard's end o is a constant zero
         chunk_of_token = torch.arange(inputs.x.shape[1], device=inputs.x.device) // chunk_size
         reached = chunk_of_token < torch.tensor(lengths, device=inputs.x.device)[:, None]
         given["o"] = given["o"] * reached[:, :, None, None]
-    out = {
-        name: torch.zeros_like(t, memory_format=torch.contiguous_format)
-        if ragged or name.startswith("norm_")
-        else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for name, t in zip(names.split(","), tensors, strict=True)
-    }
-    for name, t in state:
-        out[name] = given[name].clone(memory_format=torch.contiguous_format) if name in given else torch.zeros_like(t)
-        out[name] = out[name].contiguous()
+    out = {}
+    for name, t in zip(names.split(","), tensors, strict=True):
+        if name in given:  # the gradient of the state after a shard turns into that of the one before it
+            out[name] = given[name].clone(memory_format=torch.contiguous_format)
+        elif ragged or name.startswith("norm_") or name in kept_by_name:
+            out[name] = torch.zeros_like(t, memory_format=torch.contiguous_format)
+        else:
+            out[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
     with torch.autocast(inputs.x.device.type, enabled=False):
         for slab in _slabs(inputs, lengths):
             part_kept = {name: t[:, slab] for name, t in kept_by_name.items()}
@@ -170,7 +168,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     states = sum(name in WEIGHTS + MOMENTUM for name in names.split(","))
     ctx.save_for_backward(*tensors, *output[1 + states :])
-    ctx.tensors, ctx.states = len(tensors), states
+    ctx.tensors = len(tensors)
     ctx.arguments = (names, lengths, chunk_size, intra, interval)
 
 
