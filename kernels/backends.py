@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-_MODULES = {"reference": ".reference", "torch": ".torch_backend"}
+_MODULES = {"reference": ".reference", "torch": ".torch_backend", "triton": ".triton_backend"}
 
 
 class BackendChoice(NamedTuple):

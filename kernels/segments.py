@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import MemoryProblem
+
 INIT, STATE, HEAD, JOB, TAIL = "init", "state", "head", "job", "tail"
 
 
@@ -99,6 +101,61 @@ def _sort_jobs(plan: Plan) -> Plan:
         tails=[t._replace(source=moved(t.source)) for t in plan.tails],
         final=[moved(s) for s in plan.final],
     )
+
+
+class Segment(NamedTuple):
+    """The part of a sequence between two resets, for a kernel that walks through it.
+
+    start: first token in the flattened input; count: tokens; offset: the first one's position in its chunk; source: row
+    of the state it starts from, 0 the learned one and 1 + n that of sequence n; end: n if sequence n ends with it and
+    its final state is wanted, otherwise -1.
+    """
+
+    start: int
+    count: int
+    offset: int
+    source: int
+    end: int
+
+
+def plan_segments(
+    lengths: list[int],
+    positions: list[int] | None,
+    chunk_size: int,
+    shard_length: int | None,
+    output_final_state: bool,
+) -> list[Segment]:
+    """Cut sequences, laid out one after the other, of these lengths at their resets.
+
+    positions: tokens each sequence has read before; None when there is no earlier state. An empty sequence is a segment
+    without tokens if its final state is wanted.
+    """
+    segments = []
+    token = 0
+    for n, length in enumerate(lengths):
+        position = 0 if positions is None else positions[n]
+        source = 0 if positions is None else 1 + n
+        end = token + length
+        if length == 0 and output_final_state:
+            segments.append(Segment(token, 0, position % chunk_size, source, n))
+        while token < end:
+            count = end - token
+            if shard_length is not None:
+                if position % shard_length == 0:
+                    source = 0
+                count = min(count, shard_length - position % shard_length)
+            is_end = output_final_state and token + count == end
+            segments.append(Segment(token, count, position % chunk_size, source, n if is_end else -1))
+            token, position = token + count, position + count
+    return segments
+
+
+def sequence_lengths(p: MemoryProblem) -> list[int]:
+    """Tokens of each batch row, or of each packed sequence."""
+    if p.cu_seqlens is None:
+        return [p.q.shape[1]] * p.q.shape[0]
+    ends = p.cu_seqlens.tolist()
+    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
 class Tokens:

@@ -12,7 +12,7 @@ from .chunk import Coefficients, Norm, advance, chunk_forward, read_only
 from .coefficients import Gates, global_coefficients, local_coefficients, token_scale_coefficients
 from .projection import project_queries
 from .scan import ScanInputs, scan_chunks
-from .segments import HEAD, INIT, JOB, STATE, TAIL, Piece, Plan, Source, Tokens, plan_pieces, scatter
+from .segments import HEAD, INIT, JOB, STATE, TAIL, Piece, Plan, Source, Tokens, plan_pieces, scatter, sequence_lengths
 from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 
@@ -60,7 +60,7 @@ class _Reader:
                 positions = position.tolist()
                 self.states[STATE] = p.initial_state.map(lambda t: t.to(self.dtype))._replace(position=position)
             plan = plan_pieces(
-                _sequence_lengths(p), positions, p.chunk_size, p.shard_length,
+                sequence_lengths(p), positions, p.chunk_size, p.shard_length,
                 spare_last=not self.intra and not self.output_final_state,
             )  # fmt: skip
             outputs = []
@@ -263,7 +263,7 @@ class _Reader:
                 lambda a, w: torch.where(unread.view(-1, *[1] * (a.dim() - 1)), w, a), state.weights
             )
             state = state._replace(anchor=anchor)
-        lengths = torch.tensor(_sequence_lengths(p), dtype=torch.int64, device=p.q.device)
+        lengths = torch.tensor(sequence_lengths(p), dtype=torch.int64, device=p.q.device)
         return state._replace(position=lengths if p.initial_state is None else p.initial_state.position + lengths)
 
 
@@ -280,13 +280,6 @@ def _zip_states(fn, states: list[MemoryState]) -> MemoryState:
     return MemoryState(
         group("weights"), group("anchor"), group("momentum"), projection, fn(*(s.position for s in states))
     )
-
-
-def _sequence_lengths(p: MemoryProblem) -> list[int]:
-    if p.cu_seqlens is None:
-        return [p.q.shape[1]] * p.q.shape[0]
-    ends = p.cu_seqlens.tolist()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The Triton kernels, one a file, and what launches them. Nothing here is imported where triton is missing."""

@@ -1,0 +1,301 @@
+"""The local memory's backward over a group of chunks: one program per (segment, head) walks them from last to first.
+
+The states before its tiles were written by recompute.py. The gradient of the state stays in registers, float32, and is
+carried from group to group in memory. The projection has a backward of its own (projection_backward.py), since it does
+not depend on the memory and would only take registers here: this kernel ends at the gradient of the projected query.
+"""
+
+import triton
+import triton.language as tl
+
+from .coefficients import gate_coefficients_backward, tile_coefficients
+from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward
+from .tile import (
+    add_dot,
+    dot,
+    inner_gradients,
+    load_matrix,
+    load_rows,
+    load_scalars,
+    load_state,
+    read_layer,
+    select_state,
+    store_matrix,
+    store_rows,
+    store_scalars,
+    store_state,
+)
+from .tile_backward import advance_backward, error_backward, hidden_backward, read_backward
+
+
+@triton.jit
+def add_state(
+    w1, b1, w2, b2, ow1, ob1, ow2, ob2, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr
+):
+    """The sum of two states."""
+    w1 += ow1
+    if HAS_B1:
+        b1 += ob1
+    if MLP:
+        w2 += ow2
+    if HAS_B2:
+        b2 += ob2
+    return w1, b1, w2, b2
+
+
+@triton.jit
+def backward_kernel(
+    x, k, v,  # [tokens, H, D]: projected queries, keys, values
+    lr, momentum, decay,  # [tokens, H] float32; the last two or None
+    scale,  # [C] float32, or None
+    norm_weight, norm_bias,  # [H, D] float32, or None
+    segments,  # [S, 5] int64, see forward.py
+    trace_weights, trace_momentum,  # [INTERVAL * tiles, S, H, P]: states before the tiles; momentum or None
+    trace_anchor,  # [INTERVAL, S, H, P], or None unless MULTI
+    grad_o,  # [tokens, H, D]
+    grad_x, grad_k, grad_v,  # [tokens, H, D], written
+    grad_lr, grad_momentum, grad_decay,  # [tokens, H] float32, written; the last two or None
+    grad_scale,  # [S, H, C] float32, accumulated, or None
+    grad_norm,  # [S, H, D] float32, accumulated: the norm's weight; or None
+    grad_weights,  # [S, H, P] float32: in, of the state after the group; out, of the one before it
+    grad_anchor,  # [S, H, P] float32: in, of the anchor after the segment; out (MULTI, group 0), of the one before it
+    grad_momentum_state,  # [S, H, P] float32, like grad_weights; or None
+    group,  # which chunks: INTERVAL ones from group * INTERVAL on
+    S,  # number of segments
+    H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
+    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
+    MULTI: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module, and forward.py for the sizes."""
+    DT: tl.constexpr = k.dtype.element_ty
+    TILES: tl.constexpr = (C + R - 1) // R
+    SCALED: tl.constexpr = DECAY or (SCALE and MULTI)
+    SECOND: tl.constexpr = MOMENTUM or (SCALE and MULTI)
+    GATED: tl.constexpr = MOMENTUM or DECAY or SCALE
+    segment = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    first = tl.load(segments + segment * 5)
+    count = tl.load(segments + segment * 5 + 1)
+    offset = tl.load(segments + segment * 5 + 2)
+    all_chunks = tl.cdiv(offset + count, C)
+    begin = group * INTERVAL
+    chunks = tl.minimum(all_chunks, begin + INTERVAL)
+    if (chunks <= begin) & (group > 0):
+        return
+    own = (segment * H + head) * P
+
+    gw1, gb1, gw2, gb2 = load_state(grad_weights + own, D, M, MLP, HAS_B1, HAS_B2)
+    gs1, gsb1, gs2, gsb2 = 0.0, 0.0, 0.0, 0.0
+    if MOMENTUM:
+        gs1, gsb1, gs2, gsb2 = load_state(grad_momentum_state + own, D, M, MLP, HAS_B1, HAS_B2)
+    if MULTI:
+        ga1, gab1, ga2, gab2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+    norm_w, norm_b, norm_grad = 0.0, 0.0, 0.0
+    if NORM:
+        norm_w = load_matrix(norm_weight + head * D, 1, D)
+        norm_b = load_matrix(norm_bias + head * D, 1, D)
+        norm_grad = load_matrix(grad_norm + (segment * H + head) * D, 1, D)
+
+    for back in range(0, chunks - begin):
+        chunk = chunks - 1 - back
+        fresh = (chunk > 0) | (offset == 0)
+        complete = (chunk + 1) * C <= offset + count
+        is_end = chunk == all_chunks - 1
+        # After a chunk's last token the anchor is the weights; in mid-chunk it is this chunk's anchor.
+        if MULTI:
+            if is_end & complete:
+                gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, ga1, gab1, ga2, gab2, MLP, HAS_B1, HAS_B2)
+            ga1, gab1, ga2, gab2 = select_state(
+                is_end & (complete == 0), ga1, gab1, ga2, gab2, 0.0, 0.0, 0.0, 0.0, MLP, HAS_B1, HAS_B2
+            )
+        else:
+            if is_end & complete:
+                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+                gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
+        for tile_back in range(0, TILES):
+            tile = TILES - 1 - tile_back
+            place = tile * R + tl.arange(0, R)
+            inside = chunk * C + place - offset
+            valid = (place < C) & (inside >= 0) & (inside < count)
+            token = first + inside
+            slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
+            w1, b1, w2, b2 = load_state(trace_weights + slot, D, M, MLP, HAS_B1, HAS_B2)
+            if MULTI:
+                slot_anchor = (((chunk - begin) * S + segment) * H + head) * P
+                aw1, ab1, aw2, ab2 = load_state(trace_anchor + slot_anchor, D, M, MLP, HAS_B1, HAS_B2)
+            else:
+                aw1, ab1, aw2, ab2 = w1, b1, w2, b2
+            # What reads also depend on, and its gradient: the momentum, or the anchor under a token scale.
+            xw1, xb1, xw2, xb2 = 0.0, 0.0, 0.0, 0.0
+            gx1, gxb1, gx2, gxb2 = 0.0, 0.0, 0.0, 0.0
+            if MOMENTUM:
+                xw1, xb1, xw2, xb2 = load_state(trace_momentum + slot, D, M, MLP, HAS_B1, HAS_B2)
+                gx1, gxb1, gx2, gxb2 = gs1, gsb1, gs2, gsb2
+            if SCALE and MULTI:
+                xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
+                gx1, gxb1, gx2, gxb2 = ga1, gab1, ga2, gab2
+
+            # The tile's forward once more.
+            kt = load_rows(k, token, head, valid, H, D)
+            vt = load_rows(v, token, head, valid, H, D)
+            xt = load_rows(x, token, head, valid, H, D)
+            step = load_scalars(lr, token, head, valid, 0.0, H)
+            (
+                theta, read_decay, read_second, gain, end_decay, end_second, momentum_gain, momentum_decay,
+                m, keep, column, kept, carried, from_start,
+            ) = tile_coefficients(
+                momentum, decay, scale, token, place, valid, head, complete & (tile == TILES - 1),
+                H, C, R, MOMENTUM, DECAY, SCALE,
+            )  # fmt: skip
+            z1, s1, a, n, rstd, error, u, delta1, delta2 = inner_gradients(
+                kt, vt, step, aw1, ab1, aw2, ab2, norm_w, norm_b, MLP, NORM, DT, PRECISION
+            )
+            y1, p1 = read_layer(
+                xt, kt, delta1, w1, b1, xw1, xb1, theta, read_decay, read_second, HAS_B1, SCALED, SECOND, DT, PRECISION
+            )
+            y = y1
+            if MLP:
+                ys1 = gelu_sigmoid(y1)
+                h = y1 * ys1
+                y, p2 = read_layer(
+                    h, a, delta2, w2, b2, xw2, xb2, theta, read_decay, read_second,
+                    HAS_B2, SCALED, SECOND, DT, PRECISION,
+                )  # fmt: skip
+
+            # Backward, from the output to the key.
+            grad_out = load_rows(grad_o, token, head, valid, H, D).to(tl.float32)
+            grad_y = grad_out
+            if NORM:
+                ny, ry = normalise(y)
+                grad_y = normalise_backward(ny, ry, grad_out * norm_w)
+                norm_grad += tl.sum(grad_out * ny, axis=0, keep_dims=True)
+            d_theta, d_read_decay, d_read_second = 0.0, 0.0, 0.0
+            d_gain, d_end_decay, d_end_second, d_momentum_gain, d_momentum_decay = 0.0, 0.0, 0.0, 0.0, 0.0
+            if MLP:
+                (
+                    grad_a, grad_delta2, gw2, gb2, gx2, gxb2,
+                    d_gain, d_end_decay, d_end_second, d_momentum_gain, d_momentum_decay,
+                ) = advance_backward(
+                    a, delta2, w2, b2, xw2, xb2, gw2, gb2, gx2, gxb2,
+                    gain, end_decay, end_second, momentum_gain, momentum_decay,
+                    HAS_B2, GATED, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                )  # fmt: skip
+                (
+                    grad_h, gw2, gb2, gx2, gxb2, grad_a, grad_delta2, d_theta, d_read_decay, d_read_second
+                ) = read_backward(
+                    grad_y, h, a, delta2, w2, b2, xw2, xb2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
+                    p2, theta, read_decay, read_second, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
+                )  # fmt: skip
+                grad_y = grad_h * gelu_slope(y1, ys1)
+            (
+                grad_key, grad_delta1, gw1, gb1, gx1, gxb1, d0, d1, d2, d3, d4
+            ) = advance_backward(
+                kt, delta1, w1, b1, xw1, xb1, gw1, gb1, gx1, gxb1,
+                gain, end_decay, end_second, momentum_gain, momentum_decay,
+                HAS_B1, GATED, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+            )  # fmt: skip
+            d_gain += d0
+            d_end_decay += d1
+            d_end_second += d2
+            d_momentum_gain += d3
+            d_momentum_decay += d4
+            (
+                grad_read, gw1, gb1, gx1, gxb1, grad_key, grad_delta1, d0, d1, d2
+            ) = read_backward(
+                grad_y, xt, kt, delta1, w1, b1, xw1, xb1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
+                p1, theta, read_decay, read_second, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
+            )  # fmt: skip
+            d_theta += d0
+            d_read_decay += d1
+            d_read_second += d2
+            if MOMENTUM:
+                gs1, gsb1, gs2, gsb2 = gx1, gxb1, gx2, gxb2
+            if SCALE and MULTI:
+                ga1, gab1, ga2, gab2 = gx1, gxb1, gx2, gxb2
+            # From here on gradients of the anchor, which without MULTI is the state that the reads start from.
+            if MULTI:
+                t1, tb1, t2, tb2 = ga1, gab1, ga2, gab2
+            else:
+                t1, tb1, t2, tb2 = gw1, gb1, gw2, gb2
+            if MLP:
+                grad_u, grad_z = hidden_backward(grad_delta1, z1, s1, u)
+                grad_delta2 = add_dot(grad_delta2, grad_u, aw2, DT, PRECISION)
+                t2 = add_dot(t2, tl.trans(grad_u), delta2, DT, PRECISION)
+                grad_z2, grad_error, grad_step, grad_n = error_backward(
+                    grad_delta2, n, rstd, error, delta2, step, norm_w, NORM
+                )
+                grad_a = add_dot(grad_a, grad_z2, tl.trans(aw2), DT, PRECISION)
+                t2 = add_dot(t2, tl.trans(a), grad_z2, DT, PRECISION)
+                if HAS_B2:
+                    tb2 += tl.sum(grad_z2, axis=0, keep_dims=True)
+                grad_z += grad_a * gelu_slope(z1, s1)
+            else:
+                grad_z, grad_error, grad_step, grad_n = error_backward(
+                    grad_delta1, n, rstd, error, delta1, step, norm_w, NORM
+                )
+            grad_key = add_dot(grad_key, grad_z, tl.trans(aw1), DT, PRECISION)
+            t1 = add_dot(t1, tl.trans(kt), grad_z, DT, PRECISION)
+            if HAS_B1:
+                tb1 += tl.sum(grad_z, axis=0, keep_dims=True)
+            if MULTI:
+                ga1, gab1, ga2, gab2 = t1, tb1, t2, tb2
+            else:
+                gw1, gb1, gw2, gb2 = t1, tb1, t2, tb2
+            if NORM:
+                norm_grad += grad_n
+                grad_key += grad_error
+                grad_read += grad_out
+            store_rows(grad_k, grad_key, token, head, valid, H, D)
+            store_rows(grad_v, -grad_error, token, head, valid, H, D)
+            store_rows(grad_x, grad_read, token, head, valid, H, D)
+            store_scalars(grad_lr, grad_step, token, head, valid, H)
+
+            # The coefficients after the tile are the last rows of those within it.
+            is_last_row = tl.arange(0, R)[:, None] == R - 1
+            if MOMENTUM or DECAY:
+                d_theta += tl.where(is_last_row, tl.trans(d_gain), 0.0)
+                if DECAY:
+                    d_read_decay += tl.where(is_last_row, d_end_decay, 0.0)
+                if MOMENTUM:
+                    d_read_second += tl.where(is_last_row, d_end_second, 0.0)
+                    d_momentum_gain = tl.trans(d_momentum_gain)
+                grad_m, grad_keep = gate_coefficients_backward(
+                    m, keep, column, kept, read_decay, carried, from_start,
+                    d_theta, d_read_decay, d_read_second, d_momentum_gain, d_momentum_decay, R, MOMENTUM, DECAY,
+                )  # fmt: skip
+                if MOMENTUM:
+                    store_scalars(grad_momentum, grad_m, token, head, valid, H)
+                if DECAY:
+                    store_scalars(grad_decay, -grad_keep, token, head, valid, H)
+            if SCALE:
+                causal_theta = tl.arange(0, R)[:, None] >= tl.arange(0, R)[None, :]
+                grad_r = tl.sum(tl.where(causal_theta, d_theta, 0.0), axis=1, keep_dims=True)
+                grad_end = tl.sum(d_gain, axis=0, keep_dims=True)
+                if MULTI:
+                    grad_r += d_read_decay - d_read_second
+                    grad_end += d_end_decay - d_end_second
+                at_end = (complete & (tile == TILES - 1)) & (place[:, None] == C - 1)
+                grad_r += tl.where(at_end, grad_end, 0.0)
+                # Only this program adds to these entries, once per tile: the sum does not depend on any order.
+                where = grad_scale + (segment * H + head) * C + place[:, None]
+                tl.atomic_add(where, grad_r, mask=valid[:, None], sem="relaxed")
+        if MULTI:
+            if fresh:
+                gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, ga1, gab1, ga2, gab2, MLP, HAS_B1, HAS_B2)
+        else:
+            if is_end & (complete == 0):
+                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+                gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
+
+    if all_chunks == 0:  # an empty sequence at a chunk's start: its end anchor is its start's weights
+        e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+        gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
+    store_state(grad_weights + own, gw1, gb1, gw2, gb2, D, M, MLP, HAS_B1, HAS_B2)
+    if MOMENTUM:
+        store_state(grad_momentum_state + own, gs1, gsb1, gs2, gsb2, D, M, MLP, HAS_B1, HAS_B2)
+    if NORM:
+        store_matrix(grad_norm + (segment * H + head) * D, norm_grad, 1, D)
+    if MULTI:
+        if (group == 0) & (offset > 0):
+            store_state(grad_anchor + own, ga1, gab1, ga2, gab2, D, M, MLP, HAS_B1, HAS_B2)

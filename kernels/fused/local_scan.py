@@ -1,0 +1,382 @@
+"""The local memory as two operators, forward and backward, that launch the kernels.
+
+Operators, so that `torch.compile` and activation checkpointing see one node each. The forward keeps the state before
+every group of `interval` chunks; the backward goes through the groups from last to first, and for each launches
+recompute.py, which writes the states before the group's tiles, and backward.py, which reads them. So n chunks cost
+n / interval kept states and `interval` traced ones instead of n.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .projection_keys import projection_keys_kernel
+from .projection_queries import projection_queries_kernel
+from .recompute import recompute_kernel
+
+
+class Plan(NamedTuple):
+    """The sizes of a call: plain ints (and 0/1), so that an operator can take them as a list.
+
+    hidden         M, the width of the first layer's output (D for a linear memory)
+    is_mlp, has_b1, has_b2
+    chunk_size     C
+    projection     0 none, 1 since the last reset, 2 since the start of the chunk; normalize: 0 or 1
+    multi          whether a tile's anchor may differ from its current state
+    max_chunks     chunks of the longest segment
+    interval       chunks of a group; 0 to keep nothing for a backward
+    ends           rows of the end state
+    rows, *_warps  see `Tiles`
+    precise        whether float32 operands are multiplied as such (and not rounded to TensorFloat-32)
+    """
+
+    hidden: int
+    is_mlp: int
+    has_b1: int
+    has_b2: int
+    chunk_size: int
+    projection: int
+    normalize: int
+    multi: int
+    max_chunks: int
+    interval: int
+    ends: int
+    rows: int
+    projection_rows: int
+    forward_warps: int
+    recompute_warps: int
+    backward_warps: int
+    precise: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.max_chunks // self.interval)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a chunk."""
+        return -(-self.chunk_size // self.rows)
+
+
+class ScanInputs(NamedTuple):
+    """The tensors of a call; None where the memory does without.
+
+    q, k, v              [tokens, H, D], contiguous, of one dtype
+    lr, momentum, decay  [tokens, H] float32
+    scale                [C] float32
+    norm_*               [H, D] float32
+    weights, anchor, momentum_state   [rows, H, P] float32: packed start states, row 0 the learned one
+    projection           [rows, H, D, D] float32
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
+    scale: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weights: Tensor
+    anchor: Tensor | None
+    momentum_state: Tensor | None
+    projection: Tensor | None
+
+
+class EndState(NamedTuple):
+    """The packed state after the last token of each sequence: like the start states, with `ends` rows."""
+
+    weights: Tensor
+    anchor: Tensor
+    momentum: Tensor | None
+    projection: Tensor | None
+
+
+def scan_segments(inputs: ScanInputs, table: list[int], plan: Plan) -> tuple[Tensor, EndState]:
+    """Read independent segments. `table`: 5 numbers each, see forward.py. Returns o [tokens, H, D] and the end states."""
+    o, weights, anchor, *rest = torch.ops.modeling_tnt.fused_forward(*inputs, table, list(plan))
+    momentum = rest.pop(0) if inputs.momentum is not None else None
+    projection = rest.pop(0) if plan.projection else None
+    return o, EndState(weights, anchor, momentum, projection)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(table: tuple[int, ...], device: torch.device) -> Tensor:
+    """The segment table [S, 5] as a tensor; kept, so that a repeated shape copies nothing to the device."""
+    return torch.tensor(table, dtype=torch.int64, device=device).view(-1, 5)
+
+
+def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
+    """The constexpr arguments that all kernels of the memory share."""
+    _, H, D = inputs.q.shape
+    return {
+        "H": H, "D": D, "M": plan.hidden, "P": inputs.weights.shape[-1], "C": plan.chunk_size, "R": plan.rows,
+        "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
+        "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
+        "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
+        "INTERVAL": plan.interval, "PRECISION": _precision(plan),
+    }  # fmt: skip
+
+
+def _precision(plan: Plan) -> str:
+    return "ieee" if plan.precise else "tf32"
+
+
+def _projection_sizes(plan: Plan) -> dict[str, bool]:
+    return {
+        "PROJECT": plan.projection > 0, "PER_CHUNK": plan.projection == 2, "NORMALIZE": bool(plan.normalize),
+    }  # fmt: skip
+
+
+def _forward_outputs(inputs: ScanInputs, segments: int, plan: Plan) -> dict[str, Tensor]:
+    """Unwritten outputs by the names of the forward kernel's arguments, those that are there."""
+    _, H, D = inputs.q.shape
+    P = inputs.weights.shape[-1]
+    state = functools.partial(inputs.q.new_empty, dtype=torch.float32)
+    out = {"o": torch.empty_like(inputs.q), "end_weights": state(plan.ends, H, P), "end_anchor": state(plan.ends, H, P)}
+    if inputs.momentum is not None:
+        out["end_momentum"] = state(plan.ends, H, P)
+    if plan.projection:
+        out["end_projection"] = state(plan.ends, H, D, D)
+    if plan.interval:
+        kept = plan.groups - 1
+        out["kept_weights"] = state(kept, segments, H, P)
+        if inputs.momentum is not None:
+            out["kept_momentum"] = state(kept, segments, H, P)
+        if plan.projection:
+            out["kept_projection"] = state(kept, segments, H, D, D)
+    return out
+
+
+@torch.library.custom_op("modeling_tnt::fused_forward", mutates_args=())
+def fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
+    table: list[int], plan: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """o, the end states, and the states kept for the backward."""
+    inputs = ScanInputs(
+        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
+    )
+    sizes = Plan(*plan)
+    segments = _on_device(tuple(table), q.device)
+    S = segments.shape[0]
+    out = _forward_outputs(inputs, S, sizes)
+    forward_kernel[(S, q.shape[1])](
+        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments,
+        weights, anchor, momentum_state, projection,
+        out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"), out.get("end_projection"),
+        out.get("kept_weights"), out.get("kept_momentum"), out.get("kept_projection"), S,
+        **_sizes(inputs, sizes), **_projection_sizes(sizes), num_warps=sizes.forward_warps, num_stages=1,
+    )  # fmt: skip
+    return list(out.values())
+
+
+@fused_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
+    table: list[int], plan: list[int],
+) -> list[Tensor]:  # fmt: skip
+    inputs = ScanInputs(
+        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
+    )
+    return list(_forward_outputs(inputs, len(table) // 5, Plan(*plan)).values())
+
+
+@torch.library.custom_op("modeling_tnt::fused_backward", mutates_args=())
+def fused_backward(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
+    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int], plan: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the tensors before `kept` that are there, in that order, from those of o and of the end states."""
+    inputs = ScanInputs(
+        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
+    )
+    return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, table, Plan(*plan)).run()
+
+
+@fused_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
+    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int], plan: list[int],
+) -> list[Tensor]:  # fmt: skip
+    given = (q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection)
+    return [torch.empty_like(t) for t in given if t is not None]
+
+
+class _Backward:
+    """One call of the backward operator."""
+
+    def __init__(
+        self, inputs: ScanInputs, kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int],
+        plan: Plan,
+    ):  # fmt: skip
+        self.inputs, self.plan, self.grad_o = inputs, plan, grad_o
+        self.segments = _on_device(tuple(table), inputs.q.device)
+        self.sources, self.ends = table[3::5], table[4::5]
+        self.S, self.H, self.D = len(self.sources), *inputs.q.shape[1:]
+        self.grid = (self.S, self.H)
+        names = [n for n in ("weights", "momentum", "projection") if self._carries(n)]
+        self.kept = dict(zip(names, kept, strict=True))
+        self.grad_ends = dict(zip([names[0], "anchor", *names[1:]], grad_ends, strict=True))
+
+    def run(self) -> list[Tensor]:
+        x, plan = self.inputs, self.plan
+        carried = {name: self._carry(grad) for name, grad in self.grad_ends.items()}
+        trace = self._trace()
+        out = {name: torch.empty_like(getattr(x, name)) for name in ("q", "k", "v", "lr")}
+        out |= {name: torch.empty_like(t) for name in ("momentum", "decay") if (t := getattr(x, name)) is not None}
+        if x.scale is not None:
+            out["scale"] = self.grad_o.new_zeros(self.S, self.H, plan.chunk_size, dtype=torch.float32)
+        if x.norm_weight is not None:
+            out["norm_weight"] = self.grad_o.new_zeros(self.S, self.H, self.D, dtype=torch.float32)
+        grad_x = torch.empty_like(x.q) if plan.projection else out["q"]
+        for group in reversed(range(plan.groups)):
+            self._recompute(group, trace)
+            self._backward(group, trace, grad_x, out, carried)
+        if plan.projection:
+            self._projection_backward(grad_x, out, carried["projection"])
+        return self._gather(out, carried)
+
+    def _carries(self, name: str) -> bool:
+        """Whether the state has this part."""
+        return {"momentum": self.inputs.momentum is not None, "projection": self.plan.projection > 0}.get(name, True)
+
+    def _carry(self, grad_end: Tensor) -> Tensor:
+        """Gradients of the states after the segments: [ends, …] -> [S, …], zero where a segment ends no sequence."""
+        carried = grad_end.new_zeros(self.S, *grad_end.shape[1:])
+        if grad_end.shape[0]:
+            rows = [s for s, end in enumerate(self.ends) if end >= 0]
+            index = torch.tensor([rows, [self.ends[s] for s in rows]], device=grad_end.device)
+            carried[index[0]] = grad_end[index[1]]
+        return carried
+
+    def _trace(self) -> dict[str, Tensor | None]:
+        """Room for what recompute.py writes for one group, in the dtype of the inputs."""
+        x, plan = self.inputs, self.plan
+        P = x.weights.shape[-1]
+        per_tile = (plan.interval * plan.tiles, self.S, self.H, P)
+        return {
+            "x": torch.empty_like(x.q) if plan.projection else None,
+            "weights": x.q.new_empty(per_tile),
+            "momentum": x.q.new_empty(per_tile) if x.momentum is not None else None,
+            "anchor": x.q.new_empty(plan.interval, *per_tile[1:]) if plan.multi else None,
+        }
+
+    def _recompute(self, group: int, trace: dict[str, Tensor | None]) -> None:
+        x, plan = self.inputs, self.plan
+        if group == 0:
+            start = (x.weights, x.anchor, x.momentum_state, x.projection)
+        else:
+            kept = {name: t[group - 1] for name, t in self.kept.items()}
+            start = (kept["weights"], None, kept.get("momentum"), kept.get("projection"))
+        recompute_kernel[self.grid](
+            x.q, x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
+            trace["x"], trace["weights"], trace["momentum"], trace["anchor"], group, self.S,
+            **_sizes(x, plan), **_projection_sizes(plan), FROM_KEPT=group > 0,
+            num_warps=plan.recompute_warps, num_stages=1,
+        )  # fmt: skip
+
+    def _backward(
+        self, group: int, trace: dict[str, Tensor | None], grad_x: Tensor, out: dict[str, Tensor],
+        carried: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        x, plan = self.inputs, self.plan
+        backward_kernel[self.grid](
+            trace["x"] if plan.projection else x.q, x.k, x.v, x.lr, x.momentum, x.decay, x.scale,
+            x.norm_weight, x.norm_bias, self.segments, trace["weights"], trace["momentum"], trace["anchor"],
+            self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
+            out.get("scale"), out.get("norm_weight"),
+            carried["weights"], carried["anchor"], carried.get("momentum"), group, self.S,
+            **_sizes(x, plan), num_warps=plan.backward_warps, num_stages=1,
+        )  # fmt: skip
+
+    def _projection_backward(self, grad_x: Tensor, out: dict[str, Tensor], carried: Tensor) -> None:
+        x, plan = self.inputs, self.plan
+        sizes = {
+            "H": self.H, "D": self.D, "R": plan.projection_rows, "PER_CHUNK": plan.projection == 2,
+            "C": plan.chunk_size if plan.projection == 2 else plan.projection_rows, "PRECISION": _precision(plan),
+        }  # fmt: skip
+        projection_queries_kernel[self.grid](
+            x.q, x.k, self.segments, x.projection, grad_x, out["q"],
+            **sizes, NORMALIZE=bool(plan.normalize), num_warps=4, num_stages=1,
+        )  # fmt: skip
+        projection_keys_kernel[self.grid](
+            x.q, x.k, self.segments, grad_x, out["k"], carried, **sizes, num_warps=4, num_stages=1
+        )
+
+    def _gather(self, out: dict[str, Tensor], carried: dict[str, Tensor]) -> list[Tensor]:
+        """The operator's results: gradients per segment summed into those of parameters and of start states."""
+        x = self.inputs
+        out["scale"] = out["scale"].sum((0, 1)) if "scale" in out else None
+        if "norm_weight" in out:
+            out["norm_weight"] = out["norm_weight"].sum(0)
+            # z = … + bias reaches the loss through o and, with the opposite sign of v, through the error.
+            out["norm_bias"] = self.grad_o.sum(0, dtype=torch.float32) - out["v"].sum(0, dtype=torch.float32)
+        out["weights"] = self._start(carried["weights"], x.weights)
+        if x.anchor is not None:
+            out["anchor"] = self._start(self._begun(carried["anchor"]), x.anchor)
+        if x.momentum_state is not None:
+            out["momentum_state"] = self._start(carried["momentum"], x.momentum_state)
+        if x.projection is not None:
+            out["projection"] = self._start(carried["projection"], x.projection)
+        return [out[name] for name in ScanInputs._fields if out.get(name) is not None]
+
+    def _begun(self, grad_anchor: Tensor) -> Tensor:
+        """Only a segment that begins in mid-chunk has an anchor of its own before it."""
+        begun = (self.segments[:, 2] > 0).view(-1, 1, 1)
+        return torch.where(begun, grad_anchor, 0.0)
+
+    def _start(self, grad: Tensor, like: Tensor) -> Tensor:
+        """[S, …] -> [rows, …]. Row 0 starts many segments, every other row at most one."""
+        start = torch.zeros_like(like)
+        fresh = torch.tensor([source == 0 for source in self.sources], device=grad.device)
+        start[0] = torch.where(fresh.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0).sum(0)
+        own = [(s, source) for s, source in enumerate(self.sources) if source > 0]
+        if own:
+            index = torch.tensor(own, device=grad.device)
+            start[index[:, 1]] = grad[index[:, 0]]
+        return start
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.table, ctx.plan = inputs
+    plan, x = Plan(*ctx.plan), ScanInputs(*tensors)
+    ctx.set_materialize_grads(False)
+    parts = 1 + (x.momentum is not None) + (plan.projection > 0)  # of a state, the anchor apart
+    ctx.ends = parts + 1
+    ctx.save_for_backward(*tensors, *output[1 + ctx.ends :])
+    ctx.end_shapes = [t.shape for t in output[1 : 1 + ctx.ends]]
+
+
+def _autograd_backward(ctx, grads):
+    saved = ctx.saved_tensors
+    count = len(ScanInputs._fields)
+    tensors, kept = saved[:count], list(saved[count:])
+    q = tensors[0]
+    grad_o = torch.zeros_like(q) if grads[0] is None else grads[0]
+    grad_ends = [
+        torch.zeros(shape, device=q.device) if g is None else g.contiguous()
+        for g, shape in zip(grads[1 : 1 + ctx.ends], ctx.end_shapes, strict=True)
+    ]
+    result = iter(
+        torch.ops.modeling_tnt.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan)
+    )
+    return *(None if t is None else next(result) for t in tensors), None, None
+
+
+fused_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,131 @@
+"""The backward of the parts of a tile (tile.py), after the chunk formulas of `kernels/chunk_backward.py`.
+
+`grad_x` is the gradient of the loss with respect to x. Gradients of the current state (gw, gb) and of what reads also
+depend on (gs, gs_bias: the momentum, or the anchor under a token scale) come in as those after the tile and go out as
+those before it. Those of the scalar coefficients of both layers add up.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import gelu_curvature, gelu_slope, normalise_backward, row_mean
+from .tile import add_dot, dot
+
+
+@triton.jit
+def row_dot(x, y):
+    """Σ over the features, [R, F] -> [R, 1]."""
+    return tl.sum(x * y, axis=1, keep_dims=True)
+
+
+@triton.jit
+def full_dot(x, y):
+    """⟨x, y⟩ over all entries, as [1, 1]."""
+    return tl.sum(tl.sum(x * y, axis=1, keep_dims=True), axis=0, keep_dims=True)
+
+
+@triton.jit
+def advance_backward(
+    a, delta, w, b, s, s_bias, gw, gb, gs, gs_bias,
+    gain, end_decay, end_second, momentum_gain, momentum_decay,
+    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, MOMENTUM: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward of `advance_layer`. Returns ā, δ̄, the state's gradients, and those of γ, B, F, σ, m."""
+    gained = delta * gain
+    grad_a = dot(-gained, tl.trans(gw), DT, PRECISION)
+    t = dot(a, gw, DT, PRECISION) + gb
+    grad_delta = -t * gain
+    grad_gain, grad_decay, grad_second, grad_momentum_gain, grad_momentum_decay = 0.0, 0.0, 0.0, 0.0, 0.0
+    if GATED:
+        grad_gain = -row_dot(delta, t)
+    if MOMENTUM:
+        grad_a = add_dot(grad_a, -delta * momentum_gain, tl.trans(gs), DT, PRECISION)
+        t = dot(a, gs, DT, PRECISION) + gs_bias
+        grad_delta -= t * momentum_gain
+        grad_momentum_gain = -row_dot(delta, t)
+        grad_momentum_decay = full_dot(gs, s)
+        gs *= momentum_decay
+        if HAS_BIAS:
+            grad_momentum_decay += full_dot(gs_bias, s_bias)
+            gs_bias *= momentum_decay
+    if SECOND:
+        grad_second = full_dot(gw, s)
+        gs += gw * end_second
+        if HAS_BIAS:
+            grad_second += full_dot(gb, s_bias)
+            gs_bias += gb * end_second
+    if SCALED:
+        grad_decay = full_dot(gw, w)
+        gw *= end_decay
+        if HAS_BIAS:
+            grad_decay += full_dot(gb, b)
+            gb *= end_decay
+    return (
+        grad_a, grad_delta, gw, gb, gs, gs_bias,
+        grad_gain, grad_decay, grad_second, grad_momentum_gain, grad_momentum_decay,
+    )  # fmt: skip
+
+
+@triton.jit
+def read_backward(
+    grad_y, x, a, delta, w, b, s, s_bias, gw, gb, gs, gs_bias, grad_a, grad_delta,
+    p, theta, read_decay, read_second,
+    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward of `read_layer`. Returns x̄, the state's gradients, ā, δ̄, and those of Θ, B, F."""
+    grad_theta, grad_decay, grad_second = 0.0, 0.0, 0.0
+    r = dot(grad_y, tl.trans(delta), DT, PRECISION)
+    if GATED:
+        grad_theta = -r * p
+    r = -r * theta
+    grad_x = dot(r, a, DT, PRECISION)
+    grad_a = add_dot(grad_a, tl.trans(r), x, DT, PRECISION)
+    grad_delta = add_dot(grad_delta, tl.trans(-(p * theta)), grad_y, DT, PRECISION)
+    if SECOND:
+        scaled = grad_y * read_second
+        grad_second = row_dot(grad_y, dot(x, s, DT, PRECISION) + s_bias)
+        grad_x = add_dot(grad_x, scaled, tl.trans(s), DT, PRECISION)
+        gs = add_dot(gs, tl.trans(x), scaled, DT, PRECISION)
+        if HAS_BIAS:
+            gs_bias += tl.sum(scaled, axis=0, keep_dims=True)
+    if SCALED:
+        grad_decay = row_dot(grad_y, dot(x, w, DT, PRECISION) + b)
+        grad_y = grad_y * read_decay
+    grad_x = add_dot(grad_x, grad_y, tl.trans(w), DT, PRECISION)
+    gw = add_dot(gw, tl.trans(x), grad_y, DT, PRECISION)
+    if HAS_BIAS:
+        gb += tl.sum(grad_y, axis=0, keep_dims=True)
+    return grad_x, gw, gb, gs, gs_bias, grad_a, grad_delta, grad_theta, grad_decay, grad_second
+
+
+@triton.jit
+def error_backward(grad_delta, n, rstd, error, delta, lr, norm_weight, NORM: tl.constexpr):
+    """From the last layer's δ̄ to z̄ of its output, Ē of the error, the step size's and the norm weight's gradient.
+
+    With the norm, δ = J(rstd, n, lr E ⊙ g) depends on the norm's output and deviation too: its second order.
+    """
+    if NORM:
+        weighted = error * norm_weight
+        grad_weighted = normalise_backward(n, rstd, grad_delta)
+        grad_lr = row_dot(grad_weighted, weighted)
+        grad_weighted *= lr
+        grad_error = grad_weighted * norm_weight
+        grad_norm_weight = tl.sum(grad_weighted * error + grad_error * n, axis=0, keep_dims=True)
+        weighted *= lr
+        grad_n = -rstd * (grad_delta * row_mean(weighted * n) + weighted * row_mean(grad_delta * n))
+        grad_n += grad_error * norm_weight
+        grad_z = normalise_backward(n, rstd, grad_n) - rstd * n * row_mean(grad_delta * delta)
+    else:
+        grad_lr = row_dot(grad_delta, error)
+        grad_error = grad_delta * lr
+        grad_z = grad_error
+        grad_norm_weight = 0.0
+    return grad_z, grad_error, grad_lr, grad_norm_weight
+
+
+@triton.jit
+def hidden_backward(grad_delta1, z1, s1, u):
+    """δ1 = u ⊙ φ'(z1): gradients of u and of z1."""
+    return grad_delta1 * gelu_slope(z1, s1), grad_delta1 * u * gelu_curvature(z1, s1)

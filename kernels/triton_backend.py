@@ -1,0 +1,95 @@
+"""The triton backend: one kernel walks the chunks of a segment with the fast weights on chip.
+
+This module turns a checked problem into what the kernels take: a table of segments, packed states, float32 scalars.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import MemoryProblem
+from .fused.limits import tiles_for
+from .fused.local_scan import EndState, Plan, ScanInputs, scan_segments
+from .segments import plan_segments, sequence_lengths
+from .types import FastWeights, MemoryParams, MemoryState
+
+_PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}
+
+
+def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory`. Raises ValueError for what the kernels cannot run."""
+    p = problem
+    B, T, H, D = p.q.shape
+    params = MemoryParams(*(None if t is None else t.float() for t in p.params))
+    positions = None if p.initial_state is None else p.initial_state.position.tolist()
+    segments = plan_segments(sequence_lengths(p), positions, p.chunk_size, p.shard_length, output_final_state)
+    multi_start = any(segment.offset for segment in segments)
+    tiles = tiles_for(p, multi_start)
+    inputs = _inputs(p, params, tiles.multi)
+    max_chunks = max(-(-(s.offset + s.count) // p.chunk_size) for s in segments)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    plan = Plan(
+        hidden=params.w1.shape[-1], is_mlp=int(params.w2 is not None), has_b1=int(params.b1 is not None),
+        has_b2=int(params.b2 is not None), chunk_size=p.chunk_size, projection=_PROJECTIONS[p.qk_projection],
+        normalize=int(p.normalize_projection), multi=int(tiles.multi), max_chunks=max(max_chunks, 1),
+        interval=math.isqrt(max(max_chunks, 1) - 1) + 1 if needs_grad else 0,
+        ends=p.rows if output_final_state else 0, rows=tiles.rows, projection_rows=tiles.projection_rows,
+        forward_warps=tiles.forward_warps, recompute_warps=tiles.recompute_warps, backward_warps=tiles.backward_warps,
+        precise=int(torch.get_float32_matmul_precision() == "highest"),
+    )  # fmt: skip
+    table = [number for segment in segments for number in segment]
+    with torch.autocast(p.q.device.type, enabled=False):
+        o, end = scan_segments(inputs, table, plan)
+    o = o.view(B, T, H, D)
+    return o, _final_state(p, params, end) if output_final_state else None
+
+
+def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
+    """The kernels' tensors. Row 0 of every start state is the learned one, row 1 + n that of sequence n."""
+
+    def scalars(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.float().flatten(0, 1).contiguous()
+
+    def rows(first: Tensor, others: Tensor | None) -> Tensor:
+        return first if others is None else torch.cat([first, others.float()])
+
+    H, D = p.q.shape[2:]
+    state = p.initial_state
+    weights = _pack(params.fast_weights.map(lambda t: t.unsqueeze(0)))
+    anchor = weights
+    momentum = torch.zeros_like(weights) if p.momentum is not None else None
+    projection = weights.new_zeros(1, H, D, D) if p.qk_projection != "none" else None
+    if state is not None:
+        weights, anchor = rows(weights, _pack(state.weights)), rows(weights, _pack(state.anchor))
+        momentum = None if momentum is None else rows(momentum, _pack(state.momentum))
+        projection = None if projection is None else rows(projection, state.projection)
+    return ScanInputs(
+        *(t.flatten(0, 1).contiguous() for t in (p.q, p.k, p.v)), scalars(p.lr), scalars(p.momentum), scalars(p.decay),
+        None if p.token_scale is None else p.token_scale.float().contiguous(),
+        *(None if t is None else t.contiguous() for t in params[4:]),
+        weights, anchor if multi else None, momentum, projection,
+    )  # fmt: skip
+
+
+def _pack(weights: FastWeights) -> Tensor:
+    """[N, H, …] tensors -> [N, H, P] float32, one after the other: w1, b1, w2, b2."""
+    return torch.cat([t.float().flatten(2) for t in weights if t is not None], dim=-1)
+
+
+def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
+    """The inverse of `_pack`, as views; `like` without rows."""
+    parts = packed.split([t[0].numel() for t in like if t is not None], dim=-1)
+    parts = iter(parts)
+    return like.map(lambda t: next(parts).unflatten(-1, t.shape[1:]))
+
+
+def _final_state(p: MemoryProblem, params: MemoryParams, end: EndState) -> MemoryState:
+    like = params.fast_weights
+    position = torch.tensor(sequence_lengths(p), dtype=torch.int64, device=p.q.device)
+    if p.initial_state is not None:
+        position = p.initial_state.position + position
+    momentum = None if end.momentum is None else _unpack(end.momentum, like)
+    return MemoryState(_unpack(end.weights, like), _unpack(end.anchor, like), momentum, end.projection, position)
