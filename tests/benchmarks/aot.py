@@ -1,0 +1,477 @@
+"""Registers, spills and shared memory of every Triton kernel at the shapes of the presets. No GPU is needed.
+
+    python tests/benchmarks/aot.py                                                       # print the table
+    python tests/benchmarks/aot.py --write                                               # and put it into AOT.md
+    python tests/benchmarks/aot.py --presets tnt-150m --dtypes bf16 --targets 90 --kernels forward
+
+The memory layer of each preset runs on CPU tensors: a training step, a prompt read in two calls, one token of decoding.
+A recorder stands where a kernel would be compiled and launched and writes down what Triton's own binder made of the
+arguments: nothing about a launch is written a second time here, and what is compiled is what a GPU would compile. Each
+distinct recording is then compiled, in parallel, for every target, and the assembler's report is read.
+
+The exit status is 1 if something does not compile, needs more shared memory than a block of the target may have, or
+spills more than `SPILL_LIMITS` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from modeling_tnt import TNTConfig
+from modeling_tnt.cache import TNTCacheLayer
+from modeling_tnt.configuration import available_presets
+from modeling_tnt.kernels import MemoryState
+from modeling_tnt.kernels.fused.limits import assume_device
+from modeling_tnt.kernels.stack import MemoryStack
+from modeling_tnt.kernels.step import StepMemory, step_memories
+from modeling_tnt.memory_layer import TNTMemoryLayer
+
+TABLE = Path(__file__).with_name("AOT.md")
+
+# Bytes of shared memory that one block may have, by compute capability without its point (CUDA programming guide).
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+# Bytes that a thread of a kernel may spill (the assembler's "spill stores") at any preset, dtype and target; others: 0.
+SPILL_LIMITS: dict[str, int] = {}
+
+PRESETS = available_presets()
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# -- Recording ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What Triton would compile for one launch: `triton.compile(ASTSource(...), target, options)`.
+
+    signature  name of each parameter → its type, e.g. "*bf16", "i32", or "constexpr" (an int that is 1 and None, too).
+    constants  path of a constant among the parameters, (index,) for one that is no tuple → its value.
+    attributes path of an argument → its attributes; an address or an int that 16 divides has one.
+    """
+
+    kernel: JITFunction
+    target: int
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal for launches that share a binary."""
+        parts = (self.signature, self.constants, self.attributes, self.options.__dict__)
+        return f"{self.kernel.module}.{self.name} {self.target} {parts}"
+
+    def constexprs(self) -> dict[str, str]:
+        """The constants by the name of their parameter, as text."""
+        names = self.kernel.arg_names
+        return {
+            ".".join([names[path[0]], *map(str, path[1:])]): _constant_text(value)
+            for path, value in self.constants.items()
+        }
+
+    def types(self) -> dict[str, str]:
+        """The types of the other arguments, with "/16" for what is known to be a multiple of 16."""
+        names = self.kernel.arg_names
+        aligned = {names[path[0]] for path, attributes in self.attributes.items() if attributes}
+        kinds = {name: kind for name, kind in self.signature.items() if kind != "constexpr"}
+        return {name: f"{kind}/16" if name in aligned else str(kind) for name, kind in kinds.items()}
+
+
+def _constant_text(value: Any) -> str:
+    return value.__name__ if isinstance(value, JITFunction) else str(value)
+
+
+class _TargetDriver:
+    """Stands for a GPU of which only the compute capability is known."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.target, 32)
+
+    def get_current_device(self) -> int:
+        return self.target  # a kernel keeps a binder per device, so each target is a device of its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def record(target: int) -> Iterator[list[Launch]]:
+    """Within it, launches of Triton kernels are put into the list, in order, and do nothing else.
+
+    Args:
+        target: compute capability of the GPU to bind arguments for, without its point.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels of the interpreter cannot be compiled; unset it")
+    launches: list[Launch] = []
+
+    def note(kernel, key, signature, device, constants, options, attributes, warmup):
+        """In place of `JITFunction._do_compile`; without a binary, `run` returns before it would launch."""
+        launches.append(Launch(kernel, target, signature, constants, attributes, options))
+
+    driver, compile_kernel = triton.runtime.driver, JITFunction._do_compile
+    before = driver._active
+    driver.set_active(_TargetDriver(target))
+    JITFunction._do_compile = note
+    try:
+        yield launches
+    finally:
+        JITFunction._do_compile = compile_kernel
+        driver._active = before
+
+
+# -- What is recorded: the memory layers of the presets ----------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A binary that is needed, and by what: (preset, dtype, phase), each of which may need it."""
+
+    launch: Launch
+    users: set[tuple[str, str, str]] = field(default_factory=set)
+
+
+def collect(presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int]) -> list[Case]:
+    """The distinct binaries that training and decoding need."""
+    cases: dict[str, Case] = {}
+    for target in targets:
+        for preset in presets:
+            for dtype in dtypes:
+                for phase, drive in PHASES.items():
+                    for launch in _record_phase(drive, preset, DTYPES[dtype], target):
+                        cases.setdefault(launch.key, Case(launch)).users.add((preset, dtype, phase))
+    return list(cases.values())
+
+
+def _record_phase(drive: Callable, preset: str, dtype: torch.dtype, target: int) -> list[Launch]:
+    with record(target) as launches, assume_device(divmod(target, 10), SHARED_LIMITS[target]):
+        drive(preset, dtype)
+    return launches
+
+
+def _make_layer(preset: str) -> TNTMemoryLayer:
+    """A layer as the preset has it, but as narrow as its input: what the memories see does not depend on that."""
+    config = TNTConfig.from_preset(preset, kernel_backend="triton", hidden_size=32)
+    layer = TNTMemoryLayer(config)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(0.01)  # much of it is made by torch.empty
+    return layer
+
+
+def _tokens(layer: TNTMemoryLayer) -> int:
+    """A length at which every memory learns in one chunk, or shard, and reads in the next."""
+    config = layer.config
+    spans = [config.global_chunk_size, *config.local_chunk_sizes, *config.shard_lengths]
+    return max(256, *(span for span in spans if span is not None)) + 16
+
+
+def _train(preset: str, dtype: torch.dtype) -> None:
+    """Weights in float32, as the trainer holds them; bf16 is autocast."""
+    layer = _make_layer(preset)
+    x = torch.zeros(2, _tokens(layer), layer.config.hidden_size, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        o = layer(x)
+    o.backward(torch.zeros_like(o))
+
+
+def _read(layer: TNTMemoryLayer, dtype: torch.dtype, lengths: Sequence[int]) -> dict[str, MemoryState]:
+    """The states after a sequence in several calls, the weights in `dtype` as `from_pretrained` leaves them."""
+    layer, cache = layer.to(dtype), TNTCacheLayer()
+    with torch.no_grad():
+        for length in lengths:
+            x = torch.zeros(2, length, layer.config.hidden_size, dtype=dtype)
+            layer(x, cache_layer=cache, update_cache=True)
+    return cache.memories
+
+
+def _prefill(preset: str, dtype: torch.dtype) -> None:
+    layer = _make_layer(preset)
+    _read(layer, dtype, [_tokens(layer), _tokens(layer)])
+
+
+def _decode(preset: str, dtype: torch.dtype) -> None:
+    """One token after the other, each memory by its own operation; and one token for all of them in a step."""
+    layer = _make_layer(preset)
+    states = _read(layer, dtype, [1, 1])
+    with torch.no_grad():
+        x = torch.zeros(2, 1, layer.config.hidden_size, dtype=dtype)
+        q, k, v, _ = layer.project(x)
+        memories = [_step_memory(layer, name, x) for name in states]
+        step_memories(
+            q.squeeze(1), k.squeeze(1), v.squeeze(1), memories, MemoryStack(list(states.values())), backend="triton"
+        )
+
+
+def _step_memory(layer: TNTMemoryLayer, name: str, x: torch.Tensor) -> StepMemory:
+    """What a step takes for one of the layer's memories and the tokens x [rows, 1, hidden_size]."""
+    config, memory = layer.config, layer.memories()[name]
+    lr, momentum, decay = (None if gate is None else gate.squeeze(1) for gate in memory.gates(x))
+    gates = {"lr": lr, "momentum": momentum, "decay": decay}
+    if name == "global":
+        return StepMemory(memory.params, chunk_size=config.global_chunk_size, is_global=True, **gates)
+    index = int(name.removeprefix("local"))
+    chunk_size = config.local_chunk_sizes[index]
+    return StepMemory(
+        memory.params, chunk_size=chunk_size, shard_length=config.shard_lengths[index],
+        qk_projection=config.qk_projection, normalize_projection=config.normalize_projection,
+        token_scale=memory.token_scale(chunk_size), **gates,
+    )  # fmt: skip
+
+
+PHASES: dict[str, Callable[[str, torch.dtype], None]] = {"train": _train, "prefill": _prefill, "decode": _decode}
+
+# -- Compiling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a binary takes: registers and bytes of a thread, shared bytes of a block; or why there is none."""
+
+    registers: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    stack: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def measure(launch: Launch) -> Usage:
+    """Compile one launch. Error messages of the compiler are returned, not raised."""
+    start = time.perf_counter()
+    log = io.StringIO()
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # a binary from the cache has no log
+        try:
+            target = GPUTarget("cuda", launch.target, 32)
+            compiled = triton.compile(source, target=target, options=launch.options.__dict__)
+        except Exception as error:
+            return Usage(error=_explain(error), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Usage(**_assembler_report(log.getvalue()), shared=compiled.metadata.shared, seconds=seconds)
+
+
+def _explain(error: BaseException) -> str:
+    """The message of the error and of what caused it: that of the helper in which it happened comes last."""
+    messages = []
+    while error is not None:
+        messages.append(f"{type(error).__name__}: {str(error).strip()}")
+        error = error.__cause__ or error.__context__
+    return "\n".join(messages)
+
+
+def _assembler_report(log: str) -> dict[str, int]:
+    """Sums over the functions of a binary (there is one, unless a helper is not inlined)."""
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    if not frames or not registers:
+        raise RuntimeError(f"the assembler did not report its use of resources; it said:\n{log}")
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
+    return {"registers": max(map(int, registers)), "stack": stack, "spill_stores": stores, "spill_loads": loads}
+
+
+def measure_all(launches: Sequence[Launch], processes: int | None = None) -> list[Usage]:
+    """Compile launches in parallel, each from scratch. The order is kept; progress goes to stderr."""
+    usages = []
+    # Forked, because a kernel that is defined in a script cannot be pickled; the children only compile.
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="aot-") as cache:
+        with context.Pool(processes or os.cpu_count(), _start_worker, (cache, launches)) as pool:
+            for launch, usage in zip(launches, pool.imap(_measure_by_index, range(len(launches))), strict=True):
+                usages.append(usage)
+                outcome = "failed" if usage.error else f"{usage.registers} registers, {usage.spill_stores} B spilled"
+                place = f"[{len(usages)}/{len(launches)}] {launch.name} sm_{launch.target}"
+                print(f"{place}: {outcome}, {usage.seconds:.1f} s", file=sys.stderr)
+    return usages
+
+
+_launches_of_worker: Sequence[Launch] = ()
+
+
+def _start_worker(cache: str, launches: Sequence[Launch]) -> None:
+    global _launches_of_worker
+    knobs.cache.dir = cache
+    _launches_of_worker = launches
+
+
+def _measure_by_index(index: int) -> Usage:
+    return measure(_launches_of_worker[index])
+
+
+# -- Judging and printing ----------------------------------------------------------------------------------------------
+
+
+def find_problems(cases: Iterable[Case], usages: Iterable[Usage]) -> list[str]:
+    """One sentence for each binary that does not compile, or takes more than it may."""
+    problems = []
+    for case, usage in zip(cases, usages, strict=True):
+        launch = case.launch
+        what = f"{launch.name} on sm_{launch.target} for {_users_text(case)}: {_text(launch.constexprs())}"
+        spill_limit, shared_limit = SPILL_LIMITS.get(launch.name, 0), SHARED_LIMITS[launch.target]
+        if usage.error is not None:
+            problems.append(f"{what} does not compile:\n{usage.error}")
+        if usage.spill_stores > spill_limit:
+            problems.append(f"{what} spills {usage.spill_stores} B a thread, of which {spill_limit} are allowed")
+        if usage.shared > shared_limit:
+            problems.append(f"{what} needs {usage.shared} B of shared memory, of which a block has {shared_limit}")
+    return problems
+
+
+_INTRODUCTION = """\
+# What the kernels take, by target
+
+Made by `python tests/benchmarks/aot.py --write` with triton {triton}, without a GPU: every kernel that the presets
+launch, compiled ahead of time. For each variant of a kernel stands what needs it (training has weights in float32, bf16
+under autocast) and its constants: flags that are false and arguments that are None are left out.
+
+Registers and spills are those of a thread: bytes that the spilling instructions store / load, each counted once however
+often it runs, and the bytes of the stack. Shared memory is that of a block, beside what the target allows.
+"""
+_COLUMNS = (
+    "variant", "dtype", "target", "warps", "stages", "registers", "spills, B", "stack, B", "shared, B", "of",
+)  # fmt: skip
+_NAMING_COLUMNS = 5  # those that do not need the compiler
+
+
+def render(cases: Sequence[Case], usages: Sequence[Usage]) -> str:
+    """The table as Markdown."""
+    parts = [_INTRODUCTION.format(triton=triton.__version__)]
+    pairs = list(zip(cases, usages, strict=True))
+    parts += [
+        _render_kernel(name, [pair for pair in pairs if pair[0].launch.name == name])
+        for name in sorted({case.launch.name for case in cases})
+    ]
+    return "\n".join(parts)
+
+
+def _render_kernel(name: str, pairs: Sequence[tuple[Case, Usage]]) -> str:
+    in_common, texts = _variants([case for case, _ in pairs])
+    number = {text: i for i, text in enumerate(sorted(set(texts)), start=1)}
+    rows = []
+    for (case, usage), text in zip(pairs, texts, strict=True):
+        launch, dtypes = case.launch, _dtypes(case)
+        naming = [number[text], dtypes, f"sm_{launch.target}", launch.options.num_warps, launch.options.num_stages]
+        rows.append((number[text], dtypes, launch.target, _line(naming + _usage_cells(launch, usage))))
+    alignment = ["---"] * _NAMING_COLUMNS + ["---:"] * (len(_COLUMNS) - _NAMING_COLUMNS)
+    lines = [f"## {name}", "", f"In every variant: {in_common or 'no constants'}", ""]
+    lines += [f"{i}. {text}" for text, i in number.items()]
+    lines += ["", _line(_COLUMNS), _line(alignment), *(line for *_, line in sorted(rows))]
+    return "\n".join(lines) + "\n"
+
+
+def names(markdown: str) -> list[str]:
+    """What a table is about, without what was measured: the variants of each kernel and the first cells of its rows.
+
+    A table is stale when this differs from that of a new one, which can be rendered without compiling.
+    """
+    lines = markdown[markdown.index("## ") :].splitlines()
+    return ["|".join(line.split("|")[: _NAMING_COLUMNS + 1]) for line in lines]
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _usage_cells(launch: Launch, usage: Usage) -> list[Any]:
+    if usage.error is not None:
+        return ["fails", "", "", "", ""]
+    spills = f"{usage.spill_stores} / {usage.spill_loads}"
+    return [usage.registers, spills, usage.stack, usage.shared, SHARED_LIMITS[launch.target]]
+
+
+def _variants(cases: Sequence[Case]) -> tuple[str, list[str]]:
+    """The constants that all launches of a kernel share, and for each launch its users and the constants that differ.
+
+    Launches that nothing else would tell apart get those types of their arguments, too, that do.
+    """
+    constants = [case.launch.constexprs() for case in cases]
+    in_common = set.intersection(*(set(c.items()) for c in constants))
+    texts = [f"{_users_text(case)}: {_text(c, in_common)}" for case, c in zip(cases, constants, strict=True)]
+    identities = [(text, case.launch.target, _dtypes(case)) for case, text in zip(cases, texts, strict=True)]
+    twins = {i: cases[i].launch.types() for i, identity in enumerate(identities) if identities.count(identity) > 1}
+    if twins:
+        same = set.intersection(*(set(types.items()) for types in twins.values()))
+        for i, types in twins.items():
+            texts[i] += f" {_text(types, same)}"
+    return _text(constants[0], set(constants[0].items()) - in_common), texts
+
+
+def _text(pairs: dict[str, str], without: Iterable[tuple[str, str]] = ()) -> str:
+    """ "D=64 MLP": flags by their name alone, without those that are false and without arguments that are None."""
+    shown = {name: value for name, value in pairs.items() if value not in ("False", "None")}
+    return " ".join(
+        name if value == "True" else f"{name}={value}" for name, value in shown.items() if (name, value) not in without
+    )
+
+
+def _users_text(case: Case) -> str:
+    """ "tiny (train), tnt-150m (train, decode)", in the order of PRESETS and PHASES."""
+    phases = {p: [f for f in PHASES if any((p, f) == (u[0], u[2]) for u in case.users)] for p in PRESETS}
+    return ", ".join(f"{preset} ({', '.join(found)})" for preset, found in phases.items() if found)
+
+
+def _dtypes(case: Case) -> str:
+    return ", ".join(sorted({dtype for _, dtype, _ in case.users}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--targets", nargs="+", type=int, choices=SHARED_LIMITS, default=list(SHARED_LIMITS))
+    parser.add_argument("--kernels", nargs="+", metavar="PART", help="only kernels with a PART in their name")
+    parser.add_argument(
+        "--processes", type=int, help="compile this many kernels at once (default: the cores there are)"
+    )
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}; needs the whole table")
+    args = parser.parse_args(argv)
+    whole = (set(PRESETS), set(DTYPES), set(SHARED_LIMITS), None)
+    if args.write and (set(args.presets), set(args.dtypes), set(args.targets), args.kernels) != whole:
+        parser.error("--write writes the whole table; leave out --presets, --dtypes, --targets and --kernels")
+    start = time.perf_counter()
+    cases = collect(args.presets, args.dtypes, args.targets)
+    if args.kernels is not None:
+        cases = [case for case in cases if any(part in case.launch.name for part in args.kernels)]
+    usages = measure_all([case.launch for case in cases], args.processes)
+    print(f"{len(cases)} binaries in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    table, problems = render(cases, usages), find_problems(cases, usages)
+    print(table)
+    if args.write:
+        TABLE.write_text(table, encoding="utf-8")
+    print(*problems, sep="\n", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

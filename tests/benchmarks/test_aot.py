@@ -1,0 +1,242 @@
+"""The recorder notes what a GPU would compile, the report is the assembler's, and the presets' kernels fit.
+
+Under TRITON_INTERPRET, which the other tests of the kernels need, nothing can be compiled. So this file is also a
+script: the tests run it in a process without that variable, and look at the facts that it writes down.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_kernel(x, bias, o, rows, wide, factor, flag, SIZE: tl.constexpr, BIAS: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(x + place, mask=place < rows).to(tl.float32) * factor + wide + flag
+    if BIAS:
+        value += tl.load(bias + place, mask=place < rows)
+    tl.store(o + place, value, mask=place < rows)
+
+
+@triton.jit
+def hold_kernel(x, o, SIZE: tl.constexpr):
+    """Every entry of a matrix is needed again after the sum of all."""
+    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    value = tl.load(x + place)
+    tl.store(o + place, value * tl.sum(value))
+
+
+@triton.jit
+def refused_kernel(o, SIZE: tl.constexpr):
+    """A range whose length is no power of two does not compile."""
+    tl.store(o + tl.arange(0, SIZE), 1.0)
+
+
+# -- In the process without the interpreter ----------------------------------------------------------------------------
+
+
+def record_launches(aot) -> dict:
+    """Launches with all kinds of arguments."""
+    x, bias, o = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64), torch.full((64,), 7.0)
+    with aot.record(90) as launches:
+        scale_kernel[(4,)](x, bias, o, 64, 2**40, 0.5, True, SIZE=16, BIAS=True, num_warps=2, num_stages=5)
+        scale_kernel[(4,)](x[1:], None, o, 1, 17, 2, False, SIZE=16, BIAS=False)
+        scale_kernel[lambda meta: (4,)](x, bias, o, 128, 2**50, 0.25, True, 16, True, num_warps=2, num_stages=5)
+    return {
+        "types": [launch.types() for launch in launches],
+        "constexprs": [launch.constexprs() for launch in launches],
+        "options": [(launch.options.num_warps, launch.options.num_stages) for launch in launches],
+        "same binary": [launch.key == launches[0].key for launch in launches],
+        "o": o.unique().tolist(),
+        "driver": str(triton.runtime.driver._active),
+        "compiler": triton.runtime.jit.JITFunction._do_compile.__name__,
+    }
+
+
+def measure_probes(aot) -> dict:
+    """What kernels with known properties take, and what is said of it."""
+    matrix, launches = torch.zeros(128, 128), []
+    for target in aot.SHARED_LIMITS:
+        with aot.record(target) as recorded:
+            hold_kernel[(1,)](matrix, matrix, SIZE=16, num_warps=1)
+            hold_kernel[(1,)](matrix, matrix, SIZE=128, num_warps=1)
+        launches += recorded
+    with aot.record(90) as recorded:
+        refused_kernel[(1,)](matrix, SIZE=24)
+    launches += recorded
+    cases = [aot.Case(launch, {("tiny", "fp32", "train")}) for launch in launches]
+    usages = aot.measure_all(launches, processes=2)
+    facts = {
+        "usages": [vars(usage) for usage in usages],
+        "cuobjdump": [read_with_cuobjdump(launch) for launch in launches[:-1]],
+        "problems": aot.find_problems(cases, usages),
+        "table": aot.render(cases, usages),
+        "names": aot.names(aot.render(cases, usages)),
+        "names without measuring": aot.names(aot.render(cases, [aot.Usage()] * len(cases))),
+        "too much shared memory": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024 + 1)]),
+        "all that a block has": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024)]),
+    }
+    aot.SPILL_LIMITS["hold_kernel"] = usages[1].spill_stores
+    facts["problems when a spill is allowed"] = aot.find_problems(cases[:2], usages[:2])
+    return facts
+
+
+def read_with_cuobjdump(launch) -> tuple[int, int]:
+    """Registers and bytes of stack, by the tool that reads them from the binary (the table has them from the log)."""
+    source = triton.compiler.ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", launch.target, 32)
+    Path("probe.cubin").write_bytes(triton.compile(source, target, launch.options.__dict__).asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "probe.cubin"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    words = dict(word.split(":", 1) for word in report.split() if word.startswith(("REG:", "STACK:")))
+    return int(words["REG"]), int(words["STACK"])
+
+
+def measure_presets(aot) -> dict:
+    """All kernels by name, and some of them compiled: the whole table takes too long for a test."""
+    cases = aot.collect(aot.PRESETS, aot.DTYPES, aot.SHARED_LIMITS)
+    chosen = [case for case in cases if is_compiled_in_tests(case)]
+    usages = aot.measure_all([case.launch for case in chosen])
+    return {
+        "names": aot.names(aot.render(cases, [aot.Usage()] * len(cases))),
+        "names in the file": aot.names(aot.TABLE.read_text(encoding="utf-8")),
+        "kernels": sorted({case.launch.name for case in cases}),
+        "spill limits": list(aot.SPILL_LIMITS),
+        "compiled": [[case.launch.name, case.launch.target, sorted(case.users)] for case in chosen],
+        "problems": aot.find_problems(chosen, usages),
+    }
+
+
+def is_compiled_in_tests(case) -> bool:
+    """For sm_90 what tnt-150m and ttt-linear-125m need in bf16; the latter's forward for other targets and in fp32."""
+    if case.launch.target == 90 and {("tnt-150m", "bf16"), ("ttt-linear-125m", "bf16")} & {u[:2] for u in case.users}:
+        return True
+    return case.launch.name == "forward_kernel" and any(
+        preset == "ttt-linear-125m" and phase == "train" and (dtype == "bf16" or case.launch.target == 90)
+        for preset, dtype, phase in case.users
+    )
+
+
+# -- In the process of the tests ---------------------------------------------------------------------------------------
+
+
+def in_other_process(function, directory: Path) -> dict:
+    """What a function above returns in a process that can compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), function.__name__, "facts.json"]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((directory / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return in_other_process(record_launches, tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory):
+    return in_other_process(measure_probes, tmp_path_factory.mktemp("probes"))
+
+
+@pytest.fixture(scope="module")
+def presets(tmp_path_factory):
+    return in_other_process(measure_presets, tmp_path_factory.mktemp("presets"))
+
+
+def test_a_recorded_launch_has_the_types_that_a_gpu_would_see(recorded):
+    aligned, unaligned, _ = recorded["types"]
+    assert aligned == {
+        "x": "*bf16/16", "bias": "*fp32/16", "o": "*fp32/16",
+        "rows": "i32/16", "wide": "i64/16", "factor": "fp32", "flag": "u1",
+    }  # fmt: skip
+    assert unaligned == {"x": "*bf16", "o": "*fp32/16", "wide": "i32", "factor": "i32", "flag": "u1"}
+
+
+def test_one_and_none_are_constants(recorded):
+    with_bias, without, _ = recorded["constexprs"]
+    assert with_bias == {"SIZE": "16", "BIAS": "True"}
+    assert without == {"bias": "None", "rows": "1", "SIZE": "16", "BIAS": "False"}
+
+
+def test_options_are_those_of_the_launch(recorded):
+    assert recorded["options"][0] == [2, 5]
+    assert recorded["options"][1] == [4, 3]
+
+
+def test_values_and_grid_make_no_other_binary(recorded):
+    assert recorded["same binary"] == [True, False, True]
+
+
+def test_recording_runs_nothing_and_leaves_triton_as_it_was(recorded):
+    assert recorded["o"] == [7.0]
+    assert (recorded["driver"], recorded["compiler"]) == ("None", "_do_compile")
+
+
+def test_a_kernel_that_spills_is_seen_to_spill(probes):
+    for small, large in (probes["usages"][i : i + 2] for i in (0, 2, 4)):
+        assert small["registers"] > 0
+        assert small["spill_stores"] == small["spill_loads"] == small["stack"] == 0
+        assert min(large["spill_stores"], large["spill_loads"], large["stack"]) > 512  # it holds 2 KiB a thread
+
+
+def test_the_log_and_the_binary_agree(probes):
+    assert [[usage["registers"], usage["stack"]] for usage in probes["usages"][:-1]] == probes["cuobjdump"]
+
+
+def test_problems_name_the_kernel_and_the_limit(probes):
+    *spills, refused = probes["problems"]
+    assert [f"on sm_{target} " in problem for target, problem in zip((80, 90, 100), spills, strict=True)] == [True] * 3
+    assert "hold_kernel" in spills[0] and "SIZE=128" in spills[0] and "of which 0 are allowed" in spills[0]
+    assert "refused_kernel on sm_90" in refused and "power of 2" in refused
+    assert probes["problems when a spill is allowed"] == []
+    (shared,) = probes["too much shared memory"]
+    assert "needs 166913 B of shared memory, of which a block has 166912" in shared
+    assert probes["all that a block has"] == []
+
+
+def test_the_table_has_a_row_for_each_binary(probes):
+    table, large = probes["table"], probes["usages"][3]
+    usage = f"{large['registers']} | {large['spill_stores']} / {large['spill_loads']} | {large['stack']} | 0 | 232448"
+    assert "1. tiny (train): SIZE=128" in table.splitlines()
+    assert f"| 1 | fp32 | sm_90 | 1 | 3 | {usage} |" in table.splitlines()
+    assert table.count("| fp32 | sm_") == 7
+    assert "| fails |" in table
+
+
+def test_names_of_a_table_do_not_depend_on_what_was_measured(probes):
+    assert probes["names"] == probes["names without measuring"]
+    assert {"## hold_kernel", "## refused_kernel", "2. tiny (train): SIZE=16"} <= set(probes["names"])
+
+
+def test_the_kernels_of_the_presets_fit(presets):
+    assert not presets["problems"], "\n\n".join(presets["problems"])
+
+
+def test_what_is_compiled_here_covers_every_target_and_dtype(presets):
+    assert {target for _, target, _ in presets["compiled"]} == {80, 90, 100}
+    assert {dtype for _, _, users in presets["compiled"] for _, dtype, _ in users} == {"bf16", "fp32"}
+    assert {phase for _, _, users in presets["compiled"] for _, _, phase in users} == {"train", "prefill", "decode"}
+
+
+def test_spill_limits_name_kernels_that_exist(presets):
+    assert set(presets["spill limits"]) <= set(presets["kernels"])
+
+
+def test_the_table_in_the_repository_is_of_these_kernels(presets):
+    assert presets["names in the file"] == presets["names"], "run python tests/benchmarks/aot.py --write"
+
+
+if __name__ == "__main__":
+    import aot as _aot
+
+    chosen = {f.__name__: f for f in (record_launches, measure_probes, measure_presets)}[sys.argv[1]]
+    Path(sys.argv[2]).write_text(json.dumps(chosen(_aot)))
