@@ -1,0 +1,254 @@
+"""One new token a row through all memories of a layer: what decoding does, with the state written in place.
+
+For each memory, with the equations of `kernels/api.py` and one token t of each row, at that row's own position:
+
+    before a shard (position ≡ 0 mod shard_length): W := W_init, S := 0, M := 0;   before a chunk: W_anchor := W
+    S := momentum S − lr G(W_anchor)        W := (1 − decay) W + S        M := M + k kᵀ/‖k‖²
+    local: f(W, M q)      global: f(W_anchor, q)       o = their sum
+
+The "triton" backend does all of it in one launch and never waits for the device, so a step may be captured in a CUDA
+graph, and is one operator to `torch.compile`. The others read one memory after the other with their `local_memory` and
+`global_memory`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .api import global_memory, local_memory
+from .backends import BACKENDS, BackendChoice
+from .checks import check_global, check_local
+from .stack import MemoryStack
+from .types import MemoryParams, MemoryState
+
+HEAD_DIMS = (16, 32, 64, 128)
+_HIDDEN_MULTIPLE = 16
+
+
+class StepMemory(NamedTuple):
+    """One memory of a layer and the gates of its new token; the fields are those of `local_memory`.
+
+    lr, momentum and decay are [rows, H]; token_scale is [chunk_size]. A global memory has a chunk_size only.
+    """
+
+    params: MemoryParams
+    lr: Tensor
+    chunk_size: int
+    shard_length: int | None = None
+    is_global: bool = False
+    qk_projection: str = "none"
+    normalize_projection: bool = False
+    momentum: Tensor | None = None
+    decay: Tensor | None = None
+    token_scale: Tensor | None = None
+
+
+def step_memories(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memories: Sequence[StepMemory],
+    stack: MemoryStack,
+    *,
+    active: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Read one token of every row with all memories of a layer; their states in `stack` are advanced in place.
+
+    Equal to one call of `local_memory` or `global_memory` with T = 1 for each memory. For inference: nothing is
+    recorded for a backward.
+
+    Under CUDA graphs: step once as usual, which compiles the kernel, and then capture. The graph reads its inputs,
+    parameters and states where they lay at the capture; parameters may be updated in place. To go on from other states,
+    `stack.fill(states)` between two replays. Under torch.compile the step is one operator, with `fullgraph=True` too.
+
+    Args:
+        q, k, v: [rows, H, D] of one floating dtype.
+        memories: one `StepMemory` for each memory. They agree in the shapes of their parameters, and in whether they
+            have momentum and decay.
+        stack: their states, in the same order.
+        active: [rows] bool; a row that is not active keeps its states and gets zeros. None: all are.
+        backend: "auto" | "reference" | "torch" | "triton", see `choose_step_backend`.
+
+    Returns:
+        o [rows, H, D] in q.dtype, the sum of the memories' outputs in their order.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or a backend that is named cannot run it.
+        RuntimeError: gradients are enabled and an input requires one.
+    """
+    _check(q, k, v, memories, stack, active)
+    choice = choose_step_backend(backend, q, memories[0].params)
+    if choice.name == "triton":
+        return _launch(q, k, v, memories, stack, active)
+    return _one_by_one(q, k, v, memories, stack, active, choice.name)
+
+
+def choose_step_backend(backend: str, q: Tensor, params: MemoryParams) -> BackendChoice:
+    """The backend that a step with these queries and parameters runs on, and why.
+
+    "auto" is triton on CUDA where its kernel supports the shapes, and torch elsewhere.
+
+    Raises:
+        ValueError: for an unknown name, and for "triton" where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    if backend in ("reference", "torch"):
+        return BackendChoice(backend, "named by the caller")
+    obstacle = _why_not_triton(q, params)
+    if backend == "triton":
+        if obstacle is not None:
+            raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
+        return BackendChoice("triton", "named by the caller")
+    if q.device.type != "cuda":
+        return BackendChoice("torch", f"the torch backend is the fastest one on {q.device.type}")
+    if obstacle is not None:
+        return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}")
+    return BackendChoice("triton", "one launch for all memories of a layer")
+
+
+def _why_not_triton(q: Tensor, params: MemoryParams) -> str | None:
+    """What keeps the kernel from running, in words, or None."""
+    D, M = params.w1.shape[1:]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"q is on {q.device}, and triton runs on CUDA (or anywhere, slowly, with TRITON_INTERPRET=1)"
+    if D not in HEAD_DIMS:
+        return f"its head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {D}"
+    if M % _HIDDEN_MULTIPLE:
+        return f"the hidden width of its memories must be a multiple of {_HIDDEN_MULTIPLE}, got {M}"
+    return None
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
+) -> None:
+    """Every check of the arguments; those of each memory are the checks of its own operation."""
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        raise ValueError(f"q must be a tensor of shape [rows, H, D], got {getattr(q, 'shape', type(q).__name__)}")
+    if not isinstance(stack, MemoryStack):
+        raise TypeError(f"stack must be a MemoryStack, got {type(stack).__name__}")
+    if len(memories) != len(stack.states):
+        raise ValueError(f"stack holds the states of {len(stack.states)} memories but {len(memories)} are given")
+    for i, memory in enumerate(memories):
+        if not isinstance(memory, StepMemory):
+            raise TypeError(f"memories[{i}] must be a StepMemory, got {type(memory).__name__}")
+        _check_memory(memory, q, k, v, stack.states[i])
+        different = [n for n, shape in _shapes(memory).items() if shape != _shapes(memories[0])[n]]
+        if different:
+            raise ValueError(
+                f"the memories of a step must agree in {different[0]}: memories[{i}] has "
+                f"{_shapes(memory)[different[0]]}, memories[0] {_shapes(memories[0])[different[0]]}; step them apart"
+            )
+    if active is not None:
+        if not isinstance(active, Tensor) or active.dtype != torch.bool or active.shape != q.shape[:1]:
+            raise ValueError(f"active must be a bool tensor of shape [rows] = ({q.shape[0]},), got {active!r:.80}")
+        if active.device != q.device:
+            raise ValueError(f"active is on {active.device} but q is on {q.device}; move it there")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _differentiable(q, k, v, memories)):
+        raise RuntimeError(
+            "step_memories has no backward, but gradients are enabled and an input requires one; call it under "
+            "torch.no_grad(), or use local_memory and global_memory"
+        )
+
+
+def _check_memory(memory: StepMemory, q: Tensor, k: Tensor, v: Tensor, state: MemoryState) -> None:
+    arguments = _arguments(memory, state)
+    if not memory.is_global:
+        check_local(q.unsqueeze(1), *_with_time(k, v, memory.lr), memory.params, cu_seqlens=None, **arguments)
+        return
+    for name in ("shard_length", "qk_projection", "normalize_projection", "token_scale"):
+        if getattr(memory, name) != StepMemory._field_defaults[name]:
+            raise ValueError(
+                f"a global memory has no {name}, got {getattr(memory, name)!r:.80}; leave it at its default"
+            )
+    check_global(q.unsqueeze(1), *_with_time(k, v, memory.lr), memory.params, cu_seqlens=None, **arguments)
+
+
+def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """[rows, …] → [rows, 1, …]; what is no tensor is left to the checks."""
+    return tuple(t.unsqueeze(1) if isinstance(t, Tensor) else t for t in tensors)
+
+
+def _arguments(memory: StepMemory, state: MemoryState) -> dict[str, object]:
+    """The keywords that a memory's own operation and its check share, for T = 1."""
+    momentum, decay = _with_time(memory.momentum, memory.decay)
+    shared = {"chunk_size": memory.chunk_size, "momentum": momentum, "decay": decay, "initial_state": state}
+    if memory.is_global:
+        return shared
+    local = ("shard_length", "qk_projection", "normalize_projection", "token_scale")
+    return shared | {name: getattr(memory, name) for name in local}
+
+
+def _shapes(memory: StepMemory) -> dict[str, object]:
+    """What the memories of a layer have in common."""
+    shapes = {f"params.{n}": None if x is None else tuple(x.shape) for n, x in memory.params._asdict().items()}
+    return shapes | {f"{n} (given or not)": getattr(memory, n) is not None for n in ("momentum", "decay")}
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory]) -> list[Tensor]:
+    tensors = [q, k, v]
+    for memory in memories:
+        tensors += [*memory.params, memory.lr, memory.momentum, memory.decay, memory.token_scale]
+    return [t for t in tensors if t is not None]
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
+) -> Tensor:
+    from .fused.decode import PROJECTIONS, decode_step
+
+    def each(values: list[Tensor | None]) -> list[Tensor]:
+        return [] if values[0] is None else values
+
+    scaled = [m.token_scale is not None for m in memories]
+    # The kernel does not look at the token scale of a memory that has none.
+    token_scale = [m.lr if m.token_scale is None else m.token_scale for m in memories] if any(scaled) else []
+    return decode_step(
+        q, k, v, active,
+        *(each([getattr(m, name) for m in memories]) for name in ("lr", "momentum", "decay")), token_scale,
+        *(each([getattr(m.params, name) for m in memories]) for name in MemoryParams._fields),
+        stack.weights, stack.projection, stack.position,
+        [m.chunk_size for m in memories], [m.shard_length or 0 for m in memories], [m.is_global for m in memories],
+        scaled, [PROJECTIONS.index(m.qk_projection) for m in memories], stack.slots,
+        [m.normalize_projection for m in memories],
+    )  # fmt: skip
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memories: Sequence[StepMemory],
+    stack: MemoryStack,
+    active: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Every memory by its own operation, for one token."""
+    total, states = 0.0, []
+    for memory, state in zip(memories, stack.states, strict=True):
+        operation = global_memory if memory.is_global else local_memory
+        o, new = operation(
+            *_with_time(q, k, v, memory.lr), memory.params, output_final_state=True, backend=backend,
+            **_arguments(memory, state),
+        )  # fmt: skip
+        if active is not None:
+            o = torch.where(active.view(-1, 1, 1, 1), o, 0)
+            new = MemoryState.from_tensors(
+                {
+                    name: torch.where(active.view(-1, *[1] * (t.dim() - 1)), t, state.tensors()[name])
+                    for name, t in new.tensors().items()
+                }
+            )
+        total = total + o.squeeze(1)
+        states.append(new)
+    stack.fill(states)
+    return total
