@@ -53,6 +53,10 @@ class MemoryStack:
         return tuple(views)
 
     @property
+    def rows(self) -> int:
+        return self.position.shape[1]
+
+    @property
     def slots(self) -> list[int]:
         """For each memory, where its projection is among the stacked ones; −1 without one."""
         slots, taken = [], 0

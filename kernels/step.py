@@ -14,7 +14,6 @@ graph, and is one operator to `torch.compile`. The others read one memory after 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from .stack import MemoryStack
 from .types import MemoryParams, MemoryState
 
 HEAD_DIMS = (16, 32, 64, 128)
-_HIDDEN_MULTIPLE = 16
+HIDDEN_MULTIPLE = 16
 
 
 class StepMemory(NamedTuple):
@@ -84,14 +83,14 @@ def step_memories(
         RuntimeError: gradients are enabled and an input requires one.
     """
     _check(q, k, v, memories, stack, active)
-    choice = choose_step_backend(backend, q, memories[0].params)
+    choice = choose_step_backend(backend, memories[0].params)
     if choice.name == "triton":
         return _launch(q, k, v, memories, stack, active)
     return _one_by_one(q, k, v, memories, stack, active, choice.name)
 
 
-def choose_step_backend(backend: str, q: Tensor, params: MemoryParams) -> BackendChoice:
-    """The backend that a step with these queries and parameters runs on, and why.
+def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
+    """The backend that a step of memories with parameters like these runs on, and why.
 
     "auto" is triton on CUDA where its kernel supports the shapes, and torch elsewhere.
 
@@ -102,30 +101,45 @@ def choose_step_backend(backend: str, q: Tensor, params: MemoryParams) -> Backen
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "torch"):
         return BackendChoice(backend, "named by the caller")
-    obstacle = _why_not_triton(q, params)
+    obstacle = _why_not_triton(params)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
         return BackendChoice("triton", "named by the caller")
-    if q.device.type != "cuda":
-        return BackendChoice("torch", f"the torch backend is the fastest one on {q.device.type}")
+    device = params.w1.device.type
+    if device != "cuda":
+        return BackendChoice("torch", f"the torch backend is the fastest one on {device}")
     if obstacle is not None:
         return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}")
     return BackendChoice("triton", "one launch for all memories of a layer")
 
 
-def _why_not_triton(q: Tensor, params: MemoryParams) -> str | None:
+def _why_not_triton(params: MemoryParams) -> str | None:
     """What keeps the kernel from running, in words, or None."""
     D, M = params.w1.shape[1:]
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed"
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"q is on {q.device}, and triton runs on CUDA (or anywhere, slowly, with TRITON_INTERPRET=1)"
+    if not _runs_on(params.w1.device.type):
+        return (
+            f"its tensors are on {params.w1.device}, and it needs an NVIDIA GPU (or TRITON_INTERPRET=1: slowly, a CPU)"
+        )
     if D not in HEAD_DIMS:
         return f"its head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {D}"
-    if M % _HIDDEN_MULTIPLE:
-        return f"the hidden width of its memories must be a multiple of {_HIDDEN_MULTIPLE}, got {M}"
+    if M % HIDDEN_MULTIPLE:
+        return f"the hidden width of its memories must be a multiple of {HIDDEN_MULTIPLE}, got {M}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device_type: str) -> bool:
+    from .fused.limits import interpreted
+
+    return torch.version.hip is None if device_type == "cuda" else device_type == "cpu" and interpreted()
 
 
 def _check(

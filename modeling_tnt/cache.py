@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
+from .kernels.stack import MemoryStack
+from .packing import TokenStep
 
 _LAYER_TYPE = "tnt_memory"
 _FILE_FORMAT = "tnt-cache-1"
@@ -38,6 +40,11 @@ class TNTCacheLayer(CacheLayerMixin):
 
     memories   name of a memory ("global", "local0", …) → `MemoryState`, whose `position` counts each row's real tokens.
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
+
+    A call of several tokens replaces these tensors and leaves the old ones alone. Where a single token is read by one
+    launch (the "triton" backend, without gradients) they are written in place: the memories are then views of `stack`,
+    whose buffers, and that of `conv_tail`, keep their addresses until rows are selected or moved. So a captured CUDA
+    graph of such a call goes on reading and writing them; see `TNTModel.forward`.
     """
 
     _layer_type = _LAYER_TYPE
@@ -46,10 +53,12 @@ class TNTCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.stack: MemoryStack | None = None
+        self._tail_buffer: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the next call starts at the learned initial states."""
+        """Forget everything; the next call starts at the learned initial states. The buffers of `stack` are kept."""
         self.memories: dict[str, MemoryState] = {}
         self.conv_tail: Tensor | None = None
         self.signature: dict[str, Any] | None = None
@@ -59,6 +68,47 @@ class TNTCacheLayer(CacheLayerMixin):
     def store(self, memories: dict[str, MemoryState], conv_tail: Tensor | None, signature: dict[str, Any]) -> None:
         """Replace the state; see the class for the arguments."""
         self.memories, self.conv_tail, self.signature, self.is_initialized = memories, conv_tail, signature, True
+
+    def is_stacked(self, names: Sequence[str]) -> bool:
+        """Whether the memories of these names are those in `stack`, and can be written in place."""
+        return (
+            self.stack is not None
+            and len(self.stack.states) == len(names)
+            and all(self.memories.get(n) is s for n, s in zip(names, self.stack.states, strict=True))
+            and _is_writable(self.stack.weights)
+        )
+
+    def stack_memories(
+        self, names: Sequence[str], initial: Callable[[], dict[str, MemoryState]], signature: dict[str, Any]
+    ) -> None:
+        """Move the memories, or `initial()` ones, into `stack`: into its buffers if they fit, or else into new ones.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured, whose replays would all start from the states of now.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("read one token without a CUDA graph before capturing one: it makes the cache's buffers")
+        known = self.memories or initial()
+        states = [known[name] for name in names]
+        if self.stack is not None and self.stack.fits(states) and _is_writable(self.stack.weights):
+            self.stack.fill(states)
+        else:
+            self.stack = MemoryStack(states)
+        buffer = self._tail_buffer
+        if buffer is not None and buffer.shape[0] == self.stack.rows and _is_writable(buffer):
+            self.conv_tail = buffer.zero_() if self.conv_tail is None else buffer.copy_(self.conv_tail)
+        elif self.conv_tail is not None:
+            self.conv_tail = self._tail_buffer = self.conv_tail.clone()
+        self.store(dict(zip(names, self.stack.states, strict=True)), self.conv_tail, signature)
+
+    def advance_tail(self, tail: Tensor | None, step: TokenStep) -> None:
+        """Take over the convolution's inputs of rows that have a token, in place."""
+        if tail is None:
+            return
+        if self.conv_tail is None:  # the first token of all
+            self.conv_tail = self._tail_buffer = step.hide(tail)
+        else:
+            self.conv_tail.copy_(step.keep(tail.to(self.conv_tail.dtype), self.conv_tail))
 
     def advance(self, columns: int) -> None:
         """Count columns of the batch that have been read, padding included (transformers slices its inputs by this)."""
@@ -117,8 +167,14 @@ class TNTCacheLayer(CacheLayerMixin):
         raise TypeError("a TNT cache layer holds memory states, not keys and values; use store()")
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.stack = self._tail_buffer = None
         self.memories = {name: state.map(fn) for name, state in self.memories.items()}
         self.conv_tail = None if self.conv_tail is None else fn(self.conv_tail)
+
+
+def _is_writable(t: Tensor) -> bool:
+    """Whether `t` may be written in place: a tensor made in inference mode only in inference mode."""
+    return torch.is_inference_mode_enabled() or not t.is_inference()
 
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)

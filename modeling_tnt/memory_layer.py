@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from .cache import TNTCacheLayer, cache_signature
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
-from .kernels import MemoryParams, MemoryState, global_memory, local_memory
-from .packing import Packing
+from .kernels import MemoryParams, MemoryState, global_memory, initial_memory_state, local_memory
+from .kernels.step import StepMemory, choose_step_backend, step_memories
+from .packing import Packing, TokenStep
 
 # The memory operations stay outside of torch.compile's graphs: they run loops over chunks, which it would unroll.
 _global_memory = torch.compiler.disable(global_memory)
@@ -33,6 +33,13 @@ class MemoryGates(NamedTuple):
     lr: Tensor
     momentum: Tensor | None
     decay: Tensor | None
+
+
+class MemoryOptions(NamedTuple):
+    """How one memory reads: the keywords of its operation that a config fixes."""
+
+    is_global: bool
+    options: dict[str, Any]
 
 
 class TNTGate(nn.Linear):
@@ -133,33 +140,80 @@ class TNTMemoryLayer(nn.Module):
         packing: Packing | None = None,
         cache_layer: TNTCacheLayer | None = None,
         update_cache: bool = False,
+        step: TokenStep | None = None,
     ) -> Tensor:
         """Mix the tokens of x [B, T, hidden_size], or of [1, total, hidden_size] with `packing`.
 
         With a `cache_layer` the memories start from its states; with `update_cache` it gets those after the last token.
+        With `step` there is one token a row and the states in the cache are written in place, see `steps`.
         """
-        states = {} if cache_layer is None else cache_layer.memories
-        tail = None if cache_layer is None else cache_layer.conv_tail
-        q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
-        outputs, new_states = [], {}
-        for name, memory, operation in self._operations():
-            gates = memory.gates(x)
-            o, new_states[name] = operation(
-                q, k, v, gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
-                cu_seqlens=None if packing is None else packing.cu_seqlens, initial_state=states.get(name),
-                output_final_state=update_cache, backend=self.config.kernel_backend,
-            )  # fmt: skip
-            outputs.append(_KeepInGraph.apply(o, *gates))
-        if update_cache:
-            cache_layer.store(new_states, tail, cache_signature(self.config))
-        o = sum(outputs[1:], outputs[0])
+        if step is None:
+            o = self._read(x, packing, cache_layer, update_cache)
+        else:
+            o = self._step(x, cache_layer, step)
         o = self.norm(o.to(self.norm.weight.dtype)).flatten(-2)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
-    def _operations(self) -> Iterator[tuple[str, TNTMemory, Callable[..., tuple[Tensor, MemoryState | None]]]]:
-        """Name, parameters and operation of each memory. Sizes are read from the config each time: they may change."""
+    def steps(self) -> bool:
+        """Whether a token behind a cache is read by one launch for all memories, without gradients."""
+        memory = next(iter(self.memories().values()))
+        return choose_step_backend(self.config.kernel_backend, memory.params).name == "triton"
+
+    def _read(
+        self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
+    ) -> Tensor:
+        """The sum of the memories' outputs [B, T, H, D]."""
+        states = {} if cache_layer is None else cache_layer.memories
+        tail = None if cache_layer is None else cache_layer.conv_tail
+        q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
+        outputs, new_states = [], {}
+        for name, memory, (is_global, options) in self._operations():
+            gates = memory.gates(x)
+            o, new_states[name] = (_global_memory if is_global else _local_memory)(
+                q, k, v, gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
+                cu_seqlens=None if packing is None else packing.cu_seqlens, initial_state=states.get(name),
+                output_final_state=update_cache, backend=self.config.kernel_backend, **options,
+            )  # fmt: skip
+            outputs.append(_KeepInGraph.apply(o, *gates))
+        if update_cache:
+            cache_layer.store(new_states, tail, cache_signature(self.config))
+        return sum(outputs[1:], outputs[0])
+
+    def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
+        """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
+        names = list(self.memories())
+        if not cache_layer.is_stacked(names):
+            cache_layer.stack_memories(names, lambda: self._initial_states(x), cache_signature(self.config))
+        q, k, v, tail = self.project(x, None, cache_layer.conv_tail, return_tail=True)
+        memories = []
+        for _, memory, (is_global, options) in self._operations():
+            lr, momentum, decay = (None if g is None else g.squeeze(1) for g in memory.gates(x))
+            memories.append(
+                StepMemory(memory.params, lr, momentum=momentum, decay=decay, is_global=is_global, **options)
+            )
+        q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
+        o = step_memories(
+            q, k, v, memories, cache_layer.stack, active=step.active, backend=self.config.kernel_backend
+        ).unsqueeze(1)
+        cache_layer.advance_tail(tail, step)
+        return o
+
+    def _initial_states(self, x: Tensor) -> dict[str, MemoryState]:
+        """Before the first token of the rows of x."""
+        return {
+            name: initial_memory_state(
+                memory.params, x.shape[0],
+                with_momentum=self.config.use_momentum,
+                with_projection=not is_global and self.config.qk_projection != "none",
+                dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+            )
+            for name, memory, (is_global, _) in self._operations()
+        }  # fmt: skip
+
+    def _operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
+        """Name, parameters and options of each memory. Sizes are read from the config each time: they may change."""
         config = self.config
         if len(config.local_chunk_sizes) != len(self.local_memories):
             raise ValueError(
@@ -168,15 +222,19 @@ class TNTMemoryLayer(nn.Module):
             )
         memories = self.memories()
         if self.global_memory is not None:
-            yield "global", memories["global"], partial(_global_memory, chunk_size=config.global_chunk_size)
+            yield "global", memories["global"], MemoryOptions(True, {"chunk_size": config.global_chunk_size})
         for i, (chunk_size, shard_length) in enumerate(
             zip(config.local_chunk_sizes, config.shard_lengths, strict=True)
         ):
             memory = memories[f"local{i}"]
-            yield f"local{i}", memory, partial(
-                _local_memory, chunk_size=chunk_size, shard_length=shard_length, qk_projection=config.qk_projection,
-                normalize_projection=config.normalize_projection, token_scale=memory.token_scale(chunk_size),
-            )  # fmt: skip
+            options = {
+                "chunk_size": chunk_size,
+                "shard_length": shard_length,
+                "qk_projection": config.qk_projection,
+                "normalize_projection": config.normalize_projection,
+                "token_scale": memory.token_scale(chunk_size),
+            }
+            yield f"local{i}", memory, MemoryOptions(False, options)
 
 
 class _KeepInGraph(torch.autograd.Function):

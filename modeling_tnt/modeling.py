@@ -17,7 +17,7 @@ from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer
-from .packing import Packing, plan_packing
+from .packing import Packing, TokenStep, plan_packing, plan_step
 
 
 class TNTMLP(nn.Module):
@@ -50,9 +50,10 @@ class TNTBlock(GradientCheckpointingLayer):
         packing: Packing | None = None,
         cache_layer: TNTCacheLayer | None = None,
         update_cache: bool = False,
+        step: TokenStep | None = None,
     ) -> Tensor:
         """[B, T, hidden_size] → the same shape; see `TNTMemoryLayer.forward`."""
-        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache)
+        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache, step)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -152,17 +153,16 @@ class TNTModel(TNTPreTrainedModel):
             raise ValueError("output_attentions=True: a TNT model has no attention weights; use False")
         if past_key_values is not None:
             check_cache(past_key_values, self.config, batch_shape[0])
-        packing = plan_packing(
-            batch_shape,
-            given.device,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seqlens=_same_boundaries(
-                cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k
-            ),
-            past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
-        )
+        boundaries = _same_boundaries(cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k)
+        columns = {
+            "attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
+            "past_length": 0 if past_key_values is None else past_key_values.get_seq_length(),
+        }  # fmt: skip
+        packing = step = None
+        if boundaries is None and self._steps(batch_shape, past_key_values, use_cache):
+            step = plan_step(batch_shape, given.device, **columns)
+        else:
+            packing = plan_packing(batch_shape, given.device, cu_seqlens=boundaries, **columns)
         use_cache = self._decide_use_cache(use_cache, past_key_values, packing, batch_shape[0])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -175,18 +175,19 @@ class TNTModel(TNTPreTrainedModel):
             all_hidden_states.append(hidden_states)
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
             if hidden_states.shape[1] > 0:
-                hidden_states = layer(hidden_states, packing, cache_layer, use_cache)
+                hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step)
             if use_cache:
                 cache_layer.advance(batch_shape[1])
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
 
-        if packing is not None:
-            hidden_states = packing.scatter(hidden_states)
+        def unpack(h: Tensor) -> Tensor:
+            """[B, T, hidden_size], zero at padding."""
+            return step.hide(h) if step is not None else h if packing is None else packing.scatter(h)
+
+        hidden_states = unpack(hidden_states)
         if output_hidden_states:
-            inner = all_hidden_states[:-1]
-            inner = inner if packing is None else [packing.scatter(h) for h in inner]
-            all_hidden_states = (*inner, hidden_states)
+            all_hidden_states = (*map(unpack, all_hidden_states[:-1]), hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -208,6 +209,16 @@ class TNTModel(TNTPreTrainedModel):
         if not fits or given.shape[0] < 1 or given.shape[1] < 1:
             raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
         return given
+
+    def _steps(self, batch_shape: tuple[int, int], past_key_values: Cache | None, use_cache: bool | None) -> bool:
+        """Whether this call reads a token a row behind a cache that is then written in place."""
+        return (
+            batch_shape[1] == 1
+            and past_key_values is not None
+            and use_cache is not False
+            and not torch.is_grad_enabled()
+            and self.layers[0].memory.steps()
+        )
 
     def _decide_use_cache(
         self, use_cache: bool | None, past_key_values: Cache | None, packing: Packing | None, batch: int

@@ -47,6 +47,40 @@ class Packing(NamedTuple):
         return self.cu_seqlens.shape[0] - 1
 
 
+class TokenStep(NamedTuple):
+    """One column of a batch, read behind a cache: [B, 1].
+
+    active  [B] bool, False at padding; None: every row has a token.
+    """
+
+    active: Tensor | None
+
+    def hide(self, x: Tensor) -> Tensor:
+        """x [B, 1, ...] with zeros where there is no token."""
+        return x if self.active is None else self.keep(x, x.new_zeros(()))
+
+    def keep(self, x: Tensor, other: Tensor) -> Tensor:
+        """x [B, ...] where there is a token, else `other`."""
+        return x if self.active is None else torch.where(self.active.view(-1, *[1] * (x.dim() - 1)), x, other)
+
+
+def plan_step(
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    past_length: int = 0,
+) -> TokenStep:
+    """What `plan_packing` says of a single column, without a look at what the tensors hold. Raises as it does."""
+    _check_ids(batch_shape, position_ids, seq_idx)
+    if attention_mask is None:
+        return TokenStep(None)
+    _check_mask(attention_mask, batch_shape, past_length)
+    return TokenStep((attention_mask[:, -1] != 0).to(device))
+
+
 def plan_packing(
     batch_shape: tuple[int, int],
     device: torch.device,
@@ -93,6 +127,12 @@ def plan_packing(
 
 def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> Tensor | None:
     """[B, T] bool, True at real tokens, or None when all are. A single column may be padding, too: no shortcut."""
+    _check_mask(attention_mask, batch_shape, past_length)
+    mask = attention_mask[:, -batch_shape[1] :] != 0
+    return None if mask.all() else mask
+
+
+def _check_mask(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> None:
     batch, length = batch_shape
     allowed = [(batch, n) for n in dict.fromkeys((length, past_length + length))]
     if tuple(attention_mask.shape) not in allowed:
@@ -100,8 +140,17 @@ def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_len
             f"attention_mask must have shape [batch, tokens] = {' or '.join(map(str, allowed))} "
             f"({past_length} tokens are in the cache), got {tuple(attention_mask.shape)}"
         )
-    mask = attention_mask[:, -length:] != 0
-    return None if mask.all() else mask
+
+
+def _check_ids(
+    batch_shape: tuple[int, int], position_ids: Tensor | None, seq_idx: Tensor | None
+) -> tuple[str, Tensor | None]:
+    """The ids that say where a sequence begins, and their name."""
+    name, ids = ("seq_idx", seq_idx) if seq_idx is not None else ("position_ids", position_ids)
+    batch, length = batch_shape
+    if ids is not None and tuple(ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}, got {tuple(ids.shape)}")
+    return name, ids
 
 
 def _sequence_starts(
@@ -112,13 +161,9 @@ def _sequence_starts(
     seq_idx: Tensor | None,
 ) -> Tensor | None:
     """Indices of the tokens that begin a sequence, or None when no row holds more than one. `row` [total]."""
-    name, ids = ("seq_idx", seq_idx) if seq_idx is not None else ("position_ids", position_ids)
-    if ids is None:
-        return None
+    name, ids = _check_ids(batch_shape, position_ids, seq_idx)
     batch, length = batch_shape
-    if tuple(ids.shape) not in ((batch, length), (1, length)):
-        raise ValueError(f"{name} must have shape {(batch, length)} or {(1, length)}, got {tuple(ids.shape)}")
-    if length == 1 or row.shape[0] < 2:
+    if ids is None or length == 1 or row.shape[0] < 2:
         return None
     ids = ids.to(row.device).expand(batch, length).flatten()
     ids = ids if token_index is None else ids.index_select(0, token_index)
