@@ -1,4 +1,4 @@
-"""The arguments of `tnt train`: one dataclass, its command-line flags, and its checks, all problems at once."""
+"""The arguments of `tnt train`: one dataclass and its checks; and how any such dataclass becomes a command's flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from modeling_tnt.configuration import TNTConfig
 
 
-def _option(default: Any, group: str, help: str) -> Any:
+def option(default: Any, group: str, help: str) -> Any:
+    """A field of an arguments dataclass: its default, the group of flags that it belongs to, and its help."""
     metadata = {"group": group, "help": help}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -25,47 +26,47 @@ def _option(default: Any, group: str, help: str) -> Any:
 class TrainArguments:
     """What `tnt train` needs to know; every field is a flag, `max_steps` being `--max-steps`."""
 
-    preset: str = _option("tiny", "model", "name of the model's preset")
-    override: list[str] = _option([], "model", "TNTConfig fields to replace, each as field=JSON, e.g. num_heads=2")
+    preset: str = option("tiny", "model", "name of the model's preset")
+    override: list[str] = option([], "model", "TNTConfig fields to replace, each as field=JSON, e.g. num_heads=2")
 
-    data: list[str] = _option(
+    data: list[str] = option(
         [], "data", "text, JSONL or parquet files, folders of them, or one name of the `datasets` library; "
         "nothing: the source files of Python's standard library",
     )  # fmt: skip
-    data_config: str | None = _option(None, "data", "configuration of a dataset given by name")
-    text_column: str = _option("text", "data", "column that holds the text in JSONL, parquet and datasets")
-    data_limit: float = _option(64.0, "data", "megabytes of text to read at most")
-    validation_share: float = _option(0.05, "data", "share of the bytes held out for validation, by document")
-    tokenizer: str = _option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
+    data_config: str | None = option(None, "data", "configuration of a dataset given by name")
+    text_column: str = option("text", "data", "column that holds the text in JSONL, parquet and datasets")
+    data_limit: float = option(64.0, "data", "megabytes of text to read at most")
+    validation_share: float = option(0.05, "data", "share of the bytes held out for validation, by document")
+    tokenizer: str = option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
 
-    max_steps: int = _option(1200, "optimisation", "optimiser steps of stage 1")
-    batch_size: int = _option(1, "optimisation", "rows per step")
-    seq_len: int = _option(1024, "optimisation", "tokens per row")
-    learning_rate: float = _option(3e-3, "optimisation", "peak learning rate of stage 1")
-    warmup_share: float = _option(0.1, "optimisation", "share of a stage's steps with a rising learning rate")
-    weight_decay: float = _option(0.1, "optimisation", "AdamW's decay of the projections' matrices, and of no others")
-    max_grad_norm: float = _option(1.0, "optimisation", "L2 norm that gradients are clipped to")
-    mixed_precision: str = _option("no", "optimisation", "no or bf16")
-    seed: int = _option(0, "optimisation", "of the initial weights, the order of the data and the sample")
+    max_steps: int = option(1200, "optimisation", "optimiser steps of stage 1")
+    batch_size: int = option(1, "optimisation", "rows per step")
+    seq_len: int = option(1024, "optimisation", "tokens per row")
+    learning_rate: float = option(3e-3, "optimisation", "peak learning rate of stage 1")
+    warmup_share: float = option(0.1, "optimisation", "share of a stage's steps with a rising learning rate")
+    weight_decay: float = option(0.1, "optimisation", "AdamW's decay of the projections' matrices, and of no others")
+    max_grad_norm: float = option(1.0, "optimisation", "L2 norm that gradients are clipped to")
+    mixed_precision: str = option("no", "optimisation", "no or bf16")
+    seed: int = option(0, "optimisation", "of the initial weights, the order of the data and the sample")
 
-    stage2_share: float = _option(0.05, "stage 2", "stage 2's steps as a share of stage 1's, at least one; 0: none")
-    stage2_chunk_sizes: list[int] | None = _option(
+    stage2_share: float = option(0.05, "stage 2", "stage 2's steps as a share of stage 1's, at least one; 0: none")
+    stage2_chunk_sizes: list[int] | None = option(
         None, "stage 2", "local chunk sizes, in tokens, one for each local memory; by default a quarter of stage 1's"
     )
-    stage2_learning_rate: float | None = _option(
+    stage2_learning_rate: float | None = option(
         None, "stage 2", "peak learning rate of stage 2; by default a tenth of stage 1's, where that ended"
     )
 
-    output_dir: Path = _option(Path("runs/quickstart"), "output", "folder for checkpoints, metrics and plot")
-    overwrite: bool = _option(False, "output", "replace the run that output_dir holds")
-    checkpoint_every: int = _option(200, "output", "steps between checkpoints")
-    health_every: int = _option(50, "output", "steps between looks at the memories' inner gradients and states")
-    eval_tokens: int = _option(
+    output_dir: Path = option(Path("runs/quickstart"), "output", "folder for checkpoints, metrics and plot")
+    overwrite: bool = option(False, "output", "replace the run that output_dir holds")
+    checkpoint_every: int = option(200, "output", "steps between checkpoints")
+    health_every: int = option(50, "output", "steps between looks at the memories' inner gradients and states")
+    eval_tokens: int = option(
         131072, "output", "validation tokens to score, rounded down to whole rows; never more than a quarter of the "
         "tokens that stage 1 trains on",
     )  # fmt: skip
-    prompt_tokens: int = _option(256, "output", "validation tokens that the sample continues")
-    sample_tokens: int = _option(256, "output", "tokens of the sample")
+    prompt_tokens: int = option(256, "output", "validation tokens that the sample continues")
+    sample_tokens: int = option(256, "output", "tokens of the sample")
 
     def __post_init__(self) -> None:
         for name in ("data", "override", "stage2_chunk_sizes"):
@@ -85,14 +86,14 @@ class TrainArguments:
         }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
-                yield f"{_flag(name)} must be at least {minimum}, got {getattr(self, name)}"
+                yield f"{flag_of(name)} must be at least {minimum}, got {getattr(self, name)}"
         for name in ("data_limit", "learning_rate", "max_grad_norm", "stage2_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                yield f"{_flag(name)} must be positive and finite, got {value}"
+                yield f"{flag_of(name)} must be positive and finite, got {value}"
         for name, (low, high) in {"warmup_share": (0, 1), "stage2_share": (0, 1), "weight_decay": (0, 10)}.items():
             if not low <= getattr(self, name) <= high:
-                yield f"{_flag(name)} must lie between {low} and {high}, got {getattr(self, name)}"
+                yield f"{flag_of(name)} must lie between {low} and {high}, got {getattr(self, name)}"
         if not 0 < self.validation_share < 1:
             yield f"--validation-share must lie between 0 and 1, both excluded, got {self.validation_share}"
 
@@ -102,9 +103,7 @@ class TrainArguments:
         for item in self.override:
             if "=" not in item:
                 yield f"--override takes field=JSON, got {item!r}"
-        taken = next((p for p in (self.output_dir, *self.output_dir.parents) if p.exists()), None)
-        if taken is not None and not taken.is_dir():
-            yield f"--output-dir {self.output_dir} cannot be made: {taken} is a file; give another folder"
+        yield from find_blocked_folder(self.output_dir)
 
     def config_overrides(self) -> dict[str, Any]:
         """`override` as a dict. A value that is no JSON is taken as a string: qk_projection=none."""
@@ -124,8 +123,16 @@ class TrainArguments:
         ]
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a field: `--max-steps` for `max_steps`."""
     return "--" + name.replace("_", "-")
+
+
+def find_blocked_folder(output_dir: Path) -> Iterable[str]:
+    """The problem that a file stands where the output folder, or one above it, would have to be."""
+    taken = next((p for p in (output_dir, *output_dir.parents) if p.exists()), None)
+    if taken is not None and not taken.is_dir():
+        yield f"--output-dir {output_dir} cannot be made: {taken} is a file; give another folder"
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def reject(self, unknown: list[str], parsed: argparse.Namespace) -> NoReturn:
-        known = [_flag(f.name) for f in fields(TrainArguments)] if getattr(parsed, "command", None) == "train" else []
+        known = [flag_of(f.name) for f in fields(parsed.arguments_class)] if "arguments_class" in parsed else []
         hints = []
         for flag in (item.split("=")[0] for item in unknown if item.startswith("-")):
             near = difflib.get_close_matches(flag, known, n=1)
@@ -146,17 +153,18 @@ class Parser(argparse.ArgumentParser):
         self.error("\n  ".join(hints) or f"unexpected arguments: {' '.join(unknown)}")
 
 
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Give the parser one flag for each field of `TrainArguments`, in groups, with defaults in the help."""
+def add_flags(parser: argparse.ArgumentParser, arguments_class: type) -> None:
+    """Give the parser one flag for each field of a dataclass of `option`s, in groups, with defaults in the help."""
+    parser.set_defaults(arguments_class=arguments_class)
     groups: dict[str, Any] = {}
-    hints = get_type_hints(TrainArguments)
-    defaults = TrainArguments()
-    for f in fields(TrainArguments):
+    hints = get_type_hints(arguments_class)
+    defaults = arguments_class()
+    for f in fields(arguments_class):
         group = f.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         default = getattr(defaults, f.name)
-        shown = "" if default in (None, []) else f" (default: {default})"
+        shown = "" if default in (None, []) else f" (default: {_as_words(default)})"
         options: dict[str, Any] = {"default": default, "help": f.metadata["help"].replace("%", "%%") + shown}
         kind = hints[f.name]
         if isinstance(kind, types.UnionType):
@@ -168,8 +176,13 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
             options["metavar"] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[options["type"]]
             if get_args(kind):
                 options["nargs"] = "+"
-        groups[group].add_argument(_flag(f.name), **options)
+        groups[group].add_argument(flag_of(f.name), **options)
 
 
-def to_train_arguments(parsed: argparse.Namespace) -> TrainArguments:
-    return TrainArguments(**{f.name: getattr(parsed, f.name) for f in fields(TrainArguments)})
+def _as_words(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def to_arguments(parsed: argparse.Namespace) -> Any:
+    """The arguments dataclass of the command that was given, filled with what was parsed."""
+    return parsed.arguments_class(**{f.name: getattr(parsed, f.name) for f in fields(parsed.arguments_class)})

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from .arguments import Parser, add_train_flags, to_train_arguments
+from .arguments import Parser, TrainArguments, add_flags, to_arguments
+from .bench.arguments import KernelBenchArguments, ModelBenchArguments
+from .bench.kernels import run_kernels
+from .bench.model import run_model
 from .plan import prepare
 from .trainer import NonFiniteError, train
 
@@ -14,43 +19,100 @@ from .trainer import NonFiniteError, train
 def main(argv: list[str] | None = None) -> int:
     """Run `tnt` with `argv` (by default the process's own) and return its exit status.
 
-    0: done; 1: training stopped (a non-finite loss, a disk that is full); 2: arguments or data that cannot be used;
-    130: interrupted from the keyboard.
+    0: done; 1: training stopped (a non-finite loss, a disk that is full), or a backend failed the benchmark's gate;
+    2: arguments or data that cannot be used; 130: interrupted from the keyboard.
     """
-    parser = _build_parser()
-    arguments = to_train_arguments(parser.parse_args(argv))
+    parsed = _build_parser().parse_args(argv)
+    arguments = to_arguments(parsed)
     transformers_logging.disable_progress_bar()  # saving and loading a model of this size needs none of its own
+    return parsed.run(arguments)
+
+
+def _run_train(arguments: TrainArguments) -> int:
     try:
         run = prepare(arguments)
     except (ValueError, TypeError, OSError) as error:
-        return _fail(error, status=2)
+        return _fail("train", error, status=2)
     except KeyboardInterrupt:
-        return _fail("interrupted before training began", status=130)
+        return _fail("train", "interrupted before training began", status=130)
     try:
         train(run)
     except (NonFiniteError, OSError) as error:
-        return _fail(error, status=1)
+        return _fail("train", error, status=1)
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted after training, while the results were written", status=130)
+        return _fail("train", str(error) or "interrupted after training, while the results were written", status=130)
     return 0
+
+
+def _run_bench_kernels(arguments: KernelBenchArguments) -> int:
+    return _run_bench("bench kernels", run_kernels, arguments)
+
+
+def _run_bench_model(arguments: ModelBenchArguments) -> int:
+    return _run_bench("bench model", run_model, arguments)
+
+
+def _run_bench(command: str, run: Callable[[Any], int], arguments: Any) -> int:
+    try:
+        resolved = arguments.resolve()
+    except (ValueError, TypeError) as error:
+        return _fail(command, error, status=2)
+    try:
+        return run(resolved)
+    except OSError as error:
+        return _fail(command, error, status=1)
+    except KeyboardInterrupt:
+        return _fail(command, "interrupted; the CSV keeps what was measured", status=130)
 
 
 def _build_parser() -> Parser:
     parser = Parser(prog="tnt", description="TNT, Titans and TTT memories for transformers.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    train_parser = commands.add_parser(
+    _add_command(
+        commands,
         "train",
+        _run_train,
+        TrainArguments,
         help="train a model in two stages",
         description="Train a model in two stages: with the preset's chunk sizes, then a few steps with smaller local "
         "ones. Without arguments: the preset tiny, on the source files of Python's standard library.",
-        allow_abbrev=False,
     )
-    add_train_flags(train_parser)
+    bench = commands.add_parser(
+        "bench", help="measure speed and memory", description="Measure speed and memory.", allow_abbrev=False
+    )
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    _add_command(
+        benchmarks,
+        "kernels",
+        _run_bench_kernels,
+        KernelBenchArguments,
+        help="the memory operations beside other packages' and attention",
+        description="Check each backend of the memory operations against the reference, then time it beside "
+        "flash-linear-attention, FlashAttention and titans-pytorch. On a CPU: small sizes. The exit status is 1 when a "
+        "backend fails the check.",
+    )
+    _add_command(
+        benchmarks,
+        "model",
+        _run_bench_model,
+        ModelBenchArguments,
+        help="training steps of TNT, Titans and Llama",
+        description="Time whole training steps (forward, backward, AdamW) of TNT at several chunk sizes beside Titans "
+        "and a Llama of the same size, and say from which length on TNT is faster. On a CPU: small sizes.",
+    )
     return parser
 
 
-def _fail(error: BaseException | str, status: int) -> int:
-    print(f"\ntnt train: error: {error}", file=sys.stderr)
+def _add_command(
+    commands: Any, name: str, run: Callable[[Any], int], arguments_class: type, help: str, description: str
+) -> None:
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    add_flags(parser, arguments_class)
+
+
+def _fail(command: str, error: BaseException | str, status: int) -> int:
+    print(f"\ntnt {command}: error: {error}", file=sys.stderr)
     return status
 
 

@@ -1,0 +1,1 @@
+"""`tnt bench`: what the memory operations and whole training steps cost, beside what else there is."""

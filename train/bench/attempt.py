@@ -1,0 +1,74 @@
+"""One measurement that may fail: what came of it, in a word and a reason, and the machine left fit for the next."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+OK = "ok"
+MISSING = "missing"  # not installed, or not made for this device
+CANNOT_RUN = "cannot run"  # ours: says that it does not support the case
+GATE_FAILED = "gate failed"
+OUT_OF_MEMORY = "out of memory"
+FAILED = "failed"
+NOT_RUN = "not run"
+
+
+class Unavailable(Exception):
+    """A contender cannot take part at all; the message says why."""
+
+
+class DeviceLostError(RuntimeError):
+    """After an error the device answers no more: nothing else can be measured in this process."""
+
+
+class Outcome(NamedTuple):
+    """`value` is there if and only if `status` is "ok"; otherwise `reason` says why not."""
+
+    status: str
+    reason: str = ""
+    value: Any = None
+
+
+def attempt(fn: Callable[[], Any], device: torch.device) -> Outcome:
+    """Call `fn`; an exception becomes an outcome.
+
+    Raises:
+        DeviceLostError: when `fn` failed in a way that the device does not survive, such as an illegal memory access.
+    """
+    try:
+        outcome = Outcome(OK, value=fn())
+    except Unavailable as error:
+        outcome = Outcome(MISSING, _first_line(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        outcome = Outcome(OUT_OF_MEMORY, _first_line(error))
+    except Exception as error:  # whatever other people's code raises is a result, not the end of the run
+        out_of_memory = "can't allocate memory" in str(error) or "out of memory" in str(error)
+        outcome = Outcome(OUT_OF_MEMORY if out_of_memory else FAILED, f"{type(error).__name__}: {_first_line(error)}")
+    # The exception is gone and with it the frames that held tensors.
+    free_memory(device)
+    if outcome.status != OK:
+        _check_alive(device, outcome.reason)
+    return outcome
+
+
+def free_memory(device: torch.device) -> None:
+    """Give a GPU's memory back that the last contender left, so that the next one starts like the first."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _check_alive(device: torch.device, reason: str) -> None:
+    try:
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the device answers no more after this: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

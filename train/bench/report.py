@@ -1,0 +1,162 @@
+"""The tables that `tnt bench kernels` prints, and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from .attempt import CANNOT_RUN, FAILED, GATE_FAILED, MISSING, NOT_RUN, OK, OUT_OF_MEMORY
+from .rows import KernelRow, Row
+
+# What a cell says when there is no time; the reasons stand below the table.
+SHORT = {
+    MISSING: "missing", CANNOT_RUN: "cannot", GATE_FAILED: "gate", OUT_OF_MEMORY: "memory", FAILED: "failed",
+    NOT_RUN: "not run",
+}  # fmt: skip
+MIB = 2**20
+REASON_LENGTH = 160
+
+
+def align(table: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first one to the left and the others to the right."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in table
+    )
+
+
+def speed(row: Row) -> str:
+    """Tokens per second in three digits, 12.3M; or a word for what went wrong."""
+    if row.status != OK:
+        return SHORT[row.status]
+    value, unit = next((x, u) for x, u in ((1e6, "M"), (1e3, "k"), (1, "")) if row.tokens_per_second >= x or x == 1)
+    return f"{row.tokens_per_second / value:.3g}{unit}"
+
+
+def length_table(rows: Sequence[Row], name: Callable[[Row], str], cell: Callable[[Row], str] = speed) -> str:
+    """One line for each name, one column for each length."""
+    lengths = sorted({row.length for row in rows})
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cells.setdefault(name(row), {})[row.length] = cell(row)
+    head = ["tokens in a row", *map(short_length, lengths)]
+    return align([head, *([n, *(line.get(T, "") for T in lengths)] for n, line in cells.items())])
+
+
+def name_of(row: KernelRow) -> str:
+    chunk = "" if row.chunk_size is None else f" C={row.chunk_size}"
+    return f"{row.contender}{'' if row.memory is None else ' ' + row.memory}{chunk}"
+
+
+def detail_table(rows: Sequence[KernelRow]) -> str:
+    """Time, spread, shares of the ceilings and memory of each row that was measured."""
+    head = ["", "ms (lowest-highest)", "tokens/s", "TFLOP/s", "of matmul", "GB/s", "of copy", "extra MiB"]
+    lines = [
+        [
+            name_of(row),
+            f"{row.ms_median:.3g} ({row.ms_lowest:.3g}-{row.ms_highest:.3g})",
+            speed(row),
+            _number(row.operations_per_second, lambda x: f"{x / 1e12:.3g}"),
+            _number(row.share_of_matmul, lambda x: f"{x:.1%}"),
+            _number(row.bytes_per_second, lambda x: f"{x / 1e9:.3g}"),
+            _number(row.share_of_copy, lambda x: f"{x:.1%}"),
+            _number(row.peak_extra_bytes, lambda x: f"{x / MIB:,.0f}"),
+        ]
+        for row in rows
+        if row.status == OK
+    ]
+    return align([head, *lines]) if lines else "nothing was measured"
+
+
+def list_reasons(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
+    """Why cells of the tables have no time: each reason once, with whom and what it concerns; not the gate's."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.status not in (OK, NOT_RUN, GATE_FAILED):
+            groups.setdefault((row.contender, row.status, row.reason), []).append(row)
+    lines = []
+    for (contender, status, reason), members in groups.items():
+        who = contender if status == MISSING else f"{name(members[0])} T={members[0].length}{_and_more(members)}"
+        lines.append(f"  {who}: {status}: {_shorten(reason)}")
+    not_run = [row for row in rows if row.status == NOT_RUN]
+    if not_run:
+        reasons = list(dict.fromkeys(row.reason.partition(": would")[0] for row in not_run))
+        lines.append(f"  {len(not_run)} measurements not run: {_shorten('; '.join(reasons))}")
+    return "\n".join(["without a time", *lines]) if lines else ""
+
+
+def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int, headline_length: int) -> None:
+    """A PNG of tokens per second: by length at one chunk size, and below by chunk size at one length."""
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    figure, panels = new_figure(2, len(modes))
+    colors = {n: f"C{i % 10}" for i, n in enumerate(dict.fromkeys(_line_name(row) for row in rows))}
+    for (by_length, by_chunk), mode in zip(panels.T, modes, strict=True):
+        mine = [row for row in rows if row.mode == mode and row.status == OK]
+        lines: dict[str, dict[int, float]] = {}
+        for row in mine:
+            if row.chunk_size in (None, headline_chunk):
+                lines.setdefault(_line_name(row), {})[row.length] = row.tokens_per_second
+        draw_speeds(by_length, lines, colors, "tokens in a row")
+        by_length.set_title(f"{mode}, chunks of {headline_chunk}")
+        lines, chunkless = {}, {}
+        for row in mine:
+            if row.length == headline_length and row.chunk_size is not None:
+                lines.setdefault(_line_name(row), {})[row.chunk_size] = row.tokens_per_second
+            elif row.length == headline_length:
+                chunkless[_line_name(row)] = row.tokens_per_second
+        for name, value in chunkless.items():
+            by_chunk.axhline(value, color=colors[name], linestyle="--", label=name)
+        draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
+        by_chunk.set_title(f"{mode}, rows of {short_length(headline_length)} tokens")
+    tokens = rows[0].batch * rows[0].length
+    figure.suptitle(f"{rows[0].machine}, {rows[0].dtype}, {tokens:,} tokens a call", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels [rows, columns], without pyplot: nothing global changes, no display is looked for."""
+    figure = Figure(figsize=(5.5 * columns, 4.25 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_speeds(axes: Axes, lines: dict[str, dict[int, float]], colors: dict[str, str], xlabel: str) -> None:
+    """Tokens per second over lengths or chunk sizes, both logarithmic, with a tick at every x that was measured."""
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), color=colors[name], marker="o", markersize=4, label=name)
+    axes.set(xlabel=xlabel, ylabel="tokens/s", yscale="log")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({x for points in lines.values() for x in points})
+    axes.set_xticks(ticks, [short_length(x) for x in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend(fontsize=8)
+
+
+def _line_name(row: KernelRow) -> str:
+    return row.contender if row.memory is None else f"{row.contender} {row.memory}"
+
+
+def short_length(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def _number(value: float | None, text: Callable[[float], str]) -> str:
+    return "" if value is None else text(value)
+
+
+def _and_more(members: list[Row]) -> str:
+    return f" and {len(members) - 1} more" if len(members) > 1 else ""
+
+
+def _shorten(reason: str) -> str:
+    return reason if len(reason) <= REASON_LENGTH else reason[: REASON_LENGTH - 1] + "…"

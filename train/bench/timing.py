@@ -1,0 +1,134 @@
+"""Time and memory of a call, the machine's two ceilings, and the time that a run has left."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+MOST_REPEATS = 50
+FEWEST_REPEATS = 3
+SLOW_CALL_SECONDS = 5.0  # a call longer than this is timed once
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: median, lowest and highest of `repeats`; and peak memory in bytes, None on a CPU.
+
+    The peak is what one call needs beyond what was allocated before it (`peak_extra_bytes`), and with it
+    (`peak_bytes`), as torch's allocator counts.
+    """
+
+    median: float
+    lowest: float
+    highest: float
+    repeats: int
+    peak_extra_bytes: int | None
+    peak_bytes: int | None
+
+
+class Ceilings(NamedTuple):
+    """What the machine reaches in this run: operations per second of a large matmul, bytes per second of a copy."""
+
+    matmul: float
+    copy: float
+
+
+class Deadline:
+    """The time limit of a run, in seconds from now; None: no limit."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self.began = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def refuse(self, expected: float = 0.0) -> str | None:
+        """Why something that takes `expected` seconds is not begun any more, or None if it may."""
+        if self.seconds is None or self.elapsed + expected < self.seconds:
+            return None
+        if self.elapsed >= self.seconds:
+            return f"time limit of {self.seconds:g} s"
+        left = self.seconds - self.elapsed
+        return f"time limit of {self.seconds:g} s: would take about {expected:.0f} s, {left:.0f} s are left"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(step: Callable[[int], object], device: torch.device, seconds: float) -> Timing:
+    """Time `step(i)`, i counting the calls, for about `seconds` of repeats after two calls that warm up.
+
+    On a GPU each call stands between two events on its stream, so that only the end of all repeats is waited for. The
+    first call compiles and fills caches, the second one gives the number of repeats and the peak memory.
+    """
+    step(0)
+    synchronize(device)
+    before = 0
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    step(1)
+    synchronize(device)
+    estimate = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    times = [estimate]
+    if estimate <= SLOW_CALL_SECONDS:
+        repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, round(seconds / max(estimate, 1e-9))))
+        times = _time_on_gpu(step, repeats) if device.type == "cuda" else _time_on_cpu(step, repeats)
+    extra = None if peak is None else peak - before
+    return Timing(statistics.median(times), min(times), max(times), len(times), extra, peak)
+
+
+def expected_seconds(call: float, seconds: float) -> float:
+    """What `measure` will take for calls of `call` seconds, compilation not counted."""
+    return 2 * call if call > SLOW_CALL_SECONDS else 2 * call + max(FEWEST_REPEATS * call, seconds)
+
+
+def _time_on_gpu(step: Callable[[int], object], repeats: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        step(i)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _time_on_cpu(step: Callable[[int], object], repeats: int) -> list[float]:
+    times = []
+    for i in range(repeats):
+        began = time.perf_counter()
+        step(i)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
+    """Rates of a square matmul in `dtype` and of a copy (bytes read plus bytes written), on random data.
+
+    On a GPU 8192³ and 2 GiB, far beyond its caches; on a CPU 1024³ and 64 MiB.
+    """
+    n, count = (8192, 2**30) if device.type == "cuda" else (1024, 2**25)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    matmul = measure(lambda i: torch.mm(a, b, out=product), device, seconds)
+    source = torch.randint(0, 256, (count,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = measure(lambda i: target.copy_(source), device, seconds)
+    return Ceilings(2 * n**3 / matmul.median, 2 * count / copy.median)
+
+
+def input_sets(bytes_per_set: int, device: torch.device) -> int:
+    """How many sets of inputs to rotate, so that a call does not find its inputs in the cache: twice the L2 cache."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(8, -(-2 * cache // bytes_per_set)))
