@@ -245,7 +245,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, grads):
     names, lengths, chunk_size = ctx.arguments
-    tensors, kept = list(ctx.saved_tensors[: ctx.tensors]), list(ctx.saved_tensors[ctx.tensors :])
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    tensors, kept = list(saved[: ctx.tensors]), list(saved[ctx.tensors :])
     state = [name for name in STATE if name in names.split(",")]
     given = {name: g for name, g in zip(("o", *state), grads, strict=False) if g is not None}
     if "o" not in given:

@@ -31,12 +31,12 @@ FLOAT16_TOLERANCE = 6e-3
 # Linear and MLP; norm, biases, momentum, decay with and without; shards of one length and of several.
 CASES = [
     dict(mlp=False, norm=False, bias=False, rule="plain", lengths=[2, 2]),
-    dict(mlp=False, norm=True, bias=True, rule="both", lengths=[3, 2, 2, 1]),
+    dict(mlp=False, norm=True, bias=True, rule="both", lengths=[3, 2, 1]),
     dict(mlp=False, norm=False, bias=True, rule="decay", lengths=[2, 1]),
     dict(mlp=True, norm=False, bias=True, rule="momentum", lengths=[2]),
     dict(mlp=True, norm=True, bias=False, rule="plain", lengths=[2, 1]),
     dict(mlp=True, norm=True, bias=False, rule="decay", lengths=[2]),
-    dict(mlp=True, norm=True, bias=True, rule="both", lengths=[3, 2, 2, 1]),
+    dict(mlp=True, norm=True, bias=True, rule="both", lengths=[3, 2, 1]),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
 
@@ -133,10 +133,10 @@ def test_chunk_sizes(chunk_size: int):
     assert_same(doubles(fused(case, x, chunk_size)), oracle(case, x, chunk_size), FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[-1]], ids=["linear", "mlp"])
-@pytest.mark.parametrize("limit", [1, 3])
-def test_spans_do_not_matter(case: dict, limit: int, monkeypatch):
-    """A chunk of one shard at a time, or three: the same as all at once."""
+@pytest.mark.parametrize("limit", [1, 2])
+def test_spans_do_not_matter(limit: int, monkeypatch):
+    """A chunk of one shard at a time, or two: the same as all at once."""
+    case = CASES[-1] | {"lengths": [2, 2, 1]}
     x = make(case)
     whole = fused(case, x)
     monkeypatch.setattr(global_scan, "_limit", lambda inputs, chunk_size: limit)
@@ -230,9 +230,10 @@ def test_token_dtypes():
         scan_global_chunks(ScanInputs(**{name: t.double() for name, t in x.items()}), [2, 2], 5)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[-1] | {"lengths": [2, 1]}], ids=["linear", "mlp"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=["linear", "mlp"])
 def test_operators(case: dict):
-    """Schema, fake implementation and autograd registration, of the forward and (by it) of the backward."""
+    """Schema, fake implementation and autograd registration of the forward, and schema and fake of the backward."""
+    case = case | {"lengths": [1]}
     x = make(case, chunk_size=2)
     x["gain"] = x.pop("lr")
     x.pop("end_gain", None)
