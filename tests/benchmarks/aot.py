@@ -4,7 +4,7 @@
     python tests/benchmarks/aot.py --write                                               # and put it into AOT.md
     python tests/benchmarks/aot.py --presets tnt-150m --dtypes bf16 --targets 90 --kernels forward
 
-The memory layer of each preset runs on CPU tensors: a training step, a prompt read in two calls, one token of decoding.
+The memory layer of each preset runs on CPU tensors: a training step, a prompt read in two calls, a token of decoding.
 A recorder stands where a kernel would be compiled and launched and writes down what Triton's own binder made of the
 arguments: nothing about a launch is written a second time here, and what is compiled is what a GPU would compile. Each
 distinct recording is then compiled, in parallel, for every target, and the assembler's report is read.
@@ -22,6 +22,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -40,11 +41,9 @@ from triton.runtime.jit import JITFunction
 from modeling_tnt import TNTConfig
 from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.configuration import available_presets
-from modeling_tnt.kernels import MemoryState
 from modeling_tnt.kernels.fused.limits import assume_device
-from modeling_tnt.kernels.stack import MemoryStack
-from modeling_tnt.kernels.step import StepMemory, step_memories
 from modeling_tnt.memory_layer import TNTMemoryLayer
+from modeling_tnt.packing import TokenStep
 
 TABLE = Path(__file__).with_name("AOT.md")
 
@@ -53,6 +52,9 @@ SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Bytes that a thread of a kernel may spill (the assembler's "spill stores") at any preset, dtype and target; others: 0.
 SPILL_LIMITS: dict[str, int] = {}
+
+# Seconds that a binary may take to compile: a user waits as long at the first launch.
+TIME_LIMIT = 300.0
 
 PRESETS = available_presets()
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -203,48 +205,22 @@ def _train(preset: str, dtype: torch.dtype) -> None:
     o.backward(torch.zeros_like(o))
 
 
-def _read(layer: TNTMemoryLayer, dtype: torch.dtype, lengths: Sequence[int]) -> dict[str, MemoryState]:
-    """The states after a sequence in several calls, the weights in `dtype` as `from_pretrained` leaves them."""
-    layer, cache = layer.to(dtype), TNTCacheLayer()
+def _prefill(preset: str, dtype: torch.dtype) -> None:
+    """A prompt in two calls, cut in mid-chunk, with the weights in `dtype`."""
+    layer, cache = _make_layer(preset).to(dtype), TNTCacheLayer()
     with torch.no_grad():
-        for length in lengths:
+        for length in (_tokens(layer) + 3, _tokens(layer)):
             x = torch.zeros(2, length, layer.config.hidden_size, dtype=dtype)
             layer(x, cache_layer=cache, update_cache=True)
-    return cache.memories
-
-
-def _prefill(preset: str, dtype: torch.dtype) -> None:
-    layer = _make_layer(preset)
-    _read(layer, dtype, [_tokens(layer), _tokens(layer)])
 
 
 def _decode(preset: str, dtype: torch.dtype) -> None:
-    """One token after the other, each memory by its own operation; and one token for all of them in a step."""
-    layer = _make_layer(preset)
-    states = _read(layer, dtype, [1, 1])
+    """A token of every row, and of some rows, with the weights in `dtype`."""
+    layer, cache = _make_layer(preset).to(dtype), TNTCacheLayer()
+    x = torch.zeros(2, 1, layer.config.hidden_size, dtype=dtype)
     with torch.no_grad():
-        x = torch.zeros(2, 1, layer.config.hidden_size, dtype=dtype)
-        q, k, v, _ = layer.project(x)
-        memories = [_step_memory(layer, name, x) for name in states]
-        step_memories(
-            q.squeeze(1), k.squeeze(1), v.squeeze(1), memories, MemoryStack(list(states.values())), backend="triton"
-        )
-
-
-def _step_memory(layer: TNTMemoryLayer, name: str, x: torch.Tensor) -> StepMemory:
-    """What a step takes for one of the layer's memories and the tokens x [rows, 1, hidden_size]."""
-    config, memory = layer.config, layer.memories()[name]
-    lr, momentum, decay = (None if gate is None else gate.squeeze(1) for gate in memory.gates(x))
-    gates = {"lr": lr, "momentum": momentum, "decay": decay}
-    if name == "global":
-        return StepMemory(memory.params, chunk_size=config.global_chunk_size, is_global=True, **gates)
-    index = int(name.removeprefix("local"))
-    chunk_size = config.local_chunk_sizes[index]
-    return StepMemory(
-        memory.params, chunk_size=chunk_size, shard_length=config.shard_lengths[index],
-        qk_projection=config.qk_projection, normalize_projection=config.normalize_projection,
-        token_scale=memory.token_scale(chunk_size), **gates,
-    )  # fmt: skip
+        for active in (None, torch.tensor([True, False])):
+            layer(x, cache_layer=cache, step=TokenStep(active))
 
 
 PHASES: dict[str, Callable[[str, torch.dtype], None]] = {"train": _train, "prefill": _prefill, "decode": _decode}
@@ -265,8 +241,8 @@ class Usage:
     error: str | None = None
 
 
-def measure(launch: Launch) -> Usage:
-    """Compile one launch. Error messages of the compiler are returned, not raised."""
+def measure(launch: Launch, time_limit: float) -> Usage:
+    """Compile one launch, in the main thread. Error messages of the compiler are returned, not raised."""
     start = time.perf_counter()
     log = io.StringIO()
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
@@ -274,12 +250,29 @@ def measure(launch: Launch) -> Usage:
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # a binary from the cache has no log
         try:
-            target = GPUTarget("cuda", launch.target, 32)
-            compiled = triton.compile(source, target=target, options=launch.options.__dict__)
+            with _alarm(time_limit):
+                target = GPUTarget("cuda", launch.target, 32)
+                compiled = triton.compile(source, target=target, options=launch.options.__dict__)
         except Exception as error:
             return Usage(error=_explain(error), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     return Usage(**_assembler_report(log.getvalue()), shared=compiled.metadata.shared, seconds=seconds)
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what runs within, when it takes longer: the assembler may need an hour to place spills."""
+
+    def stop(signum, frame):
+        raise TimeoutError(f"compiling took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _explain(error: BaseException) -> str:
@@ -301,32 +294,35 @@ def _assembler_report(log: str) -> dict[str, int]:
     return {"registers": max(map(int, registers)), "stack": stack, "spill_stores": stores, "spill_loads": loads}
 
 
-def measure_all(launches: Sequence[Launch], processes: int | None = None) -> list[Usage]:
-    """Compile launches in parallel, each from scratch. The order is kept; progress goes to stderr."""
-    usages = []
+def measure_all(
+    launches: Sequence[Launch], processes: int | None = None, time_limit: float = TIME_LIMIT
+) -> list[Usage]:
+    """Compile launches in parallel, each from scratch and in at most `time_limit` seconds; progress goes to stderr."""
+    usages: dict[int, Usage] = {}
     # Forked, because a kernel that is defined in a script cannot be pickled; the children only compile.
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="aot-") as cache:
-        with context.Pool(processes or os.cpu_count(), _start_worker, (cache, launches)) as pool:
-            for launch, usage in zip(launches, pool.imap(_measure_by_index, range(len(launches))), strict=True):
-                usages.append(usage)
+        with context.Pool(processes or os.cpu_count(), _start_worker, (cache, launches, time_limit)) as pool:
+            for index, usage in pool.imap_unordered(_measure_by_index, range(len(launches))):
+                usages[index] = usage
                 outcome = "failed" if usage.error else f"{usage.registers} registers, {usage.spill_stores} B spilled"
-                place = f"[{len(usages)}/{len(launches)}] {launch.name} sm_{launch.target}"
+                place = f"[{len(usages)}/{len(launches)}] {launches[index].name} sm_{launches[index].target}"
                 print(f"{place}: {outcome}, {usage.seconds:.1f} s", file=sys.stderr)
-    return usages
+    return [usages[index] for index in range(len(launches))]
 
 
-_launches_of_worker: Sequence[Launch] = ()
+_work: tuple[Sequence[Launch], float] = ((), 0.0)  # of a worker: the launches and the time limit
 
 
-def _start_worker(cache: str, launches: Sequence[Launch]) -> None:
-    global _launches_of_worker
+def _start_worker(cache: str, launches: Sequence[Launch], time_limit: float) -> None:
+    global _work
     knobs.cache.dir = cache
-    _launches_of_worker = launches
+    _work = launches, time_limit
 
 
-def _measure_by_index(index: int) -> Usage:
-    return measure(_launches_of_worker[index])
+def _measure_by_index(index: int) -> tuple[int, Usage]:
+    launches, time_limit = _work
+    return index, measure(launches[index], time_limit)
 
 
 # -- Judging and printing ----------------------------------------------------------------------------------------------
@@ -454,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--processes", type=int, help="compile this many kernels at once (default: the cores there are)"
     )
+    parser.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT, metavar="S", help="per binary (default: %(default)s)"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}; needs the whole table")
     args = parser.parse_args(argv)
     whole = (set(PRESETS), set(DTYPES), set(SHARED_LIMITS), None)
@@ -463,8 +462,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = collect(args.presets, args.dtypes, args.targets)
     if args.kernels is not None:
         cases = [case for case in cases if any(part in case.launch.name for part in args.kernels)]
-    usages = measure_all([case.launch for case in cases], args.processes)
-    print(f"{len(cases)} binaries in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(f"{len(cases)} binaries, recorded in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    usages = measure_all([case.launch for case in cases], args.processes, args.time_limit)
+    print(f"compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
     table, problems = render(cases, usages), find_problems(cases, usages)
     print(table)
     if args.write:

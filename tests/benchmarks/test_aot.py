@@ -81,6 +81,7 @@ def measure_probes(aot) -> dict:
         "names": aot.names(aot.render(cases, usages)),
         "names without measuring": aot.names(aot.render(cases, [aot.Usage()] * len(cases))),
         "too much shared memory": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024 + 1)]),
+        "too slow": vars(aot.measure(launches[1], time_limit=0.001)),
         "all that a block has": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024)]),
     }
     aot.SPILL_LIMITS["hold_kernel"] = usages[1].spill_stores
@@ -201,6 +202,11 @@ def test_problems_name_the_kernel_and_the_limit(probes):
     (shared,) = probes["too much shared memory"]
     assert "needs 166913 B of shared memory, of which a block has 166912" in shared
     assert probes["all that a block has"] == []
+
+
+def test_compiling_has_a_time_limit(probes):
+    assert "compiling took longer than 0.001 s" in probes["too slow"]["error"]
+    assert probes["too slow"]["seconds"] < 60
 
 
 def test_the_table_has_a_row_for_each_binary(probes):
