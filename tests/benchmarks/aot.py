@@ -414,12 +414,13 @@ def _variants(cases: Sequence[Case]) -> tuple[str, list[str]]:
     constants = [case.launch.constexprs() for case in cases]
     in_common = set.intersection(*(set(c.items()) for c in constants))
     texts = [f"{_users_text(case)}: {_text(c, in_common)}" for case, c in zip(cases, constants, strict=True)]
-    identities = [(text, case.launch.target, _dtypes(case)) for case, text in zip(cases, texts, strict=True)]
-    twins = {i: cases[i].launch.types() for i, identity in enumerate(identities) if identities.count(identity) > 1}
-    if twins:
-        same = set.intersection(*(set(types.items()) for types in twins.values()))
-        for i, types in twins.items():
-            texts[i] += f" {_text(types, same)}"
+    twins: dict[tuple[str, int, str], dict[int, dict[str, str]]] = {}
+    for i, (case, text) in enumerate(zip(cases, texts, strict=True)):
+        twins.setdefault((text, case.launch.target, _dtypes(case)), {})[i] = case.launch.types()
+    for types in twins.values():
+        same = set.intersection(*(set(t.items()) for t in types.values()))
+        for i, of_launch in types.items():
+            texts[i] = f"{texts[i].strip()} {_text(of_launch, same)}".strip()
     return _text(constants[0], set(constants[0].items()) - in_common), texts
 
 

@@ -49,10 +49,12 @@ def record_launches(aot) -> dict:
         scale_kernel[(4,)](x, bias, o, 64, 2**40, 0.5, True, SIZE=16, BIAS=True, num_warps=2, num_stages=5)
         scale_kernel[(4,)](x[1:], None, o, 1, 17, 2, False, SIZE=16, BIAS=False)
         scale_kernel[lambda meta: (4,)](x, bias, o, 128, 2**50, 0.25, True, 16, True, num_warps=2, num_stages=5)
+        scale_kernel[(4,)](x[1:], bias, o, 64, 2**40, 0.5, True, SIZE=16, BIAS=True, num_warps=2, num_stages=5)
     return {
         "types": [launch.types() for launch in launches],
         "constexprs": [launch.constexprs() for launch in launches],
         "options": [(launch.options.num_warps, launch.options.num_stages) for launch in launches],
+        "table": aot.render([aot.Case(x, {("tiny", "bf16", "train")}) for x in launches[2:]], [aot.Usage()] * 2),
         "same binary": [launch.key == launches[0].key for launch in launches],
         "o": o.unique().tolist(),
         "driver": str(triton.runtime.driver._active),
@@ -154,7 +156,7 @@ def presets(tmp_path_factory):
 
 
 def test_a_recorded_launch_has_the_types_that_a_gpu_would_see(recorded):
-    aligned, unaligned, _ = recorded["types"]
+    aligned, unaligned, *_ = recorded["types"]
     assert aligned == {
         "x": "*bf16/16", "bias": "*fp32/16", "o": "*fp32/16",
         "rows": "i32/16", "wide": "i64/16", "factor": "fp32", "flag": "u1",
@@ -163,7 +165,7 @@ def test_a_recorded_launch_has_the_types_that_a_gpu_would_see(recorded):
 
 
 def test_one_and_none_are_constants(recorded):
-    with_bias, without, _ = recorded["constexprs"]
+    with_bias, without, *_ = recorded["constexprs"]
     assert with_bias == {"SIZE": "16", "BIAS": "True"}
     assert without == {"bias": "None", "rows": "1", "SIZE": "16", "BIAS": "False"}
 
@@ -174,7 +176,13 @@ def test_options_are_those_of_the_launch(recorded):
 
 
 def test_values_and_grid_make_no_other_binary(recorded):
-    assert recorded["same binary"] == [True, False, True]
+    assert recorded["same binary"] == [True, False, True, False]
+
+
+def test_the_table_tells_binaries_apart_by_types_where_constants_do_not(recorded):
+    lines = recorded["table"].splitlines()
+    assert "In every variant: SIZE=16 BIAS" in lines
+    assert {"1. tiny (train): x=*bf16", "2. tiny (train): x=*bf16/16"} <= set(lines)
 
 
 def test_recording_runs_nothing_and_leaves_triton_as_it_was(recorded):
