@@ -145,9 +145,10 @@ def test_a_backend_that_crashes_fails_the_gate(output_dir: Path, monkeypatch, ca
     assert "gate failed: failed: RuntimeError: a kernel went wrong" in capsys.readouterr().out
 
 
-def test_a_backend_that_says_what_it_cannot_is_no_failure(output_dir: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [ValueError, ImportError])
+def test_a_backend_that_says_what_it_cannot_is_no_failure(output_dir: Path, monkeypatch, capsys, error: type):
     def refuse(o, q):
-        raise ValueError("head_dim=16 is not supported")
+        raise error("head_dim=16 is not supported")
 
     wrong_backend(monkeypatch, refuse)
     status, rows = run(KERNELS, output_dir)

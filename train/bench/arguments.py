@@ -126,7 +126,7 @@ class KernelBenchArguments(_BenchArguments):
     tokens: int | None = _grid_option("tokens", "tokens of a call, in tokens / T rows", _KERNEL_DEFAULTS)
     chunk_sizes: list[int] | None = _grid_option("chunk_sizes", "tokens in a chunk, in this order", _KERNEL_DEFAULTS)
 
-    backends: list[str] = option(["torch", "triton"], "contenders", "of the memory operations, among torch and triton")
+    backends: list[str] = option(["triton", "torch"], "contenders", "of the memory operations, in this order")
     peers: list[str] = option(
         list(PEERS), "contenders", "fla: chunk_ttt_linear of flash-linear-attention; flash, cudnn: causal attention "
         "through torch's SDPA; titans: NeuralMemory of titans-pytorch; none: no peer",
