@@ -24,6 +24,11 @@ class MemoryStack:
     def __init__(self, states: Sequence[MemoryState]) -> None:
         """Copy `states` into new buffers. Raises ValueError unless they agree in rows, shapes, momentum and device."""
         check_states(states)
+        with torch.inference_mode(False):  # what is made in inference mode could be written only there
+            self._allocate(states)
+        self.fill(states)
+
+    def _allocate(self, states: Sequence[MemoryState]) -> None:
         first = states[0].weights
         rows, H, D, _ = first.w1.shape
         groups = 2 if states[0].momentum is None else 3
@@ -34,7 +39,6 @@ class MemoryStack:
         self.projection = torch.empty(projecting, rows, H, D, D, **like)
         self.position = torch.empty(len(states), rows, H, dtype=torch.int64, device=first.w1.device)
         self.states = self._views(states)
-        self.fill(states)
 
     def _views(self, states: Sequence[MemoryState]) -> tuple[MemoryState, ...]:
         projections = iter(self.projection)

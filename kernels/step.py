@@ -137,9 +137,9 @@ def _is_installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs_on(device_type: str) -> bool:
-    from .fused.limits import interpreted
+    from .fused.limits import device_of
 
-    return torch.version.hip is None if device_type == "cuda" else device_type == "cpu" and interpreted()
+    return device_of(torch.device(device_type)) is not None
 
 
 def _check(
@@ -156,12 +156,14 @@ def _check(
         if not isinstance(memory, StepMemory):
             raise TypeError(f"memories[{i}] must be a StepMemory, got {type(memory).__name__}")
         _check_memory(memory, q, k, v, stack.states[i])
-        different = [n for n, shape in _shapes(memory).items() if shape != _shapes(memories[0])[n]]
-        if different:
-            raise ValueError(
-                f"the memories of a step must agree in {different[0]}: memories[{i}] has "
-                f"{_shapes(memory)[different[0]]}, memories[0] {_shapes(memories[0])[different[0]]}; step them apart"
-            )
+        # Shapes and momentum agree as the states do; this is what the states do not show.
+        for name, given in (("norm_weight", memory.params.norm_weight), ("decay", memory.decay)):
+            first = memories[0].decay if name == "decay" else memories[0].params.norm_weight
+            if (given is None) != (first is None):
+                raise ValueError(
+                    f"{name} must be given for all memories of a step or for none; memories[0] and memories[{i}] "
+                    "differ; step them apart"
+                )
     if active is not None:
         if not isinstance(active, Tensor) or active.dtype != torch.bool or active.shape != q.shape[:1]:
             raise ValueError(f"active must be a bool tensor of shape [rows] = ({q.shape[0]},), got {active!r:.80}")
@@ -200,12 +202,6 @@ def _arguments(memory: StepMemory, state: MemoryState) -> dict[str, object]:
         return shared
     local = ("shard_length", "qk_projection", "normalize_projection", "token_scale")
     return shared | {name: getattr(memory, name) for name in local}
-
-
-def _shapes(memory: StepMemory) -> dict[str, object]:
-    """What the memories of a layer have in common."""
-    shapes = {f"params.{n}": None if x is None else tuple(x.shape) for n, x in memory.params._asdict().items()}
-    return shapes | {f"{n} (given or not)": getattr(memory, n) is not None for n in ("momentum", "decay")}
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory]) -> list[Tensor]:

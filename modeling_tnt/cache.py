@@ -70,18 +70,21 @@ class TNTCacheLayer(CacheLayerMixin):
         self.memories, self.conv_tail, self.signature, self.is_initialized = memories, conv_tail, signature, True
 
     def is_stacked(self, names: Sequence[str]) -> bool:
-        """Whether the memories of these names are those in `stack`, and can be written in place."""
-        return (
-            self.stack is not None
-            and len(self.stack.states) == len(names)
-            and all(self.memories.get(n) is s for n, s in zip(names, self.stack.states, strict=True))
-            and _is_writable(self.stack.weights)
-        )
+        """Whether the memories of these names are those in `stack`."""
+        if self.stack is None or len(self.stack.states) != len(names):
+            return False
+        return all(self.memories.get(n) is s for n, s in zip(names, self.stack.states, strict=True))
 
     def stack_memories(
-        self, names: Sequence[str], initial: Callable[[], dict[str, MemoryState]], signature: dict[str, Any]
+        self,
+        names: Sequence[str],
+        initial: Callable[[], dict[str, MemoryState]],
+        tail: Tensor | None,
+        signature: dict[str, Any],
     ) -> None:
         """Move the memories, or `initial()` ones, into `stack`: into its buffers if they fit, or else into new ones.
+
+        Likewise `conv_tail` (zeros before the first token) into a buffer that is made like `tail`.
 
         Raises:
             RuntimeError: while a CUDA graph is captured, whose replays would all start from the states of now.
@@ -90,25 +93,22 @@ class TNTCacheLayer(CacheLayerMixin):
             raise RuntimeError("read one token without a CUDA graph before capturing one: it makes the cache's buffers")
         known = self.memories or initial()
         states = [known[name] for name in names]
-        if self.stack is not None and self.stack.fits(states) and _is_writable(self.stack.weights):
+        if self.stack is not None and self.stack.fits(states):
             self.stack.fill(states)
         else:
             self.stack = MemoryStack(states)
-        buffer = self._tail_buffer
-        if buffer is not None and buffer.shape[0] == self.stack.rows and _is_writable(buffer):
-            self.conv_tail = buffer.zero_() if self.conv_tail is None else buffer.copy_(self.conv_tail)
-        elif self.conv_tail is not None:
-            self.conv_tail = self._tail_buffer = self.conv_tail.clone()
-        self.store(dict(zip(names, self.stack.states, strict=True)), self.conv_tail, signature)
+        if tail is not None:
+            buffer = self._tail_buffer
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (tail.shape, tail.dtype, tail.device):
+                with torch.inference_mode(False):  # what is made in inference mode could be written only there
+                    buffer = self._tail_buffer = torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
+            tail = buffer.zero_() if self.conv_tail is None else buffer.copy_(self.conv_tail)
+        self.store(dict(zip(names, self.stack.states, strict=True)), tail, signature)
 
     def advance_tail(self, tail: Tensor | None, step: TokenStep) -> None:
         """Take over the convolution's inputs of rows that have a token, in place."""
-        if tail is None:
-            return
-        if self.conv_tail is None:  # the first token of all
-            self.conv_tail = self._tail_buffer = step.hide(tail)
-        else:
-            self.conv_tail.copy_(step.keep(tail.to(self.conv_tail.dtype), self.conv_tail))
+        if tail is not None:
+            self.conv_tail.copy_(step.keep(tail, self.conv_tail))
 
     def advance(self, columns: int) -> None:
         """Count columns of the batch that have been read, padding included (transformers slices its inputs by this)."""
@@ -170,11 +170,6 @@ class TNTCacheLayer(CacheLayerMixin):
         self.stack = self._tail_buffer = None
         self.memories = {name: state.map(fn) for name, state in self.memories.items()}
         self.conv_tail = None if self.conv_tail is None else fn(self.conv_tail)
-
-
-def _is_writable(t: Tensor) -> bool:
-    """Whether `t` may be written in place: a tensor made in inference mode only in inference mode."""
-    return torch.is_inference_mode_enabled() or not t.is_inference()
 
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)

@@ -183,10 +183,10 @@ class TNTMemoryLayer(nn.Module):
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
+        q, k, v, tail = self.project(x, None, cache_layer.conv_tail, return_tail=True)
         names = list(self.memories())
         if not cache_layer.is_stacked(names):
-            cache_layer.stack_memories(names, lambda: self._initial_states(x), cache_signature(self.config))
-        q, k, v, tail = self.project(x, None, cache_layer.conv_tail, return_tail=True)
+            cache_layer.stack_memories(names, lambda: self._initial_states(x), tail, cache_signature(self.config))
         memories = []
         for _, memory, (is_global, options) in self._operations():
             lr, momentum, decay = (None if g is None else g.squeeze(1) for g in memory.gates(x))

@@ -143,6 +143,22 @@ class TNTModel(TNTPreTrainedModel):
             output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
             output_attentions: there are none; True raises.
 
+        A single token behind a cache: without gradients, and where `config.kernel_backend` is or chooses triton, the
+        memories of a layer are one launch, nothing waits for the device, and the cache is written in place. Such a call
+        may be compiled, `torch.compile(model, fullgraph=True)`, and captured in a CUDA graph, once a first one after
+        the prompt has made the cache's buffers:
+
+            model(prompt, past_key_values=cache)
+            token.copy_(...); model(token, past_key_values=cache)
+            with torch.cuda.graph(graph):
+                out = model(token, past_key_values=cache)
+            token.copy_(...); graph.replay(); out.logits ...
+
+        A replay does not run Python: `layer.advance(1)` counts its column for each of `cache.layers` if
+        `cache.get_seq_length()` is needed (the capture has counted one and read none), and an attention_mask, [B, 1],
+        must be one tensor that is written into. For another prompt with as many rows, `cache.reset()`, read it and its
+        first token as above, and replay.
+
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
                 another configuration or batch size, or packed sequences behind a cache.

@@ -134,11 +134,13 @@ def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_len
 
 def _check_mask(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> None:
     batch, length = batch_shape
-    allowed = [(batch, n) for n in dict.fromkeys((length, past_length + length))]
-    if tuple(attention_mask.shape) not in allowed:
+    shape = attention_mask.shape
+    # Compared number by number: a set or tuple of them would make torch.compile take every length for a constant.
+    if len(shape) != 2 or shape[0] != batch or (shape[1] != length and shape[1] != past_length + length):
+        allowed = " or ".join(str((batch, n)) for n in dict.fromkeys((length, past_length + length)))
         raise ValueError(
-            f"attention_mask must have shape [batch, tokens] = {' or '.join(map(str, allowed))} "
-            f"({past_length} tokens are in the cache), got {tuple(attention_mask.shape)}"
+            f"attention_mask must have shape [batch, tokens] = {allowed} ({past_length} tokens are in the cache), "
+            f"got {tuple(shape)}"
         )
 
 
