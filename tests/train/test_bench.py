@@ -225,8 +225,10 @@ def test_attention_is_the_named_kernel_and_causal(monkeypatch):
 
 
 def test_out_of_memory_is_recorded(output_dir: Path, monkeypatch, capsys):
+    sizes = iter((900, 901))
+
     def too_large(*args):
-        raise torch.OutOfMemoryError("tried to allocate 900 GiB")
+        raise torch.OutOfMemoryError(f"tried to allocate {next(sizes)} GiB")
 
     monkeypatch.setattr(Attention, "prepare", too_large)
     status, rows = run(KERNELS, output_dir, "--peers", "flash", "--modes", BOTH)
@@ -235,18 +237,21 @@ def test_out_of_memory_is_recorded(output_dir: Path, monkeypatch, capsys):
     assert "flash T=32 and 1 more: out of memory: tried to allocate 900 GiB" in capsys.readouterr().out
 
 
-def test_results_that_are_not_finite_are_no_times(output_dir: Path, monkeypatch):
-    prepare = Attention.prepare
+def test_what_is_not_finite_is_no_time_of_ours_and_a_remark_on_a_peer(output_dir: Path, monkeypatch, capsys):
+    def broken(prepare):
+        def wrapped(*args):
+            work = prepare(*args)
+            return work._replace(forward=lambda: work.forward() / 0)
 
-    def broken(*args):
-        work = prepare(*args)
-        return work._replace(forward=lambda: work.forward() / 0)
+        return wrapped
 
-    monkeypatch.setattr(Attention, "prepare", broken)
-    _, rows = run(KERNELS, output_dir, "--peers", "flash", "--modes", BOTH)
-    assert {row["reason"] for row in rows if row["contender"] == "flash"} == {
-        "FloatingPointError: its output is not finite"
-    }
+    for contender in (contenders.OurMemory, Attention):
+        monkeypatch.setattr(contender, "prepare", broken(contender.prepare))
+    _, rows = run(KERNELS, output_dir, "--peers", "flash", "--modes", BOTH, "--lengths", "32")
+    ours, peer = rows
+    assert (ours["status"], ours["reason"]) == ("failed", "FloatingPointError: its output is not finite")
+    assert (peer["status"], peer["reason"]) == ("ok", "its output is not finite") and peer["ms_median"]
+    assert "flash T=32: timed, but its output is not finite" in capsys.readouterr().out
 
 
 def test_the_time_limit_leaves_a_table(output_dir: Path, capsys):

@@ -31,6 +31,7 @@ from .attempt import Unavailable
 from .costs import attention_bytes, attention_operations, memory_bytes, memory_operations
 
 TITANS_UPDATE_TOKENS = 64
+TITANS_LARGEST_STEP = 0.01  # with its default, 1, fresh weights diverge within 1,024 random tokens
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class TitansMemory(Contender):
         dim, dtype = args.heads * args.head_dim, DTYPES[args.dtype]
         memory = neural_memory(
             dim=dim, heads=args.heads, dim_head=args.head_dim, chunk_size=case.chunk_size,
-            batch_size=max(TITANS_UPDATE_TOKENS, case.chunk_size),
+            batch_size=max(TITANS_UPDATE_TOKENS, case.chunk_size), default_step_transform_max_lr=TITANS_LARGEST_STEP,
             default_model_kwargs={"depth": 2, "expansion_factor": float(args.expansion)},
         ).to(args.device, dtype)  # fmt: skip
         shape = (args.tokens // case.length, case.length, dim)

@@ -17,8 +17,8 @@ from .arguments import KernelBenchArguments
 from .attempt import CANNOT_RUN, GATE_FAILED, OK, attempt
 from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory_work
 
-# With every matrix product's operands rounded to bf16, the torch backend is off by 5e-3 at most on these inputs; a chunk
-# size, a reset or a step that is wrong shows as 0.1 and more. float32 leaves room for tf32, where torch allows it.
+# With every matrix product's operands rounded to bf16, the torch backend is off by 5e-3 at most on these inputs; a
+# wrong chunk size, reset or step shows as 0.1 and more. float32 leaves room for tf32, where torch allows it.
 LIMITS = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-3}
 TENSORS = ("output", "q", "k", "v", "lr", *MemoryParams._fields)
 SHORTEST_SHARD = 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,13 @@ def run_kernels(args: KernelBenchArguments) -> int:
     return 1 if bench.gate.failed else 0
 
 
+class Measured(NamedTuple):
+    """A time, and what is to be said of it: a peer may diverge on random inputs, which does not change its time."""
+
+    timing: Timing
+    remark: str
+
+
 class KernelBench:
     """One run: what is measured, in which order, and what came of it."""
 
@@ -82,7 +90,7 @@ class KernelBench:
                 series = (case.contender, case.memory, case.chunk_size, case.mode)
                 outcome = self.session.run(series, case.length, lambda case=case: self._check_and_time(case))
                 if outcome.status == OK:
-                    self.session.remember(series, case.length, outcome.value.median)
+                    self.session.remember(series, case.length, outcome.value.timing.median)
                 elif outcome.status == MISSING:
                     self._missing[case.contender] = outcome
             yield self._row(case, outcome)
@@ -97,26 +105,29 @@ class KernelBench:
                 return Outcome(gate.status, gate.reason)
         return attempt(lambda: self._measure(case, contender), self.device)
 
-    def _measure(self, case: Case, contender: Contender) -> Timing:
+    def _measure(self, case: Case, contender: Contender) -> Measured:
         works = [contender.prepare(case, self.args, self.generator)]
         size = sum(t.numel() * t.element_size() for t in [*works[0].leaves, works[0].upstream])
         for _ in range(input_sets(size, self.device) - 1):
             works.append(contender.prepare(case, self.args, self.generator))
         run = _forward if case.mode == FORWARD else _forward_and_backward
-        _check_finite(run(works[0]))
-        return measure(_rotate(run, works), self.device, self.args.case_seconds)
+        remark = _find_not_finite(run(works[0]))
+        if remark and contender.is_ours:
+            raise FloatingPointError(remark)
+        return Measured(measure(_rotate(run, works), self.device, self.args.case_seconds), remark)
 
     def _row(self, case: Case, outcome: Outcome) -> KernelRow:
         args, contender = self.args, self.contenders[case.contender]
         resets = contender.is_ours or contender.name == "fla"
         gate = self.gate.results.get((case.contender, case.memory, case.chunk_size), GateResult(NOT_RUN))
-        figures = {}
+        figures, reason = {}, outcome.reason
         if outcome.status == OK:
-            figures = timing_fields(outcome.value, args.tokens)
-            figures |= _cost_fields(contender.costs(case, args), args.tokens * args.heads, outcome.value, self.ceilings)
+            timing, reason = outcome.value
+            figures = timing_fields(timing, args.tokens)
+            figures |= _cost_fields(contender.costs(case, args), args.tokens * args.heads, timing, self.ceilings)
         return KernelRow(
             contender=case.contender, memory=case.memory, mode=case.mode, chunk_size=case.chunk_size,
-            length=case.length, batch=args.tokens // case.length, status=outcome.status, reason=outcome.reason,
+            length=case.length, batch=args.tokens // case.length, status=outcome.status, reason=reason,
             heads=args.heads, head_dim=args.head_dim, expansion=args.expansion if case.memory == "mlp" else None,
             shard_length=(args.shard_length or None) if resets else None,
             qk_projection=projection_of(args, case.memory) if contender.is_ours else None, dtype=args.dtype,
@@ -172,10 +183,11 @@ def _rotate(run: Callable[[Work], object], works: list[Work]) -> Callable[[int],
     return lambda i: run(works[i % len(works)])
 
 
-def _check_finite(results: tuple[Tensor | None, ...]) -> None:
+def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:
     for i, result in enumerate(results):
         if result is not None and not torch.isfinite(result).all():
-            raise FloatingPointError("its output is not finite" if i == 0 else "a gradient is not finite")
+            return "its output is not finite" if i == 0 else "a gradient of it is not finite"
+    return ""
 
 
 def _cost_fields(

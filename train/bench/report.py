@@ -76,20 +76,22 @@ def detail_table(rows: Sequence[KernelRow]) -> str:
 
 
 def list_reasons(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
-    """Why cells of the tables have no time: each reason once, with whom and what it concerns; not the gate's."""
+    """Why cells have no time, or what is to be said of one: each reason once, with whom it concerns; not the gate's."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if row.status not in (OK, NOT_RUN, GATE_FAILED):
-            groups.setdefault((row.contender, row.status, row.reason), []).append(row)
+        if row.status not in (NOT_RUN, GATE_FAILED) and row.reason:
+            # Every lack of memory is told in other numbers.
+            same = "" if row.status == OUT_OF_MEMORY else row.reason
+            groups.setdefault((row.contender, row.status, same), []).append(row)
     lines = []
-    for (contender, status, reason), members in groups.items():
+    for (contender, status, _), members in groups.items():
         who = contender if status == MISSING else f"{name(members[0])} T={members[0].length}{_and_more(members)}"
-        lines.append(f"  {who}: {status}: {_shorten(reason)}")
+        lines.append(f"  {who}: {'timed, but' if status == OK else f'{status}:'} {_shorten(members[0].reason)}")
     not_run = [row for row in rows if row.status == NOT_RUN]
     if not_run:
         reasons = list(dict.fromkeys(row.reason.partition(": would")[0] for row in not_run))
         lines.append(f"  {len(not_run)} measurements not run: {_shorten('; '.join(reasons))}")
-    return "\n".join(["without a time", *lines]) if lines else ""
+    return "\n".join(["remarks", *lines]) if lines else ""
 
 
 def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int, headline_length: int) -> None:

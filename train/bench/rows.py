@@ -12,7 +12,7 @@ from .timing import Timing
 
 @dataclass(frozen=True)
 class Row:
-    """What both benchmarks write. `status` and `reason`: see `attempt`."""
+    """What both benchmarks write. `status`: see `attempt`; `reason`: why it is not "ok", or a remark on the time."""
 
     contender: str
     length: int
