@@ -1,0 +1,265 @@
+"""Decoding with one launch a layer, in Triton's interpreter: the same logits and states as the other path, in place."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import copy
+
+import pytest
+import torch
+from model_cases import VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import DynamicCache
+
+from modeling_tnt import load_cache, save_cache
+from modeling_tnt.memory_layer import TNTMemoryLayer
+
+pytest.importorskip("triton")
+
+# Float64: the same sums in another order; see test_equivalence.py.
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+ONE_LAYER = {"num_hidden_layers": 1}
+
+
+def stepping(model):
+    """The model with the backend that steps. Prompts are read before, by the torch backend."""
+    model.config.kernel_backend = "triton"
+    return model
+
+
+@torch.no_grad()
+def prompt_read(variant, tokens, **overrides):
+    """A stepping model and its cache after a prompt."""
+    model = make_model(variant, **overrides)
+    cache = DynamicCache(config=model.config)
+    model(tokens, past_key_values=cache)
+    return stepping(model), cache
+
+
+@torch.no_grad()
+def read(model, cache, tokens, **columns):
+    """Logits of one call for each token."""
+    logits = []
+    for t in range(tokens.shape[1]):
+        now = {name: value[:, : value.shape[1] - tokens.shape[1] + t + 1] for name, value in columns.items()}
+        logits.append(model(tokens[:, t : t + 1], past_key_values=cache, **now).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_steps_give_what_the_torch_backend_gives(variant):
+    """A batch padded on the left and in mid-row, over chunk and shard boundaries, one row with nothing but padding."""
+    tokens, mask = make_tokens(3, 10), torch.ones(3, 10, dtype=torch.long)
+    mask[0, :3] = mask[1, 7] = mask[2] = 0
+    tokens = tokens * mask
+    want = make_model(variant, **ONE_LAYER)(tokens, attention_mask=mask, use_cache=True, output_hidden_states=True)
+    model = make_model(variant, **ONE_LAYER)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    logits = read(stepping(model), cache, tokens[:, 6:9], attention_mask=mask[:, :9])
+    last = model(tokens[:, 9:], attention_mask=mask, past_key_values=cache, output_hidden_states=True)
+    torch.testing.assert_close(torch.cat([logits, last.logits], 1), want.logits[:, 6:], **EXACT)
+    for ours, theirs in zip(last.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs[:, 9:], **EXACT)
+    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert cache.get_seq_length() == 10 and cache.layers[0].stack is not None
+
+
+@pytest.mark.parametrize("variant", ["mlp-momentum-forget", "linear-plain-two-locals"])
+@torch.no_grad()
+def test_greedy_generation_is_that_of_the_torch_backend(variant, monkeypatch):
+    calls = []
+    step = TNTMemoryLayer._step
+    monkeypatch.setattr(TNTMemoryLayer, "_step", lambda self, *args: calls.append(self) or step(self, *args))
+    greedy = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    rows = torch.cat([torch.tensor([[0, 0], [5, 9]]), make_tokens(2, 5)], 1)
+    mask = (rows > 0).long()
+    want = make_model(variant).generate(rows, attention_mask=mask, **greedy)
+    assert not calls
+    model = make_model(variant)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(rows[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+    got = stepping(model).generate(rows, attention_mask=mask, past_key_values=cache, **greedy)
+    assert len(calls) == 4 * 2
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), **EXACT)
+
+
+@torch.no_grad()
+def test_a_prompt_of_one_token_and_an_empty_cache():
+    """Also one of which a row is padding, whose memories have then read nothing."""
+    tokens, mask = make_tokens(2, 3), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    want = make_model("linear-momentum-chunk", **ONE_LAYER)(tokens * mask, attention_mask=mask, use_cache=True)
+    model = stepping(make_model("linear-momentum-chunk", **ONE_LAYER))
+    cache = DynamicCache(config=model.config)
+    logits = read(model, cache, tokens * mask, attention_mask=mask)
+    torch.testing.assert_close(logits, want.logits, **EXACT)
+    assert_same_states(cache, want.past_key_values, **EXACT)
+    with torch.inference_mode():  # buffers made outside of it may be written within, and those made within outside
+        inside = DynamicCache(config=model.config)
+        read(model, inside, tokens[:, :1])
+        model(tokens[:, 1:2], past_key_values=cache)
+    read(model, inside, tokens[:, 1:])
+    assert inside.layers[0].memories["local0"].position.tolist() == [3, 3]
+
+
+LINEAR = "linear-plain-two-locals"
+
+
+@pytest.mark.parametrize("variant", ["linear-momentum-chunk", LINEAR])
+@torch.no_grad()
+def test_a_stepped_cache_can_do_what_every_cache_can(variant, tmp_path):
+    """Rows reordered, repeated, selected, copied, saved, loaded, moved; then a longer call and steps again."""
+    tokens, more = make_tokens(2, 5), make_tokens(3, 4, seed=2)
+    torch_model = make_model(variant, **ONE_LAYER)
+    want = DynamicCache(config=torch_model.config)
+    torch_model(tokens, past_key_values=want)
+    model, cache = prompt_read(variant, tokens[:, :3], **ONE_LAYER)
+    read(model, cache, tokens[:, 3:])
+    kept = copy.deepcopy(cache)
+    for each in (want, cache):
+        each.batch_repeat_interleave(2)
+        each.reorder_cache(torch.tensor([3, 0, 1, 2]))
+        each.batch_select_indices(torch.tensor([0, 3, 1]))
+    assert cache.layers[0].stack is None
+    assert_same_states(cache, want, **EXACT)
+
+    save_cache(cache, tmp_path / "cache.safetensors")
+    loaded = load_cache(tmp_path / "cache.safetensors", model.config)
+    copied = copy.deepcopy(cache)
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    wanted = torch_model(more, past_key_values=want).logits
+    for each in (cache, loaded, copied):
+        logits = [read(model, each, more[:, :1])]
+        model.config.kernel_backend = "torch"
+        logits.append(model(more[:, 1:3], past_key_values=each).logits)
+        logits.append(read(stepping(model), each, more[:, 3:]))
+        torch.testing.assert_close(torch.cat(logits, 1), wanted, **EXACT)
+        assert_same_states(each, want, **EXACT)
+    # A deep copy of a stepped cache is stacked, too, in buffers of its own, and the steps above did not reach it.
+    layer = kept.layers[0]
+    assert layer.is_stacked(list(model.model.layers[0].memory.memories())) and layer.stack is not cache.layers[0].stack
+    fresh = DynamicCache(config=model.config)
+    model.config.kernel_backend = "torch"
+    model(tokens, past_key_values=fresh)
+    assert_same_states(kept, fresh, **EXACT)
+
+
+@torch.no_grad()
+def test_buffers_keep_their_addresses_over_prompts():
+    """What a captured CUDA graph needs: the next prompt's states are moved into the buffers of the last one."""
+    tokens = make_tokens(2, 6)
+    model, cache = prompt_read("linear-momentum-chunk", tokens[:, :4], **ONE_LAYER)
+    layer = cache.layers[0]
+    read(model, cache, tokens[:, 4:])
+
+    def addresses():
+        stack = layer.stack
+        return [t.data_ptr() for t in (stack.weights, stack.projection, stack.position, layer.conv_tail)]
+
+    before, want = addresses(), {name: t.clone() for name, t in state_tensors(cache).items()}
+    for _ in range(2):
+        cache.reset()
+        model.config.kernel_backend = "torch"
+        model(tokens[:, :4], past_key_values=cache)
+        read(stepping(model), cache, tokens[:, 4:])
+        assert addresses() == before and cache.get_seq_length() == 6
+        for name, t in state_tensors(cache).items():
+            torch.testing.assert_close(t, want[name], rtol=0, atol=0)
+    cache.reset()
+    read(model, cache, tokens[:, :1])  # the convolution's zeros before the first token, too
+    fresh = DynamicCache(config=model.config)
+    read(model, fresh, tokens[:, :1])
+    assert addresses() == before
+    assert_same_states(cache, fresh, rtol=0, atol=0)
+
+
+def test_where_states_must_not_change_the_call_is_no_step(monkeypatch):
+    """A cache that is only read, no cache, several tokens, gradients."""
+
+    def refuse(*args):
+        raise AssertionError("stepped")
+
+    tokens = make_tokens(2, 4)
+    model, cache = prompt_read("linear", tokens, **ONE_LAYER)
+    monkeypatch.setattr(TNTMemoryLayer, "_step", refuse)
+    # What the other path computes, and on which backend, is not at stake here.
+    monkeypatch.setattr(TNTMemoryLayer, "_read", lambda self, x, *args: x.new_zeros(*x.shape[:2], 2, 16))
+    with torch.no_grad():
+        model(tokens[:, :1], past_key_values=cache, use_cache=False)
+        model(tokens[:, :1], use_cache=True)
+        model(tokens[:, :2], past_key_values=cache)
+        with pytest.raises(AssertionError, match="stepped"):
+            model(tokens[:, :1], past_key_values=cache)
+    model(tokens[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_column_that_does_not_fit_is_refused():
+    tokens = make_tokens(2, 4)
+    model, cache = prompt_read("linear", tokens, **ONE_LAYER)
+    token = tokens[:, :1]
+    with pytest.raises(ValueError, match=r"= \(2, 1\) or \(2, 5\) \(4 tokens are in the cache\), got \(2, 3\)"):
+        model(token, past_key_values=cache, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"position_ids must have shape \(2, 1\) or \(1, 1\), got \(2, 5\)"):
+        model(token, past_key_values=cache, position_ids=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="holds 2 rows but the batch has 1"):
+        model(token[:1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph():
+    """With `fullgraph=True` nothing may ask a tensor for its contents: no step waits for the device."""
+    torch._dynamo.reset()
+    tokens, mask = make_tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :2] = 0
+    want = make_model("linear", **ONE_LAYER)(tokens * mask, attention_mask=mask, use_cache=True)
+    model = make_model("linear", **ONE_LAYER)
+    cache = DynamicCache(config=model.config)
+    model((tokens * mask)[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+    read(stepping(model), cache, tokens[:, 4:5], attention_mask=mask[:, :5].contiguous())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    logits = [
+        compiled(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1].clone(), past_key_values=cache).logits
+        for t in range(5, 10)
+    ]
+    torch.testing.assert_close(torch.cat(logits, 1), want.logits[:, 5:], **EXACT)
+    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert counter.frame_count <= 3, "compiled anew for every length"
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
+    reason="CUDA graphs need a GPU, and compiled kernels: TRITON_INTERPRET=0 pytest -k captured",
+)
+@torch.no_grad()
+def test_a_captured_model_decodes():
+    """Greedy tokens of graph replays = those of plain calls, over two prompts with the same graph."""
+    prompts = [make_tokens(2, 9, seed=seed).cuda() for seed in (1, 2)]
+    model = make_model("mlp-momentum-forget", dtype=torch.float32, kernel_backend="triton").cuda()
+    cache, graph, token = DynamicCache(config=model.config), None, torch.zeros(2, 1, dtype=torch.long, device="cuda")
+    for prompt in prompts:
+        plain = DynamicCache(config=model.config)
+        first = model(prompt, past_key_values=plain).logits[:, -1:].argmax(-1)
+        want = [first]
+        for _ in range(12):
+            want.append(model(want[-1], past_key_values=plain).logits.argmax(-1))
+        cache.reset()
+        model(prompt, past_key_values=cache)
+        token.copy_(first)
+        got = [first, model(token, past_key_values=cache).logits.argmax(-1)]
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = model(token, past_key_values=cache).logits
+        while len(got) < len(want):
+            token.copy_(got[-1])
+            graph.replay()
+            got.append(out.argmax(-1))
+        assert torch.equal(torch.cat(got, 1), torch.cat(want, 1))
