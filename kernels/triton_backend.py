@@ -81,8 +81,7 @@ def _pack(weights: FastWeights) -> Tensor:
 
 def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
     """The inverse of `_pack`, as views; `like` without rows."""
-    parts = packed.split([t[0].numel() for t in like if t is not None], dim=-1)
-    parts = iter(parts)
+    parts = iter(packed.split([t[0].numel() for t in like if t is not None], dim=-1))
     return like.map(lambda t: next(parts).unflatten(-1, t.shape[1:]))
 
 

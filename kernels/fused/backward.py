@@ -8,24 +8,34 @@ not depend on the memory and would only take registers here: this kernel ends at
 import triton
 import triton.language as tl
 
-from .coefficients import gate_coefficients_backward, tile_coefficients
+from .coefficients import causal, gate_coefficients_backward, tile_coefficients
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward
 from .tile import (
     add_dot,
+    affinity,
     dot,
-    inner_gradients,
     load_matrix,
-    load_rows,
     load_scalars,
     load_state,
+    load_tokens,
     read_layer,
     select_state,
     store_matrix,
-    store_rows,
     store_scalars,
     store_state,
+    store_tokens,
+    token_sum,
+    tokens_of_tile,
+    transposed,
 )
-from .tile_backward import advance_backward, error_backward, hidden_backward, read_backward
+from .tile_backward import (
+    advance_backward,
+    advance_input_backward,
+    error_backward,
+    hidden_backward,
+    read_backward,
+)
+from .tile_keys import hidden_delta, inner_error
 
 
 @triton.jit
@@ -100,6 +110,7 @@ def backward_kernel(
     for back in range(0, chunks - begin):
         chunk = chunks - 1 - back
         fresh = (chunk > 0) | (offset == 0)
+        origin = first + chunk * C - offset
         complete = (chunk + 1) * C <= offset + count
         is_end = chunk == all_chunks - 1
         # After a chunk's last token the anchor is the weights; in mid-chunk it is this chunk's anchor.
@@ -115,10 +126,7 @@ def backward_kernel(
                 gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
         for tile_back in range(0, TILES):
             tile = TILES - 1 - tile_back
-            place = tile * R + tl.arange(0, R)
-            inside = chunk * C + place - offset
-            valid = (place < C) & (inside >= 0) & (inside < count)
-            token = first + inside
+            place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
             slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
             w1, b1, w2, b2 = load_state(trace_weights + slot, D, M, MLP, HAS_B1, HAS_B2)
             if MULTI:
@@ -136,64 +144,86 @@ def backward_kernel(
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
                 gx1, gxb1, gx2, gxb2 = ga1, gab1, ga2, gab2
 
-            # The tile's forward once more.
-            kt = load_rows(k, token, head, valid, H, D)
-            vt = load_rows(v, token, head, valid, H, D)
-            xt = load_rows(x, token, head, valid, H, D)
-            step = load_scalars(lr, token, head, valid, 0.0, H)
+            # The forward once more. Products with a common operand stand side by side, also those with the gradients of
+            # the state after the tile: t = a W̄ + b̄ of each layer.
+            kt = load_tokens(k, origin, place, head, valid, H, D)
+            xt = load_tokens(x, origin, place, head, valid, H, D)
+            vt = load_tokens(v, origin, place, head, valid, H, D)
+            step = load_scalars(lr, origin, place, head, valid, 0.0, H)
             (
                 theta, read_decay, read_second, gain, end_decay, end_second, momentum_gain, momentum_decay,
                 m, keep, column, kept, carried, from_start,
             ) = tile_coefficients(
-                momentum, decay, scale, token, place, valid, head, complete & (tile == TILES - 1),
+                momentum, decay, scale, origin, place, valid, head, complete & (tile == TILES - 1),
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
-            z1, s1, a, n, rstd, error, u, delta1, delta2 = inner_gradients(
-                kt, vt, step, aw1, ab1, aw2, ab2, norm_w, norm_b, MLP, NORM, DT, PRECISION
-            )
-            y1, p1 = read_layer(
-                xt, kt, delta1, w1, b1, xw1, xb1, theta, read_decay, read_second, HAS_B1, SCALED, SECOND, DT, PRECISION
-            )
+            z1 = dot(kt, aw1, DT, PRECISION) + ab1
+            t1 = dot(kt, gw1, DT, PRECISION) + gb1
+            base1 = dot(xt, w1, DT, PRECISION) + b1
+            ts1, ts2, s_read1, s_read2 = 0.0, 0.0, 0.0, 0.0
+            if MOMENTUM:
+                ts1 = dot(kt, gs1, DT, PRECISION) + gsb1
+            if SECOND:
+                s_read1 = dot(xt, xw1, DT, PRECISION) + xb1
+            if MLP:
+                s1 = gelu_sigmoid(z1)
+                a = (z1 * s1).to(DT)
+                z2 = dot(a, aw2, DT, PRECISION) + ab2
+                t2 = dot(a, gw2, DT, PRECISION) + gb2
+                if MOMENTUM:
+                    ts2 = dot(a, gs2, DT, PRECISION) + gsb2
+                n, rstd, error, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
+                u = dot(delta2, transposed(aw2, DT), DT, PRECISION)
+                grad_a = advance_input_backward(delta2, gw2, gs2, gain, momentum_gain, MOMENTUM, DT, PRECISION)
+                delta1 = hidden_delta(u, z1, s1)
+            else:
+                n, rstd, error, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
+            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, MOMENTUM, DT, PRECISION)
+            p1 = affinity(xt, kt, HAS_B1, DT, PRECISION)
+            y1 = read_layer(base1, s_read1, p1, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             y = y1
             if MLP:
                 ys1 = gelu_sigmoid(y1)
-                h = y1 * ys1
-                y, p2 = read_layer(
-                    h, a, delta2, w2, b2, xw2, xb2, theta, read_decay, read_second,
-                    HAS_B2, SCALED, SECOND, DT, PRECISION,
-                )  # fmt: skip
+                h = (y1 * ys1).to(DT)
+                base2 = dot(h, w2, DT, PRECISION) + b2
+                if SECOND:
+                    s_read2 = dot(h, xw2, DT, PRECISION) + xb2
+                p2 = affinity(h, a, HAS_B2, DT, PRECISION)
+                y = read_layer(
+                    base2, s_read2, p2, delta2, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION
+                )
 
             # Backward, from the output to the key.
-            grad_out = load_rows(grad_o, token, head, valid, H, D).to(tl.float32)
+            grad_out = load_tokens(grad_o, origin, place, head, valid, H, D).to(tl.float32)
             grad_y = grad_out
             if NORM:
                 ny, ry = normalise(y)
                 grad_y = normalise_backward(ny, ry, grad_out * norm_w)
-                norm_grad += tl.sum(grad_out * ny, axis=0, keep_dims=True)
+                norm_grad += token_sum(grad_out * ny)
             d_theta, d_read_decay, d_read_second = 0.0, 0.0, 0.0
             d_gain, d_end_decay, d_end_second, d_momentum_gain, d_momentum_decay = 0.0, 0.0, 0.0, 0.0, 0.0
             if MLP:
                 (
-                    grad_a, grad_delta2, gw2, gb2, gx2, gxb2,
+                    grad_delta2, gw2, gb2, gx2, gxb2,
                     d_gain, d_end_decay, d_end_second, d_momentum_gain, d_momentum_decay,
                 ) = advance_backward(
-                    a, delta2, w2, b2, xw2, xb2, gw2, gb2, gx2, gxb2,
+                    t2, ts2, delta2, w2, b2, xw2, xb2, gw2, gb2, gx2, gxb2,
                     gain, end_decay, end_second, momentum_gain, momentum_decay,
-                    HAS_B2, GATED, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                    HAS_B2, GATED, SCALED, SECOND, MOMENTUM,
                 )  # fmt: skip
                 (
                     grad_h, gw2, gb2, gx2, gxb2, grad_a, grad_delta2, d_theta, d_read_decay, d_read_second
                 ) = read_backward(
-                    grad_y, h, a, delta2, w2, b2, xw2, xb2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
+                    grad_y, h, a, delta2, base2, s_read2, w2, xw2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
                     p2, theta, read_decay, read_second, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
                 )  # fmt: skip
                 grad_y = grad_h * gelu_slope(y1, ys1)
             (
-                grad_key, grad_delta1, gw1, gb1, gx1, gxb1, d0, d1, d2, d3, d4
+                grad_delta1, gw1, gb1, gx1, gxb1, d0, d1, d2, d3, d4
             ) = advance_backward(
-                kt, delta1, w1, b1, xw1, xb1, gw1, gb1, gx1, gxb1,
+                t1, ts1, delta1, w1, b1, xw1, xb1, gw1, gb1, gx1, gxb1,
                 gain, end_decay, end_second, momentum_gain, momentum_decay,
-                HAS_B1, GATED, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                HAS_B1, GATED, SCALED, SECOND, MOMENTUM,
             )  # fmt: skip
             d_gain += d0
             d_end_decay += d1
@@ -203,74 +233,75 @@ def backward_kernel(
             (
                 grad_read, gw1, gb1, gx1, gxb1, grad_key, grad_delta1, d0, d1, d2
             ) = read_backward(
-                grad_y, xt, kt, delta1, w1, b1, xw1, xb1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
+                grad_y, xt, kt, delta1, base1, s_read1, w1, xw1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
                 p1, theta, read_decay, read_second, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
             )  # fmt: skip
             d_theta += d0
             d_read_decay += d1
             d_read_second += d2
+            if NORM:
+                grad_read += grad_out
+            store_tokens(grad_x, grad_read, origin, place, head, valid, H, D)
             if MOMENTUM:
                 gs1, gsb1, gs2, gsb2 = gx1, gxb1, gx2, gxb2
             if SCALE and MULTI:
                 ga1, gab1, ga2, gab2 = gx1, gxb1, gx2, gxb2
+
             # From here on gradients of the anchor, which without MULTI is the state that the reads start from.
             if MULTI:
-                t1, tb1, t2, tb2 = ga1, gab1, ga2, gab2
+                e1, eb1, e2, eb2 = ga1, gab1, ga2, gab2
             else:
-                t1, tb1, t2, tb2 = gw1, gb1, gw2, gb2
+                e1, eb1, e2, eb2 = gw1, gb1, gw2, gb2
             if MLP:
                 grad_u, grad_z = hidden_backward(grad_delta1, z1, s1, u)
                 grad_delta2 = add_dot(grad_delta2, grad_u, aw2, DT, PRECISION)
-                t2 = add_dot(t2, tl.trans(grad_u), delta2, DT, PRECISION)
+                e2 = add_dot(e2, transposed(grad_u, DT), delta2, DT, PRECISION)
                 grad_z2, grad_error, grad_step, grad_n = error_backward(
                     grad_delta2, n, rstd, error, delta2, step, norm_w, NORM
                 )
-                grad_a = add_dot(grad_a, grad_z2, tl.trans(aw2), DT, PRECISION)
-                t2 = add_dot(t2, tl.trans(a), grad_z2, DT, PRECISION)
+                grad_a = add_dot(grad_a, grad_z2, transposed(aw2, DT), DT, PRECISION)
+                e2 = add_dot(e2, transposed(a, DT), grad_z2, DT, PRECISION)
                 if HAS_B2:
-                    tb2 += tl.sum(grad_z2, axis=0, keep_dims=True)
+                    eb2 += token_sum(grad_z2)
                 grad_z += grad_a * gelu_slope(z1, s1)
             else:
                 grad_z, grad_error, grad_step, grad_n = error_backward(
                     grad_delta1, n, rstd, error, delta1, step, norm_w, NORM
                 )
-            grad_key = add_dot(grad_key, grad_z, tl.trans(aw1), DT, PRECISION)
-            t1 = add_dot(t1, tl.trans(kt), grad_z, DT, PRECISION)
+            grad_key = add_dot(grad_key, grad_z, transposed(aw1, DT), DT, PRECISION)
+            e1 = add_dot(e1, transposed(kt, DT), grad_z, DT, PRECISION)
             if HAS_B1:
-                tb1 += tl.sum(grad_z, axis=0, keep_dims=True)
+                eb1 += token_sum(grad_z)
             if MULTI:
-                ga1, gab1, ga2, gab2 = t1, tb1, t2, tb2
+                ga1, gab1, ga2, gab2 = e1, eb1, e2, eb2
             else:
-                gw1, gb1, gw2, gb2 = t1, tb1, t2, tb2
+                gw1, gb1, gw2, gb2 = e1, eb1, e2, eb2
             if NORM:
                 norm_grad += grad_n
                 grad_key += grad_error
-                grad_read += grad_out
-            store_rows(grad_k, grad_key, token, head, valid, H, D)
-            store_rows(grad_v, -grad_error, token, head, valid, H, D)
-            store_rows(grad_x, grad_read, token, head, valid, H, D)
-            store_scalars(grad_lr, grad_step, token, head, valid, H)
+            store_tokens(grad_k, grad_key, origin, place, head, valid, H, D)
+            store_tokens(grad_v, -grad_error, origin, place, head, valid, H, D)
+            store_scalars(grad_lr, grad_step, origin, place, head, valid, H)
 
             # The coefficients after the tile are the last rows of those within it.
-            is_last_row = tl.arange(0, R)[:, None] == R - 1
+            is_last = tl.arange(0, R)[:, None] == R - 1
             if MOMENTUM or DECAY:
-                d_theta += tl.where(is_last_row, tl.trans(d_gain), 0.0)
+                d_theta += tl.where(is_last, tl.trans(d_gain), 0.0)
                 if DECAY:
-                    d_read_decay += tl.where(is_last_row, d_end_decay, 0.0)
+                    d_read_decay += tl.where(is_last, d_end_decay, 0.0)
                 if MOMENTUM:
-                    d_read_second += tl.where(is_last_row, d_end_second, 0.0)
+                    d_read_second += tl.where(is_last, d_end_second, 0.0)
                     d_momentum_gain = tl.trans(d_momentum_gain)
                 grad_m, grad_keep = gate_coefficients_backward(
                     m, keep, column, kept, read_decay, carried, from_start,
                     d_theta, d_read_decay, d_read_second, d_momentum_gain, d_momentum_decay, R, MOMENTUM, DECAY,
                 )  # fmt: skip
                 if MOMENTUM:
-                    store_scalars(grad_momentum, grad_m, token, head, valid, H)
+                    store_scalars(grad_momentum, grad_m, origin, place, head, valid, H)
                 if DECAY:
-                    store_scalars(grad_decay, -grad_keep, token, head, valid, H)
+                    store_scalars(grad_decay, -grad_keep, origin, place, head, valid, H)
             if SCALE:
-                causal_theta = tl.arange(0, R)[:, None] >= tl.arange(0, R)[None, :]
-                grad_r = tl.sum(tl.where(causal_theta, d_theta, 0.0), axis=1, keep_dims=True)
+                grad_r = tl.sum(causal(R) * d_theta, axis=1, keep_dims=True)
                 grad_end = tl.sum(d_gain, axis=0, keep_dims=True)
                 if MULTI:
                     grad_r += d_read_decay - d_read_second

@@ -119,7 +119,8 @@ def gate_coefficients_backward(
 def tile_coefficients(
     momentum, decay,  # [tokens, H] float32, or None
     scale,  # [C] float32, or None
-    token, place, valid,  # [R]: index, place in the chunk, and whether there is such a token
+    origin,  # number of the token at the chunk's place 0
+    place, valid,  # [R]: place in the chunk, and whether there is such a token
     head,
     completes,  # whether the tile is the last of a chunk that has all its tokens
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -138,9 +139,9 @@ def tile_coefficients(
     gain, end_decay, end_second = 1.0, 1.0, 0.0
     momentum_gain, end_momentum_decay = 0.0, 0.0
     if MOMENTUM:
-        m = tl.load(momentum + token * H + head, mask=valid, other=1.0)[:, None]
+        m = tl.load(momentum + origin * H + head + place * H, mask=valid, other=1.0)[:, None]
     if DECAY:
-        keep = 1.0 - tl.load(decay + token * H + head, mask=valid, other=0.0)[:, None]
+        keep = 1.0 - tl.load(decay + origin * H + head + place * H, mask=valid, other=0.0)[:, None]
     if MOMENTUM or DECAY:
         theta, kept, read_decay, read_second, carried, momentum_decay = gate_coefficients(
             m, keep, column, R, MOMENTUM, DECAY

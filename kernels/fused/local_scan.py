@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backward import backward_kernel
 from .forward import forward_kernel
+from .projection import projection_kernel
 from .projection_keys import projection_keys_kernel
 from .projection_queries import projection_queries_kernel
 from .recompute import recompute_kernel
@@ -129,10 +130,24 @@ def _precision(plan: Plan) -> str:
     return "ieee" if plan.precise else "tf32"
 
 
-def _projection_sizes(plan: Plan) -> dict[str, bool]:
+def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
+    """The constexpr arguments that all kernels of the projection share."""
+    _, H, D = inputs.q.shape
+    per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
-        "PROJECT": plan.projection > 0, "PER_CHUNK": plan.projection == 2, "NORMALIZE": bool(plan.normalize),
+        "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
+        "PRECISION": _precision(plan), "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
+
+
+def _project(inputs: ScanInputs, segments: Tensor, plan: Plan, end_projection: Tensor | None) -> Tensor:
+    """The projected queries."""
+    x = torch.empty_like(inputs.q)
+    projection_kernel[(segments.shape[0], inputs.q.shape[1])](
+        inputs.q, inputs.k, segments, inputs.projection, x, end_projection,
+        **_projection_sizes(inputs, plan), NORMALIZE=bool(plan.normalize),
+    )  # fmt: skip
+    return x
 
 
 def _forward_outputs(inputs: ScanInputs, segments: int, plan: Plan) -> dict[str, Tensor]:
@@ -150,8 +165,6 @@ def _forward_outputs(inputs: ScanInputs, segments: int, plan: Plan) -> dict[str,
         out["kept_weights"] = state(kept, segments, H, P)
         if inputs.momentum is not None:
             out["kept_momentum"] = state(kept, segments, H, P)
-        if plan.projection:
-            out["kept_projection"] = state(kept, segments, H, D, D)
     return out
 
 
@@ -170,12 +183,12 @@ def fused_forward(
     segments = _on_device(tuple(table), q.device)
     S = segments.shape[0]
     out = _forward_outputs(inputs, S, sizes)
+    x = _project(inputs, segments, sizes, out.get("end_projection")) if sizes.projection else q
     forward_kernel[(S, q.shape[1])](
-        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments,
-        weights, anchor, momentum_state, projection,
-        out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"), out.get("end_projection"),
-        out.get("kept_weights"), out.get("kept_momentum"), out.get("kept_projection"), S,
-        **_sizes(inputs, sizes), **_projection_sizes(sizes), num_warps=sizes.forward_warps, num_stages=1,
+        x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
+        out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
+        out.get("kept_weights"), out.get("kept_momentum"), S,
+        **_sizes(inputs, sizes), num_warps=sizes.forward_warps, num_stages=1,
     )  # fmt: skip
     return list(out.values())
 
@@ -230,14 +243,16 @@ class _Backward:
         self.sources, self.ends = table[3::5], table[4::5]
         self.S, self.H, self.D = len(self.sources), *inputs.q.shape[1:]
         self.grid = (self.S, self.H)
-        names = [n for n in ("weights", "momentum", "projection") if self._carries(n)]
-        self.kept = dict(zip(names, kept, strict=True))
-        self.grad_ends = dict(zip([names[0], "anchor", *names[1:]], grad_ends, strict=True))
+        momentum = ["momentum"] if inputs.momentum is not None else []
+        projection = ["projection"] if plan.projection else []
+        self.kept = dict(zip(["weights", *momentum], kept, strict=True))
+        self.grad_ends = dict(zip(["weights", "anchor", *momentum, *projection], grad_ends, strict=True))
 
     def run(self) -> list[Tensor]:
         x, plan = self.inputs, self.plan
         carried = {name: self._carry(grad) for name, grad in self.grad_ends.items()}
         trace = self._trace()
+        queries = _project(x, self.segments, plan, None) if plan.projection else x.q
         out = {name: torch.empty_like(getattr(x, name)) for name in ("q", "k", "v", "lr")}
         out |= {name: torch.empty_like(t) for name in ("momentum", "decay") if (t := getattr(x, name)) is not None}
         if x.scale is not None:
@@ -247,14 +262,10 @@ class _Backward:
         grad_x = torch.empty_like(x.q) if plan.projection else out["q"]
         for group in reversed(range(plan.groups)):
             self._recompute(group, trace)
-            self._backward(group, trace, grad_x, out, carried)
+            self._backward(group, queries, trace, grad_x, out, carried)
         if plan.projection:
             self._projection_backward(grad_x, out, carried["projection"])
         return self._gather(out, carried)
-
-    def _carries(self, name: str) -> bool:
-        """Whether the state has this part."""
-        return {"momentum": self.inputs.momentum is not None, "projection": self.plan.projection > 0}.get(name, True)
 
     def _carry(self, grad_end: Tensor) -> Tensor:
         """Gradients of the states after the segments: [ends, …] -> [S, …], zero where a segment ends no sequence."""
@@ -271,7 +282,6 @@ class _Backward:
         P = x.weights.shape[-1]
         per_tile = (plan.interval * plan.tiles, self.S, self.H, P)
         return {
-            "x": torch.empty_like(x.q) if plan.projection else None,
             "weights": x.q.new_empty(per_tile),
             "momentum": x.q.new_empty(per_tile) if x.momentum is not None else None,
             "anchor": x.q.new_empty(plan.interval, *per_tile[1:]) if plan.multi else None,
@@ -280,26 +290,24 @@ class _Backward:
     def _recompute(self, group: int, trace: dict[str, Tensor | None]) -> None:
         x, plan = self.inputs, self.plan
         if group == 0:
-            start = (x.weights, x.anchor, x.momentum_state, x.projection)
+            start = (x.weights, x.anchor, x.momentum_state)
         else:
             kept = {name: t[group - 1] for name, t in self.kept.items()}
-            start = (kept["weights"], None, kept.get("momentum"), kept.get("projection"))
+            start = (kept["weights"], None, kept.get("momentum"))
         recompute_kernel[self.grid](
-            x.q, x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
-            trace["x"], trace["weights"], trace["momentum"], trace["anchor"], group, self.S,
-            **_sizes(x, plan), **_projection_sizes(plan), FROM_KEPT=group > 0,
-            num_warps=plan.recompute_warps, num_stages=1,
+            x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
+            trace["weights"], trace["momentum"], trace["anchor"], group, self.S,
+            **_sizes(x, plan), FROM_KEPT=group > 0, num_warps=plan.recompute_warps, num_stages=1,
         )  # fmt: skip
 
     def _backward(
-        self, group: int, trace: dict[str, Tensor | None], grad_x: Tensor, out: dict[str, Tensor],
+        self, group: int, queries: Tensor, trace: dict[str, Tensor | None], grad_x: Tensor, out: dict[str, Tensor],
         carried: dict[str, Tensor],
     ) -> None:  # fmt: skip
         x, plan = self.inputs, self.plan
         backward_kernel[self.grid](
-            trace["x"] if plan.projection else x.q, x.k, x.v, x.lr, x.momentum, x.decay, x.scale,
-            x.norm_weight, x.norm_bias, self.segments, trace["weights"], trace["momentum"], trace["anchor"],
-            self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
+            queries, x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments,
+            trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
             out.get("scale"), out.get("norm_weight"),
             carried["weights"], carried["anchor"], carried.get("momentum"), group, self.S,
             **_sizes(x, plan), num_warps=plan.backward_warps, num_stages=1,
@@ -307,17 +315,11 @@ class _Backward:
 
     def _projection_backward(self, grad_x: Tensor, out: dict[str, Tensor], carried: Tensor) -> None:
         x, plan = self.inputs, self.plan
-        sizes = {
-            "H": self.H, "D": self.D, "R": plan.projection_rows, "PER_CHUNK": plan.projection == 2,
-            "C": plan.chunk_size if plan.projection == 2 else plan.projection_rows, "PRECISION": _precision(plan),
-        }  # fmt: skip
+        sizes = _projection_sizes(x, plan)
         projection_queries_kernel[self.grid](
-            x.q, x.k, self.segments, x.projection, grad_x, out["q"],
-            **sizes, NORMALIZE=bool(plan.normalize), num_warps=4, num_stages=1,
-        )  # fmt: skip
-        projection_keys_kernel[self.grid](
-            x.q, x.k, self.segments, grad_x, out["k"], carried, **sizes, num_warps=4, num_stages=1
+            x.q, x.k, self.segments, x.projection, grad_x, out["q"], **sizes, NORMALIZE=bool(plan.normalize)
         )
+        projection_keys_kernel[self.grid](x.q, x.k, self.segments, grad_x, out["k"], carried, **sizes)
 
     def _gather(self, out: dict[str, Tensor], carried: dict[str, Tensor]) -> list[Tensor]:
         """The operator's results: gradients per segment summed into those of parameters and of start states."""

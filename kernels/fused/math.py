@@ -1,6 +1,7 @@
 """The mathematics that several kernels share, written once: gelu, the residual norm, unit vectors.
 
-All of it works on float32 tiles [R, F] of R rows (tokens) and F features; statistics are columns [R, 1].
+Tiles are float32 with the features along `axis`: [R, F] for axis 1, [F, R] for axis 0. Statistics of a token keep that
+dimension with size 1.
 """
 
 import triton
@@ -32,34 +33,37 @@ def gelu_curvature(z, s):
 
 
 @triton.jit
-def row_mean(y):
-    """Mean over the features, [R, F] -> [R, 1]."""
-    return tl.sum(y, axis=1, keep_dims=True) / y.shape[1]
+def feature_mean(y, axis: tl.constexpr = 1):
+    """Mean over the features."""
+    return tl.sum(y, axis=axis, keep_dims=True) / y.shape[axis]
+
+
+row_mean = feature_mean
 
 
 @triton.jit
-def normalise(y):
+def normalise(y, axis: tl.constexpr = 1):
     """n = (y − mean) rstd and rstd = (var + ε)^(−1/2)."""
-    centred = y - row_mean(y)
-    rstd = tl.rsqrt(row_mean(centred * centred) + _EPS)
+    centred = y - feature_mean(y, axis)
+    rstd = tl.rsqrt(feature_mean(centred * centred, axis) + _EPS)
     return centred * rstd, rstd
 
 
 @triton.jit
-def normalise_backward(n, rstd, grad):
+def normalise_backward(n, rstd, grad, axis: tl.constexpr = 1):
     """J(rstd, n, g) = rstd (g − mean g − n mean(g ⊙ n)): the gradient of `normalise`, linear in `grad`."""
-    return rstd * (grad - row_mean(grad) - n * row_mean(grad * n))
+    return rstd * (grad - feature_mean(grad, axis) - n * feature_mean(grad * n, axis))
 
 
 @triton.jit
-def unit(x):
-    """x / ‖x‖ and 1 / ‖x‖; a zero row stays zero and has the factor 0."""
-    square = tl.sum(x * x, axis=1, keep_dims=True)
+def unit(x, axis: tl.constexpr = 1):
+    """x / ‖x‖ and 1 / ‖x‖; a zero vector stays zero and has the factor 0."""
+    square = tl.sum(x * x, axis=axis, keep_dims=True)
     factor = tl.where(square > 0, tl.rsqrt(tl.where(square > 0, square, 1.0)), 0.0)
     return x * factor, factor
 
 
 @triton.jit
-def unit_backward(unit_x, factor, grad):
+def unit_backward(unit_x, factor, grad, axis: tl.constexpr = 1):
     """The gradient of x from that of x / ‖x‖."""
-    return factor * (grad - unit_x * tl.sum(grad * unit_x, axis=1, keep_dims=True))
+    return factor * (grad - unit_x * tl.sum(grad * unit_x, axis=axis, keep_dims=True))

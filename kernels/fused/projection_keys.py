@@ -6,8 +6,9 @@ With unit keys, K̄ = tril(Q Kᵀ)ᵀ X̄ + tril(X̄ Kᵀ)ᵀ Q + K (M̄_end + M
 import triton
 import triton.language as tl
 
+from .coefficients import causal
 from .math import unit, unit_backward
-from .tile import add_dot, dot, load_matrix, load_rows, store_matrix, store_rows
+from .tile import add_dot, dot, load_matrix, load_tokens, store_matrix, store_tokens, tokens_of_tile, transposed
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def projection_keys_kernel(
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PER_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C: tokens between resets of M with PER_CHUNK, otherwise R; R: rows of a tile."""
+    """C: tokens between resets of M with PER_CHUNK, otherwise R; R: tokens of a tile."""
     DT: tl.constexpr = q.dtype.element_ty
     TILES: tl.constexpr = (C + R - 1) // R
     segment = tl.program_id(0).to(tl.int64)
@@ -34,27 +35,27 @@ def projection_keys_kernel(
     grad_m = load_matrix(grad_projection + own, D, D)
     if PER_CHUNK:  # M is empty again after a chunk's last token
         grad_m = tl.where((offset + count) % C == 0, 0.0, grad_m)
-    causal = tl.arange(0, R)[:, None] >= tl.arange(0, R)[None, :]
+    in_order = causal(R)
 
     chunks = tl.cdiv(offset + count, C)
     for back in range(0, chunks):
         chunk = chunks - 1 - back
+        origin = first + chunk * C - offset
         for tile_back in range(0, TILES):
-            place = (TILES - 1 - tile_back) * R + tl.arange(0, R)
-            inside = chunk * C + place - offset
-            valid = (place < C) & (inside >= 0) & (inside < count)
-            token = first + inside
-            query = load_rows(q, token, head, valid, H, D)
-            grad = load_rows(grad_x, token, head, valid, H, D)
-            unit_k, factor = unit(load_rows(k, token, head, valid, H, D).to(tl.float32))
-            p = tl.where(causal, dot(query, tl.trans(unit_k), DT, PRECISION), 0.0)
-            r = tl.where(causal, dot(grad, tl.trans(unit_k), DT, PRECISION), 0.0)
+            place, valid = tokens_of_tile(chunk, TILES - 1 - tile_back, offset, count, C, R)
+            query = load_tokens(q, origin, place, head, valid, H, D)
+            grad = load_tokens(grad_x, origin, place, head, valid, H, D)
+            unit_k, factor = unit(load_tokens(k, origin, place, head, valid, H, D).to(tl.float32))
+            unit_kt = transposed(unit_k, DT)
+            p = dot(query, unit_kt, DT, PRECISION) * in_order
+            r = dot(grad, unit_kt, DT, PRECISION) * in_order
             grad_unit = dot(unit_k, grad_m + tl.trans(grad_m), DT, PRECISION)
-            grad_unit = add_dot(grad_unit, tl.trans(p), grad, DT, PRECISION)
-            grad_unit = add_dot(grad_unit, tl.trans(r), query, DT, PRECISION)
-            earlier = load_rows(grad_k, token, head, valid, H, D).to(tl.float32)
-            store_rows(grad_k, earlier + unit_backward(unit_k, factor, grad_unit), token, head, valid, H, D)
-            grad_m = add_dot(grad_m, tl.trans(query), grad, DT, PRECISION)
+            grad_unit = add_dot(grad_unit, transposed(p, DT), grad, DT, PRECISION)
+            grad_unit = add_dot(grad_unit, transposed(r, DT), query, DT, PRECISION)
+            earlier = load_tokens(grad_k, origin, place, head, valid, H, D).to(tl.float32)
+            total = earlier + unit_backward(unit_k, factor, grad_unit)
+            store_tokens(grad_k, total, origin, place, head, valid, H, D)
+            grad_m = add_dot(grad_m, transposed(query, DT), grad, DT, PRECISION)
         if PER_CHUNK:
             grad_m = tl.where((chunk > 0) | (offset == 0), 0.0, grad_m)
     store_matrix(grad_projection + own, grad_m, D, D)

@@ -7,8 +7,10 @@ of what was normalised, which the second half (projection_keys.py) needs.
 import triton
 import triton.language as tl
 
+from .coefficients import causal
 from .math import unit, unit_backward
-from .tile import add_dot, dot, load_matrix, load_rows, store_rows
+from .projection import project
+from .tile import add_dot, dot, load_matrix, load_tokens, store_tokens, tokens_of_tile, transposed
 
 
 @triton.jit
@@ -21,7 +23,7 @@ def projection_queries_kernel(
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PER_CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """C: tokens between resets of M with PER_CHUNK, otherwise R; R: rows of a tile."""
+    """C: tokens between resets of M with PER_CHUNK, otherwise R; R: tokens of a tile."""
     DT: tl.constexpr = q.dtype.element_ty
     TILES: tl.constexpr = (C + R - 1) // R
     segment = tl.program_id(0).to(tl.int64)
@@ -33,26 +35,22 @@ def projection_queries_kernel(
         offset = offset * 0
     source = tl.load(segments + segment * 5 + 3) * H + head
     m = load_matrix(start_projection + source * D * D, D, D)
-    causal = tl.arange(0, R)[:, None] >= tl.arange(0, R)[None, :]
+    in_order = causal(R)
 
     for chunk in range(0, tl.cdiv(offset + count, C)):
+        origin = first + chunk * C - offset
         if PER_CHUNK:
             m = tl.where((chunk > 0) | (offset == 0), 0.0, m)
         for tile in range(0, TILES):
-            place = tile * R + tl.arange(0, R)
-            inside = chunk * C + place - offset
-            valid = (place < C) & (inside >= 0) & (inside < count)
-            token = first + inside
-            unit_k, _ = unit(load_rows(k, token, head, valid, H, D).to(tl.float32))
-            grad = load_rows(grad_x, token, head, valid, H, D)
+            place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
+            unit_k, _ = unit(load_tokens(k, origin, place, head, valid, H, D).to(tl.float32))
+            grad = load_tokens(grad_x, origin, place, head, valid, H, D).to(tl.float32)
             if NORMALIZE:
-                query = load_rows(q, token, head, valid, H, D)
-                p = tl.where(causal, dot(query, tl.trans(unit_k), DT, PRECISION), 0.0)
-                x = add_dot(dot(query, m, DT, PRECISION), p, unit_k, DT, PRECISION)
-                unit_x, factor = unit(x)
-                grad = unit_backward(unit_x, factor, grad.to(tl.float32))
-                store_rows(grad_x, grad, token, head, valid, H, D)
-            r = tl.where(causal, dot(grad, tl.trans(unit_k), DT, PRECISION), 0.0)
-            grad = add_dot(dot(grad, tl.trans(m), DT, PRECISION), r, unit_k, DT, PRECISION)
-            store_rows(grad_q, grad, token, head, valid, H, D)
-            m = add_dot(m, tl.trans(unit_k), unit_k, DT, PRECISION)
+                query = load_tokens(q, origin, place, head, valid, H, D)
+                unit_x, factor = unit(project(query, unit_k, m, in_order, DT, PRECISION))
+                grad = unit_backward(unit_x, factor, grad)
+                store_tokens(grad_x, grad, origin, place, head, valid, H, D)
+            r = dot(grad, transposed(unit_k, DT), DT, PRECISION) * in_order
+            grad = add_dot(dot(grad, transposed(m, DT), DT, PRECISION), r, unit_k, DT, PRECISION)
+            store_tokens(grad_q, grad, origin, place, head, valid, H, D)
+            m = add_dot(m, transposed(unit_k, DT), unit_k, DT, PRECISION)

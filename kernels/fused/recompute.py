@@ -1,50 +1,49 @@
 """The first half of the local memory's backward: run a group of chunks again, from the state kept before it, and write
-what the second half (backward.py) reads: the state before every tile, the anchors, and the projected queries.
+the states that the second half (backward.py) reads: before every tile, and the anchors.
 
-The same helpers as in forward.py without the reads, in the dtype of the inputs, since all of it is only ever an operand
-of products.
+The same steps as in forward.py without the reads. What it writes is only ever an operand of products, so it is written
+in their dtype.
 """
 
 import triton
 import triton.language as tl
 
 from .coefficients import tile_coefficients
+from .math import gelu_sigmoid
 from .tile import (
     advance_layer,
-    inner_gradients,
+    dot,
     load_matrix,
-    load_rows,
     load_scalars,
     load_state,
-    project,
+    load_tokens,
     select_state,
-    store_rows,
     store_state,
+    tokens_of_tile,
+    transposed,
 )
+from .tile_keys import hidden_delta, inner_error
 
 
 @triton.jit
 def recompute_kernel(
-    q, k, v,  # [tokens, H, D]
+    k, v,  # [tokens, H, D]
     lr, momentum, decay,  # [tokens, H] float32; the last two or None
     scale,  # [C] float32, or None
     norm_weight, norm_bias,  # [H, D] float32, or None
     segments,  # [S, 5] int64, see forward.py
     start_weights, start_anchor, start_momentum,  # [rows, H, P] float32: start of the segments, or before the group
-    start_projection,  # [rows, H, D, D] float32, or None
-    trace_x,  # [tokens, H, D], or None without projection
-    trace_weights, trace_momentum,  # [INTERVAL * tiles, S, H, P]
-    trace_anchor,  # [INTERVAL, S, H, P], or None unless MULTI
+    trace_weights, trace_momentum,  # [INTERVAL * tiles, S, H, P], written; momentum or None
+    trace_anchor,  # [INTERVAL, S, H, P], written, or None unless MULTI
     group,  # which chunks: INTERVAL ones from group * INTERVAL on
     S,  # number of segments
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    PROJECT: tl.constexpr, PER_CHUNK: tl.constexpr, NORMALIZE: tl.constexpr,
     MULTI: tl.constexpr, INTERVAL: tl.constexpr, FROM_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module, and forward.py for the sizes. FROM_KEPT: row s of the start belongs to segment s, in mid-segment."""
-    DT: tl.constexpr = q.dtype.element_ty
+    DT: tl.constexpr = k.dtype.element_ty
     TILES: tl.constexpr = (C + R - 1) // R
     SCALED: tl.constexpr = DECAY or (SCALE and MULTI)
     SECOND: tl.constexpr = MOMENTUM or (SCALE and MULTI)
@@ -53,8 +52,9 @@ def recompute_kernel(
     first = tl.load(segments + segment * 5)
     count = tl.load(segments + segment * 5 + 1)
     offset = tl.load(segments + segment * 5 + 2)
-    chunks = tl.minimum(tl.cdiv(offset + count, C), (group + 1) * INTERVAL)
-    if chunks <= group * INTERVAL:
+    begin = group * INTERVAL
+    chunks = tl.minimum(tl.cdiv(offset + count, C), begin + INTERVAL)
+    if chunks <= begin:
         return
     if FROM_KEPT:
         source = segment * H + head
@@ -69,61 +69,56 @@ def recompute_kernel(
             aw1, ab1, aw2, ab2 = load_state(start_anchor + source * P, D, M, MLP, HAS_B1, HAS_B2)
     if MOMENTUM:
         sw1, sb1, sw2, sb2 = load_state(start_momentum + source * P, D, M, MLP, HAS_B1, HAS_B2)
-    if PROJECT:
-        m = load_matrix(start_projection + source * D * D, D, D)
     norm_w, norm_b = 0.0, 0.0
     if NORM:
         norm_w = load_matrix(norm_weight + head * D, 1, D)
         norm_b = load_matrix(norm_bias + head * D, 1, D)
 
-    for chunk in range(group * INTERVAL, chunks):
+    for chunk in range(begin, chunks):
         fresh = (chunk > 0) | (offset == 0)
         complete = (chunk + 1) * C <= offset + count
-        if PER_CHUNK:
-            m = tl.where(fresh, 0.0, m)
+        origin = first + chunk * C - offset
         if MULTI:
             aw1, ab1, aw2, ab2 = select_state(fresh, w1, b1, w2, b2, aw1, ab1, aw2, ab2, MLP, HAS_B1, HAS_B2)
-            anchor = ((chunk - group * INTERVAL) * S + segment) * H + head
-            store_state(trace_anchor + anchor * P, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2)
+            slot = (((chunk - begin) * S + segment) * H + head) * P
+            store_state(trace_anchor + slot, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2)
         else:
             aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         for tile in range(0, TILES):
-            place = tile * R + tl.arange(0, R)
-            inside = chunk * C + place - offset
-            valid = (place < C) & (inside >= 0) & (inside < count)
-            token = first + inside
-            slot = (((chunk - group * INTERVAL) * TILES + tile) * S + segment) * H + head
-            store_state(trace_weights + slot * P, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
+            place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
+            slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
+            store_state(trace_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
             if MOMENTUM:
-                store_state(trace_momentum + slot * P, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)
-            kt = load_rows(k, token, head, valid, H, D)
-            vt = load_rows(v, token, head, valid, H, D)
-            step = load_scalars(lr, token, head, valid, 0.0, H)
-            if PROJECT:
-                qt = load_rows(q, token, head, valid, H, D)
-                x, m = project(qt, kt, m, NORMALIZE, DT, PRECISION)
-                store_rows(trace_x, x, token, head, valid, H, D)
+                store_state(trace_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)
+            kt = load_tokens(k, origin, place, head, valid, H, D)
+            vt = load_tokens(v, origin, place, head, valid, H, D)
+            step = load_scalars(lr, origin, place, head, valid, 0.0, H)
             (
                 _, _, _, gain, end_decay, end_second, momentum_gain, momentum_decay, _, _, _, _, _, _,
             ) = tile_coefficients(
-                momentum, decay, scale, token, place, valid, head, complete & (tile == TILES - 1),
+                momentum, decay, scale, origin, place, valid, head, complete & (tile == TILES - 1),
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
-            _, _, a, _, _, _, _, delta1, delta2 = inner_gradients(
-                kt, vt, step, aw1, ab1, aw2, ab2, norm_w, norm_b, MLP, NORM, DT, PRECISION
-            )
             if SCALE and MULTI:
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
             else:
                 xw1, xb1, xw2, xb2 = sw1, sb1, sw2, sb2
-            w1, b1, xw1, xb1 = advance_layer(
-                w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
-            )  # fmt: skip
+            z1 = dot(kt, aw1, DT, PRECISION) + ab1
             if MLP:
+                s1 = gelu_sigmoid(z1)
+                a = (z1 * s1).to(DT)
+                z2 = dot(a, aw2, DT, PRECISION) + ab2
+                _, _, _, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
+                delta1 = hidden_delta(dot(delta2, transposed(aw2, DT), DT, PRECISION), z1, s1)
                 w2, b2, xw2, xb2 = advance_layer(
                     w2, b2, xw2, xb2, a, delta2, gain, end_decay, end_second, momentum_gain, momentum_decay,
                     HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
+            else:
+                _, _, _, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
+            w1, b1, xw1, xb1 = advance_layer(
+                w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
+                HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+            )  # fmt: skip
             if MOMENTUM:
                 sw1, sb1, sw2, sb2 = xw1, xb1, xw2, xb2

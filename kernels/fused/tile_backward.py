@@ -1,4 +1,4 @@
-"""The backward of the parts of a tile (tile.py), after the chunk formulas of `kernels/chunk_backward.py`.
+"""The backward of the parts of a tile, after the chunk formulas of `kernels/chunk_backward.py`.
 
 `grad_x` is the gradient of the loss with respect to x. Gradients of the current state (gw, gb) and of what reads also
 depend on (gs, gs_bias: the momentum, or the anchor under a token scale) come in as those after the tile and go out as
@@ -8,12 +8,12 @@ those before it. Those of the scalar coefficients of both layers add up.
 import triton
 import triton.language as tl
 
-from .math import gelu_curvature, gelu_slope, normalise_backward, row_mean
-from .tile import add_dot, dot
+from .math import feature_mean, gelu_curvature, gelu_slope, normalise_backward
+from .tile import add_dot, dot, token_sum, transposed
 
 
 @triton.jit
-def row_dot(x, y):
+def feature_dot(x, y):
     """Σ over the features, [R, F] -> [R, 1]."""
     return tl.sum(x * y, axis=1, keep_dims=True)
 
@@ -21,82 +21,89 @@ def row_dot(x, y):
 @triton.jit
 def full_dot(x, y):
     """⟨x, y⟩ over all entries, as [1, 1]."""
-    return tl.sum(tl.sum(x * y, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    return tl.sum(tl.sum(x.to(tl.float32) * y, axis=1, keep_dims=True), axis=0, keep_dims=True)
+
+
+@triton.jit
+def advance_input_backward(
+    delta, gw, gs, gain, momentum_gain, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """ā of `advance_layer`, from the gradients of the state after the tile."""
+    grad_a = dot(-delta * gain, transposed(gw, DT), DT, PRECISION)
+    if MOMENTUM:
+        grad_a = add_dot(grad_a, -delta * momentum_gain, transposed(gs, DT), DT, PRECISION)
+    return grad_a
 
 
 @triton.jit
 def advance_backward(
-    a, delta, w, b, s, s_bias, gw, gb, gs, gs_bias,
+    t, ts, delta, w, b, s, s_bias, gw, gb, gs, gs_bias,
     gain, end_decay, end_second, momentum_gain, momentum_decay,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, MOMENTUM: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of `advance_layer`. Returns ā, δ̄, the state's gradients, and those of γ, B, F, σ, m."""
-    gained = delta * gain
-    grad_a = dot(-gained, tl.trans(gw), DT, PRECISION)
-    t = dot(a, gw, DT, PRECISION) + gb
+    """The rest of it: δ̄, the state's gradients, and those of γ, B, F, σ, m; from t = a W̄ + b̄ and ts = a S̄ + s̄."""
     grad_delta = -t * gain
     grad_gain, grad_decay, grad_second, grad_momentum_gain, grad_momentum_decay = 0.0, 0.0, 0.0, 0.0, 0.0
     if GATED:
-        grad_gain = -row_dot(delta, t)
+        grad_gain = -feature_dot(delta, t)
     if MOMENTUM:
-        grad_a = add_dot(grad_a, -delta * momentum_gain, tl.trans(gs), DT, PRECISION)
-        t = dot(a, gs, DT, PRECISION) + gs_bias
-        grad_delta -= t * momentum_gain
-        grad_momentum_gain = -row_dot(delta, t)
-        grad_momentum_decay = full_dot(gs, s)
+        grad_delta -= ts * momentum_gain
+        grad_momentum_gain = -feature_dot(delta, ts)
+        grad_momentum_decay = full_dot(s, gs)
         gs *= momentum_decay
         if HAS_BIAS:
-            grad_momentum_decay += full_dot(gs_bias, s_bias)
+            grad_momentum_decay += full_dot(s_bias, gs_bias)
             gs_bias *= momentum_decay
     if SECOND:
-        grad_second = full_dot(gw, s)
+        grad_second = full_dot(s, gw)
         gs += gw * end_second
         if HAS_BIAS:
-            grad_second += full_dot(gb, s_bias)
+            grad_second += full_dot(s_bias, gb)
             gs_bias += gb * end_second
     if SCALED:
-        grad_decay = full_dot(gw, w)
+        grad_decay = full_dot(w, gw)
         gw *= end_decay
         if HAS_BIAS:
-            grad_decay += full_dot(gb, b)
+            grad_decay += full_dot(b, gb)
             gb *= end_decay
     return (
-        grad_a, grad_delta, gw, gb, gs, gs_bias,
+        grad_delta, gw, gb, gs, gs_bias,
         grad_gain, grad_decay, grad_second, grad_momentum_gain, grad_momentum_decay,
     )  # fmt: skip
 
 
 @triton.jit
 def read_backward(
-    grad_y, x, a, delta, w, b, s, s_bias, gw, gb, gs, gs_bias, grad_a, grad_delta,
+    grad_y, x, a, delta, y, s_read, w, s, gw, gb, gs, gs_bias, grad_a, grad_delta,
     p, theta, read_decay, read_second,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of `read_layer`. Returns x̄, the state's gradients, ā, δ̄, and those of Θ, B, F."""
+    """Backward of `read_layer` and of y = x W + b, s_read = x S + s. Returns x̄, the state's gradients, ā, δ̄, and those
+    of Θ, B, F.
+    """
     grad_theta, grad_decay, grad_second = 0.0, 0.0, 0.0
-    r = dot(grad_y, tl.trans(delta), DT, PRECISION)
+    grad_delta = add_dot(grad_delta, transposed(-(p * theta), DT), grad_y, DT, PRECISION)
+    r = dot(grad_y, transposed(-delta, DT), DT, PRECISION)
     if GATED:
-        grad_theta = -r * p
-    r = -r * theta
+        grad_theta = r * p
+    r *= theta
     grad_x = dot(r, a, DT, PRECISION)
-    grad_a = add_dot(grad_a, tl.trans(r), x, DT, PRECISION)
-    grad_delta = add_dot(grad_delta, tl.trans(-(p * theta)), grad_y, DT, PRECISION)
+    grad_a = add_dot(grad_a, transposed(r, DT), x, DT, PRECISION)
     if SECOND:
+        grad_second = feature_dot(grad_y, s_read)
         scaled = grad_y * read_second
-        grad_second = row_dot(grad_y, dot(x, s, DT, PRECISION) + s_bias)
-        grad_x = add_dot(grad_x, scaled, tl.trans(s), DT, PRECISION)
-        gs = add_dot(gs, tl.trans(x), scaled, DT, PRECISION)
+        grad_x = add_dot(grad_x, scaled, transposed(s, DT), DT, PRECISION)
+        gs = add_dot(gs, transposed(x, DT), scaled, DT, PRECISION)
         if HAS_BIAS:
-            gs_bias += tl.sum(scaled, axis=0, keep_dims=True)
+            gs_bias += token_sum(scaled)
     if SCALED:
-        grad_decay = row_dot(grad_y, dot(x, w, DT, PRECISION) + b)
+        grad_decay = feature_dot(grad_y, y)
         grad_y = grad_y * read_decay
-    grad_x = add_dot(grad_x, grad_y, tl.trans(w), DT, PRECISION)
-    gw = add_dot(gw, tl.trans(x), grad_y, DT, PRECISION)
+    grad_x = add_dot(grad_x, grad_y, transposed(w, DT), DT, PRECISION)
+    gw = add_dot(gw, transposed(x, DT), grad_y, DT, PRECISION)
     if HAS_BIAS:
-        gb += tl.sum(grad_y, axis=0, keep_dims=True)
+        gb += token_sum(grad_y)
     return grad_x, gw, gb, gs, gs_bias, grad_a, grad_delta, grad_theta, grad_decay, grad_second
 
 
@@ -109,16 +116,16 @@ def error_backward(grad_delta, n, rstd, error, delta, lr, norm_weight, NORM: tl.
     if NORM:
         weighted = error * norm_weight
         grad_weighted = normalise_backward(n, rstd, grad_delta)
-        grad_lr = row_dot(grad_weighted, weighted)
+        grad_lr = feature_dot(grad_weighted, weighted)
         grad_weighted *= lr
         grad_error = grad_weighted * norm_weight
-        grad_norm_weight = tl.sum(grad_weighted * error + grad_error * n, axis=0, keep_dims=True)
+        grad_norm_weight = token_sum(grad_weighted * error + grad_error * n)
         weighted *= lr
-        grad_n = -rstd * (grad_delta * row_mean(weighted * n) + weighted * row_mean(grad_delta * n))
+        grad_n = -rstd * (grad_delta * feature_mean(weighted * n) + weighted * feature_mean(grad_delta * n))
         grad_n += grad_error * norm_weight
-        grad_z = normalise_backward(n, rstd, grad_n) - rstd * n * row_mean(grad_delta * delta)
+        grad_z = normalise_backward(n, rstd, grad_n) - rstd * n * feature_mean(grad_delta * delta)
     else:
-        grad_lr = row_dot(grad_delta, error)
+        grad_lr = feature_dot(grad_delta, error)
         grad_error = grad_delta * lr
         grad_z = grad_error
         grad_norm_weight = 0.0
