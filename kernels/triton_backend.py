@@ -75,14 +75,17 @@ def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
 
 
 def _pack(weights: FastWeights) -> Tensor:
-    """[N, H, …] tensors -> [N, H, P] float32, one after the other: w1, b1, w2, b2."""
-    return torch.cat([t.float().flatten(2) for t in weights if t is not None], dim=-1)
+    """[N, H, …] tensors -> [N, H, P] float32, one after the other: W1ᵀ, b1, W2, b2."""
+    parts = weights._replace(w1=weights.w1.mT)
+    return torch.cat([t.float().flatten(2) for t in parts if t is not None], dim=-1)
 
 
 def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
     """The inverse of `_pack`, as views; `like` without rows."""
     parts = iter(packed.split([t[0].numel() for t in like if t is not None], dim=-1))
-    return like.map(lambda t: next(parts).unflatten(-1, t.shape[1:]))
+    shapes = like._replace(w1=like.w1.mT)
+    weights = shapes.map(lambda t: next(parts).unflatten(-1, t.shape[1:]))
+    return weights._replace(w1=weights.w1.mT)
 
 
 def _final_state(p: MemoryProblem, params: MemoryParams, end: EndState) -> MemoryState:

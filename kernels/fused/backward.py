@@ -12,6 +12,7 @@ from .coefficients import causal, gate_coefficients_backward, tile_coefficients
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward
 from .tile import (
     add_dot,
+    add_outer,
     affinity,
     dot,
     load_matrix,
@@ -24,6 +25,7 @@ from .tile import (
     store_scalars,
     store_state,
     store_tokens,
+    times,
     token_sum,
     tokens_of_tile,
     transposed,
@@ -157,14 +159,14 @@ def backward_kernel(
                 momentum, decay, scale, origin, place, valid, head, complete & (tile == TILES - 1),
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
-            z1 = dot(kt, aw1, DT, PRECISION) + ab1
-            t1 = dot(kt, gw1, DT, PRECISION) + gb1
-            base1 = dot(xt, w1, DT, PRECISION) + b1
+            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
+            t1 = times(kt, gw1, True, DT, PRECISION) + gb1
+            base1 = times(xt, w1, True, DT, PRECISION) + b1
             ts1, ts2, s_read1, s_read2 = 0.0, 0.0, 0.0, 0.0
             if MOMENTUM:
-                ts1 = dot(kt, gs1, DT, PRECISION) + gsb1
+                ts1 = times(kt, gs1, True, DT, PRECISION) + gsb1
             if SECOND:
-                s_read1 = dot(xt, xw1, DT, PRECISION) + xb1
+                s_read1 = times(xt, xw1, True, DT, PRECISION) + xb1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
@@ -174,11 +176,13 @@ def backward_kernel(
                     ts2 = dot(a, gs2, DT, PRECISION) + gsb2
                 n, rstd, error, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
                 u = dot(delta2, transposed(aw2, DT), DT, PRECISION)
-                grad_a = advance_input_backward(delta2, gw2, gs2, gain, momentum_gain, MOMENTUM, DT, PRECISION)
+                grad_a = advance_input_backward(
+                    delta2, gw2, gs2, gain, momentum_gain, False, MOMENTUM, DT, PRECISION
+                )
                 delta1 = hidden_delta(u, z1, s1)
             else:
                 n, rstd, error, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
-            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, MOMENTUM, DT, PRECISION)
+            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, True, MOMENTUM, DT, PRECISION)
             p1 = affinity(xt, kt, HAS_B1, DT, PRECISION)
             y1 = read_layer(base1, s_read1, p1, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             y = y1
@@ -215,7 +219,7 @@ def backward_kernel(
                     grad_h, gw2, gb2, gx2, gxb2, grad_a, grad_delta2, d_theta, d_read_decay, d_read_second
                 ) = read_backward(
                     grad_y, h, a, delta2, base2, s_read2, w2, xw2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
-                    p2, theta, read_decay, read_second, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
+                    p2, theta, read_decay, read_second, False, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
                 )  # fmt: skip
                 grad_y = grad_h * gelu_slope(y1, ys1)
             (
@@ -234,7 +238,7 @@ def backward_kernel(
                 grad_read, gw1, gb1, gx1, gxb1, grad_key, grad_delta1, d0, d1, d2
             ) = read_backward(
                 grad_y, xt, kt, delta1, base1, s_read1, w1, xw1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
-                p1, theta, read_decay, read_second, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
+                p1, theta, read_decay, read_second, True, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
             )  # fmt: skip
             d_theta += d0
             d_read_decay += d1
@@ -255,12 +259,12 @@ def backward_kernel(
             if MLP:
                 grad_u, grad_z = hidden_backward(grad_delta1, z1, s1, u)
                 grad_delta2 = add_dot(grad_delta2, grad_u, aw2, DT, PRECISION)
-                e2 = add_dot(e2, transposed(grad_u, DT), delta2, DT, PRECISION)
+                e2 = add_outer(e2, grad_u, delta2, False, DT, PRECISION)
                 grad_z2, grad_error, grad_step, grad_n = error_backward(
                     grad_delta2, n, rstd, error, delta2, step, norm_w, NORM
                 )
                 grad_a = add_dot(grad_a, grad_z2, transposed(aw2, DT), DT, PRECISION)
-                e2 = add_dot(e2, transposed(a, DT), grad_z2, DT, PRECISION)
+                e2 = add_outer(e2, a, grad_z2, False, DT, PRECISION)
                 if HAS_B2:
                     eb2 += token_sum(grad_z2)
                 grad_z += grad_a * gelu_slope(z1, s1)
@@ -268,8 +272,8 @@ def backward_kernel(
                 grad_z, grad_error, grad_step, grad_n = error_backward(
                     grad_delta1, n, rstd, error, delta1, step, norm_w, NORM
                 )
-            grad_key = add_dot(grad_key, grad_z, transposed(aw1, DT), DT, PRECISION)
-            e1 = add_dot(e1, transposed(kt, DT), grad_z, DT, PRECISION)
+            grad_key = add_dot(grad_key, grad_z, aw1, DT, PRECISION)
+            e1 = add_outer(e1, kt, grad_z, True, DT, PRECISION)
             if HAS_B1:
                 eb1 += token_sum(grad_z)
             if MULTI:

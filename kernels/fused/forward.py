@@ -21,6 +21,7 @@ from .tile import (
     select_state,
     store_state,
     store_tokens,
+    times,
     tokens_of_tile,
     transposed,
 )
@@ -107,11 +108,11 @@ def forward_kernel(
                 xw1, xb1, xw2, xb2 = sw1, sb1, sw2, sb2
 
             # Both layers at the keys, the first one also at the reads.
-            z1 = dot(kt, aw1, DT, PRECISION) + ab1
-            y = dot(xt, w1, DT, PRECISION) + b1
+            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
+            y = times(xt, w1, True, DT, PRECISION) + b1
             s_read = 0.0
             if SECOND:
-                s_read = dot(xt, xw1, DT, PRECISION) + xb1
+                s_read = times(xt, xw1, True, DT, PRECISION) + xb1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
@@ -126,7 +127,7 @@ def forward_kernel(
             y = read_layer(y, s_read, p, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             w1, b1, xw1, xb1 = advance_layer(
                 w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                True, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
             if MLP:
                 h = (y * gelu_sigmoid(y)).to(DT)
@@ -137,7 +138,7 @@ def forward_kernel(
                 y = read_layer(y, s_read, p, delta2, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
                 w2, b2, xw2, xb2 = advance_layer(
                     w2, b2, xw2, xb2, a, delta2, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                    HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                    False, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             if MOMENTUM:
                 sw1, sb1, sw2, sb2 = xw1, xb1, xw2, xb2

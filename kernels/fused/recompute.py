@@ -19,6 +19,7 @@ from .tile import (
     load_tokens,
     select_state,
     store_state,
+    times,
     tokens_of_tile,
     transposed,
 )
@@ -103,7 +104,7 @@ def recompute_kernel(
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
             else:
                 xw1, xb1, xw2, xb2 = sw1, sb1, sw2, sb2
-            z1 = dot(kt, aw1, DT, PRECISION) + ab1
+            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
@@ -112,13 +113,13 @@ def recompute_kernel(
                 delta1 = hidden_delta(dot(delta2, transposed(aw2, DT), DT, PRECISION), z1, s1)
                 w2, b2, xw2, xb2 = advance_layer(
                     w2, b2, xw2, xb2, a, delta2, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                    HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                    False, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             else:
                 _, _, _, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
             w1, b1, xw1, xb1 = advance_layer(
                 w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                True, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
             if MOMENTUM:
                 sw1, sb1, sw2, sb2 = xw1, xb1, xw2, xb2

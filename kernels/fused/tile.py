@@ -4,10 +4,13 @@ The mathematics is that of `kernels/chunk.py` (formulas: TTT, arXiv 2407.04620, 
 a part of one: gradients are taken at the *anchor*, the weights before the chunk, while reads start from the *current*
 weights, those before the tile. A padded token has k = q = v = 0 and lr = 0.
 
-Tensors in registers, float32: tokens [R, D] or [R, M], numbers of a token [R, 1], weights w1 [D, M], b1 [1, M],
+Tensors in registers, float32: tokens [R, D] or [R, M], numbers of a token [R, 1], weights w1 [M, D], b1 [1, M],
 w2 [M, D], b2 [1, D]. A memory without a bias has the constant 0.0 in its place; a linear memory has M == D and 0.0 for
 its second layer. DT is the dtype of the operands of products (that of the inputs), PRECISION how float32 operands are
 multiplied.
+
+The first layer's weights are held transposed, so that both have the larger side down: a product with 64 rows would be
+held twice by 8 warps.
 
 Registers decide whether the state stays on chip. Hence, here and in the kernels: matrices are cast before they are
 transposed, products with a common operand stand side by side, so that it is loaded once and then forgotten, and token
@@ -36,6 +39,24 @@ def add_dot(total, a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
 def transposed(x, DT: tl.constexpr):
     """xᵀ as an operand: cast first, so that half as much is moved."""
     return tl.trans(x.to(DT))
+
+
+@triton.jit
+def times(x, w, HELD_TRANSPOSED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """x W, for a W that is held as it is or transposed."""
+    if HELD_TRANSPOSED:
+        w = transposed(w, DT)
+    return dot(x, w, DT, PRECISION)
+
+
+@triton.jit
+def add_outer(total, a, delta, HELD_TRANSPOSED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + aᵀ δ, for a matrix that is held as it is or transposed."""
+    if HELD_TRANSPOSED:
+        total = add_dot(total, transposed(delta, DT), a, DT, PRECISION)
+    else:
+        total = add_dot(total, transposed(a, DT), delta, DT, PRECISION)
+    return total
 
 
 @triton.jit
@@ -103,8 +124,8 @@ def store_matrix(pointer, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_state(
     pointer, D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr
 ):
-    """The fast weights (or their momentum, or gradients) of one head, packed as w1, b1, w2, b2."""
-    w1 = load_matrix(pointer, D, M)
+    """The fast weights (or their momentum, or gradients) of one head, packed as W1ᵀ, b1, W2, b2."""
+    w1 = load_matrix(pointer, M, D)
     pointer += D * M
     b1 = 0.0
     w2 = 0.0
@@ -126,7 +147,7 @@ def store_state(
     D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `load_state`."""
-    store_matrix(pointer, w1, D, M)
+    store_matrix(pointer, w1, M, D)
     pointer += D * M
     if HAS_B1:
         store_matrix(pointer, b1, 1, M)
@@ -181,17 +202,16 @@ def affinity(x, a, HAS_BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.const
 @triton.jit
 def advance_layer(
     w, b, s, s_bias, a, delta, gain, end_decay, end_second, momentum_gain, momentum_decay,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, MOMENTUM: tl.constexpr,
+    HELD_TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, MOMENTUM: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer after the tile: W_end = B W + F S − aᵀ(γ δ), and with momentum S_end = m S − aᵀ(σ δ)."""
-    at = transposed(a, DT)
     gained = -delta * gain
     if SCALED:
         w *= end_decay
     if SECOND:
         w += end_second * s
-    w = add_dot(w, at, gained, DT, PRECISION)
+    w = add_outer(w, a, gained, HELD_TRANSPOSED, DT, PRECISION)
     if HAS_BIAS:
         if SCALED:
             b *= end_decay
@@ -200,7 +220,7 @@ def advance_layer(
         b += token_sum(gained)
     if MOMENTUM:
         surprise = -delta * momentum_gain
-        s = add_dot(s * momentum_decay, at, surprise, DT, PRECISION)
+        s = add_outer(s * momentum_decay, a, surprise, HELD_TRANSPOSED, DT, PRECISION)
         if HAS_BIAS:
             s_bias = s_bias * momentum_decay + token_sum(surprise)
     return w, b, s, s_bias

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .math import feature_mean, gelu_curvature, gelu_slope, normalise_backward
-from .tile import add_dot, dot, token_sum, transposed
+from .tile import add_dot, add_outer, dot, times, token_sum, transposed
 
 
 @triton.jit
@@ -26,12 +26,13 @@ def full_dot(x, y):
 
 @triton.jit
 def advance_input_backward(
-    delta, gw, gs, gain, momentum_gain, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
-):
+    delta, gw, gs, gain, momentum_gain,
+    HELD_TRANSPOSED: tl.constexpr, MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """ā of `advance_layer`, from the gradients of the state after the tile."""
-    grad_a = dot(-delta * gain, transposed(gw, DT), DT, PRECISION)
+    grad_a = times(-delta * gain, gw, not HELD_TRANSPOSED, DT, PRECISION)
     if MOMENTUM:
-        grad_a = add_dot(grad_a, -delta * momentum_gain, transposed(gs, DT), DT, PRECISION)
+        grad_a += times(-delta * momentum_gain, gs, not HELD_TRANSPOSED, DT, PRECISION)
     return grad_a
 
 
@@ -76,8 +77,8 @@ def advance_backward(
 def read_backward(
     grad_y, x, a, delta, y, s_read, w, s, gw, gb, gs, gs_bias, grad_a, grad_delta,
     p, theta, read_decay, read_second,
-    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    HELD_TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    SECOND: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Backward of `read_layer` and of y = x W + b, s_read = x S + s. Returns x̄, the state's gradients, ā, δ̄, and those
     of Θ, B, F.
@@ -93,15 +94,15 @@ def read_backward(
     if SECOND:
         grad_second = feature_dot(grad_y, s_read)
         scaled = grad_y * read_second
-        grad_x = add_dot(grad_x, scaled, transposed(s, DT), DT, PRECISION)
-        gs = add_dot(gs, transposed(x, DT), scaled, DT, PRECISION)
+        grad_x += times(scaled, s, not HELD_TRANSPOSED, DT, PRECISION)
+        gs = add_outer(gs, x, scaled, HELD_TRANSPOSED, DT, PRECISION)
         if HAS_BIAS:
             gs_bias += token_sum(scaled)
     if SCALED:
         grad_decay = feature_dot(grad_y, y)
         grad_y = grad_y * read_decay
-    grad_x = add_dot(grad_x, grad_y, transposed(w, DT), DT, PRECISION)
-    gw = add_dot(gw, transposed(x, DT), grad_y, DT, PRECISION)
+    grad_x += times(grad_y, w, not HELD_TRANSPOSED, DT, PRECISION)
+    gw = add_outer(gw, x, grad_y, HELD_TRANSPOSED, DT, PRECISION)
     if HAS_BIAS:
         gb += token_sum(grad_y)
     return grad_x, gw, gb, gs, gs_bias, grad_a, grad_delta, grad_theta, grad_decay, grad_second
