@@ -7,6 +7,8 @@ if __name__ == "kernels":  # not as modeling_tnt.kernels: see _bare_name
 else:
     from .api import global_memory, local_memory
     from .backends import BACKENDS, BackendChoice, choose_backend
+    from .stack import MemoryStack
+    from .step import StepMemory, choose_step_backend, step_memories
     from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 __all__ = [
@@ -14,9 +16,13 @@ __all__ = [
     "BackendChoice",
     "FastWeights",
     "MemoryParams",
+    "MemoryStack",
     "MemoryState",
+    "StepMemory",
     "choose_backend",
+    "choose_step_backend",
     "global_memory",
     "initial_memory_state",
     "local_memory",
+    "step_memories",
 ]

@@ -64,7 +64,7 @@ def local_memory(
         normalize_projection=normalize_projection, momentum=momentum, decay=decay, token_scale=token_scale,
         cu_seqlens=cu_seqlens, initial_state=initial_state,
     )  # fmt: skip
-    return load_backend(backend, q).local_memory(problem, output_final_state)
+    return load_backend(backend, problem, is_global=False).local_memory(problem, output_final_state)
 
 
 def global_memory(
@@ -91,4 +91,4 @@ def global_memory(
         q, k, v, lr, params, chunk_size=chunk_size, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens,
         initial_state=initial_state,
     )  # fmt: skip
-    return load_backend(backend, q).global_memory(problem, output_final_state)
+    return load_backend(backend, problem, is_global=True).global_memory(problem, output_final_state)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import Tensor
+from .checks import MemoryProblem
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 _MODULES = {"reference": ".reference", "torch": ".torch_backend", "triton": ".triton_backend"}
@@ -19,21 +22,55 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def choose_backend(device_type: str) -> BackendChoice:
-    """What `backend="auto"` runs for tensors on a device of this type ("cpu", "cuda", …), and why."""
-    return BackendChoice("torch", f"the torch backend is the fastest one of this version on {device_type}")
+def choose_backend(
+    device_type: str, problem: MemoryProblem | None = None, is_global: bool = False
+) -> BackendChoice:
+    """What `backend="auto"` runs for tensors on a device of this type ("cpu", "cuda", …), and why.
+
+    With a checked problem: what it runs for that call, which may be something the kernels cannot do.
+    """
+    if device_type != "cuda":
+        return BackendChoice("torch", f"Triton's kernels need a CUDA device; on {device_type} the torch backend runs")
+    missing = _missing()
+    if missing is None and problem is not None:
+        missing = _obstacle(problem, is_global)
+    if missing is not None:
+        return BackendChoice("torch", f"Triton's kernels cannot run here: {missing}")
+    return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
 
 
-def load_backend(name: str, like: Tensor) -> ModuleType:
-    """The module that implements backend `name` for tensors like `like`.
+def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleType:
+    """The module that implements backend `name` for this call. "auto" warns, once a reason, if a GPU must do without
+    the kernels.
 
     Raises:
-        ValueError: for an unknown name, and for a backend named by the caller that this version does not have.
+        ValueError: for an unknown name, and for a backend named by the caller that cannot run this call.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if name == "auto":
-        name = choose_backend(like.device.type).name
-    if name not in _MODULES:
-        raise ValueError(f"backend={name!r} cannot run: this version has no {name} kernels; use 'auto' or 'torch'")
+        device_type = problem.q.device.type
+        choice = choose_backend(device_type, problem, is_global)
+        if choice.name == "torch" and device_type == "cuda":
+            _warn(choice.reason)
+        name = choice.name
+    elif name == "triton":
+        missing = _missing() or _obstacle(problem, is_global)
+        if missing is not None:
+            raise ValueError(f"backend='triton' cannot run: {missing}; or use backend='torch' or 'auto'")
     return importlib.import_module(_MODULES[name], __package__)
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it with pip install triton"
+    return None
+
+
+def _obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
+    return importlib.import_module(".fused.limits", __package__).obstacle(problem, is_global)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"backend='auto' runs the torch backend on cuda. {reason}", stacklevel=4)

@@ -18,12 +18,12 @@ from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
     """See `api.local_memory`."""
-    return _Reader(problem, intra=True, output_final_state=output_final_state).read()
+    return Reader(problem, intra=True, output_final_state=output_final_state).read()
 
 
 def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
     """See `api.global_memory`."""
-    return _Reader(problem, intra=False, output_final_state=output_final_state).read()
+    return Reader(problem, intra=False, output_final_state=output_final_state).read()
 
 
 class _Block(NamedTuple):
@@ -38,8 +38,13 @@ class _Block(NamedTuple):
     decay: Tensor | None
 
 
-class _Reader:
-    """One call of a memory operation. `states` holds the end states of what has been read, by kind of piece."""
+class Reader:
+    """One call of a memory operation. `states` holds the end states of what has been read, by kind of piece.
+
+    Another backend may bring its own way to read the jobs, by `scan`, in the dtype of the inputs.
+    """
+
+    scans_in_input_dtype = False
 
     def __init__(self, problem: MemoryProblem, intra: bool, output_final_state: bool):
         self.problem, self.intra, self.output_final_state = problem, intra, output_final_state
@@ -61,7 +66,7 @@ class _Reader:
                 self.states[STATE] = p.initial_state.map(lambda t: t.to(self.dtype))._replace(position=position)
             plan = plan_pieces(
                 sequence_lengths(p), positions, p.chunk_size, p.shard_length,
-                spare_last=not self.intra and not self.output_final_state,
+                spare_last=self.spares_last_chunk(),
             )  # fmt: skip
             outputs = []
             for kind, pieces, run in (
@@ -70,7 +75,8 @@ class _Reader:
                 (TAIL, plan.tails, self._read_tails),
             ):
                 if pieces:
-                    block = self._block(pieces)
+                    dtype = p.q.dtype if kind == JOB and self.scans_in_input_dtype else self.dtype
+                    block = self._block(pieces, dtype)
                     o, state = run(pieces, block)
                     outputs.append((block.tokens, o))
                     if state is not None:
@@ -78,13 +84,22 @@ class _Reader:
             o = scatter(outputs, p.q.shape[0] * p.q.shape[1]).view(p.q.shape).to(p.q.dtype)
             return o, self._final_state(plan) if self.output_final_state else None
 
-    def _block(self, pieces: list[Piece]) -> _Block:
+    def spares_last_chunk(self) -> bool:
+        """Whether a last full chunk is left to the tail, which learns nothing that nobody wants."""
+        return not self.intra and not self.output_final_state
+
+    def scan(self, inputs: ScanInputs, lengths: list[int]) -> tuple[Tensor, FastWeights, FastWeights | None]:
+        """Read independent jobs of whole chunks; see `scan_chunks`."""
+        return scan_chunks(inputs, lengths, self.problem.chunk_size, self.intra)
+
+    def _block(self, pieces: list[Piece], dtype: torch.dtype) -> _Block:
         p, tokens = self.problem, Tokens(pieces, self.problem.q.device)
 
-        def block(t: Tensor | None) -> Tensor | None:
-            return None if t is None else tokens.gather(t.flatten(0, 1)).to(self.dtype)
+        def block(t: Tensor | None, dtype: torch.dtype = self.dtype) -> Tensor | None:
+            return None if t is None else tokens.gather(t.flatten(0, 1)).to(dtype)
 
-        return _Block(tokens, block(p.q), block(p.k), block(p.v), block(p.lr), block(p.momentum), block(p.decay))
+        q, k, v = (block(t, dtype) for t in (p.q, p.k, p.v))
+        return _Block(tokens, q, k, v, block(p.lr), block(p.momentum), block(p.decay))
 
     def _read_heads(self, pieces: list[Piece], b: _Block) -> tuple[Tensor, MemoryState]:
         """Finish chunks that an earlier call began: gradients at its anchor, reads from its weights on."""
@@ -150,7 +165,7 @@ class _Reader:
         inputs = ScanInputs(
             x, b.k, b.v, b.lr, *start.weights, *(start.momentum or none), *self.params[4:], **c._asdict()
         )
-        o, weights, momentum = scan_chunks(inputs, [piece.count // C for piece in pieces], C, self.intra)
+        o, weights, momentum = self.scan(inputs, [piece.count // C for piece in pieces])
         if by_chunk:
             projection = torch.zeros_like(start.projection)
         return o, MemoryState(weights, weights, momentum, projection, start.position)

@@ -1,6 +1,8 @@
-"""The triton backend: one kernel walks the chunks of a segment with the fast weights on chip.
+"""The triton backend.
 
-This module turns a checked problem into what the kernels take: a table of segments, packed states, float32 scalars.
+A local memory is read by a kernel that walks the chunks of a segment with the fast weights on chip; this module turns a
+checked problem into what it takes: a table of segments, packed states, float32 scalars. The global memory has few and
+large chunks: its products are torch's, with fused kernels between them.
 """
 
 from __future__ import annotations
@@ -11,16 +13,19 @@ import torch
 from torch import Tensor
 
 from .checks import MemoryProblem
+from .fused.global_scan import scan_global_chunks
 from .fused.limits import tiles_for
 from .fused.local_scan import EndState, Plan, ScanInputs, scan_segments
 from .segments import plan_segments, sequence_lengths
+from .slab import ScanInputs as ChunkInputs
+from .torch_backend import Reader
 from .types import FastWeights, MemoryParams, MemoryState
 
 _PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}
 
 
 def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.local_memory`. Raises ValueError for what the kernels cannot run."""
+    """See `api.local_memory`."""
     p = problem
     B, T, H, D = p.q.shape
     params = MemoryParams(*(None if t is None else t.float() for t in p.params))
@@ -45,6 +50,23 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
         o, end = scan_segments(inputs, table, plan)
     o = o.view(B, T, H, D)
     return o, _final_state(p, params, end) if output_final_state else None
+
+
+def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.global_memory`."""
+    return _GlobalReader(problem, intra=False, output_final_state=output_final_state).read()
+
+
+class _GlobalReader(Reader):
+    """The torch backend's planning around the fused scan; begun and unfinished chunks stay with torch."""
+
+    scans_in_input_dtype = True
+
+    def spares_last_chunk(self) -> bool:
+        return False
+
+    def scan(self, inputs: ChunkInputs, lengths: list[int]) -> tuple[Tensor, FastWeights, FastWeights | None]:
+        return scan_global_chunks(inputs, lengths, self.problem.chunk_size)
 
 
 def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:

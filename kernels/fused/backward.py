@@ -55,15 +55,15 @@ def add_state(
     return w1, b1, w2, b2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "interval", "S"])
 def backward_kernel(
     x, k, v,  # [tokens, H, D]: projected queries, keys, values
     lr, momentum, decay,  # [tokens, H] float32; the last two or None
     scale,  # [C] float32, or None
     norm_weight, norm_bias,  # [H, D] float32, or None
     segments,  # [S, 5] int64, see forward.py
-    trace_weights, trace_momentum,  # [INTERVAL * tiles, S, H, P]: states before the tiles; momentum or None
-    trace_anchor,  # [INTERVAL, S, H, P], or None unless MULTI
+    trace_weights, trace_momentum,  # [interval * tiles, S, H, P]: states before the tiles; momentum or None
+    trace_anchor,  # [interval, S, H, P], or None unless MULTI
     grad_o,  # [tokens, H, D]
     grad_x, grad_k, grad_v,  # [tokens, H, D], written
     grad_lr, grad_momentum, grad_decay,  # [tokens, H] float32, written; the last two or None
@@ -72,12 +72,12 @@ def backward_kernel(
     grad_weights,  # [S, H, P] float32: in, of the state after the group; out, of the one before it
     grad_anchor,  # [S, H, P] float32: in, of the anchor after the segment; out (MULTI, group 0), of the one before it
     grad_momentum_state,  # [S, H, P] float32, like grad_weights; or None
-    group,  # which chunks: INTERVAL ones from group * INTERVAL on
+    group, interval,  # which chunks: `interval` ones from group * interval on
     S,  # number of segments
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module, and forward.py for the sizes."""
     DT: tl.constexpr = k.dtype.element_ty
@@ -91,8 +91,8 @@ def backward_kernel(
     count = tl.load(segments + segment * 5 + 1)
     offset = tl.load(segments + segment * 5 + 2)
     all_chunks = tl.cdiv(offset + count, C)
-    begin = group * INTERVAL
-    chunks = tl.minimum(all_chunks, begin + INTERVAL)
+    begin = group * interval
+    chunks = tl.minimum(all_chunks, begin + interval)
     if (chunks <= begin) & (group > 0):
         return
     own = (segment * H + head) * P

@@ -28,7 +28,7 @@ from .tile import (
 from .tile_keys import hidden_delta, inner_error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["interval", "S"])
 def forward_kernel(
     x, k, v,  # [tokens, H, D]
     lr, momentum, decay,  # [tokens, H] float32; the last two or None
@@ -41,14 +41,15 @@ def forward_kernel(
     end_weights, end_anchor,  # [ends, H, P] float32, written
     end_momentum,  # [ends, H, P] float32, written, or None
     kept_weights, kept_momentum,  # [groups - 1, S, H, P] float32, written: states before each group but the first
+    interval,  # chunks of a group
     S,  # number of segments
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module. P: entries of a packed state; R: tokens of a tile; MULTI: a tile's anchor may not be the current
-    state, since chunks have several tiles or begin in an earlier call; INTERVAL: chunks of a group, 0 to keep nothing.
+    state, since chunks have several tiles or begin in an earlier call; KEEP: whether states are kept for a backward.
     """
     DT: tl.constexpr = k.dtype.element_ty
     TILES: tl.constexpr = (C + R - 1) // R
@@ -83,9 +84,9 @@ def forward_kernel(
             aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         if (end >= 0) & (complete == 0):
             store_state(end_anchor + (end * H + head) * P, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2)
-        if INTERVAL > 0:
-            if (chunk > 0) & (chunk % INTERVAL == 0):
-                slot = (((chunk // INTERVAL - 1) * S + segment) * H + head) * P
+        if KEEP:
+            if (chunk > 0) & (chunk % interval == 0):
+                slot = (((chunk // interval - 1) * S + segment) * H + head) * P
                 store_state(kept_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
                 if MOMENTUM:
                     store_state(kept_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)

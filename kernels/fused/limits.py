@@ -1,22 +1,27 @@
-"""What the kernels can run, and with which tiles and warps: one rule for the launches, for `backend="auto"` and for errors."""
+"""What the kernels can run, and with which tiles and warps: one rule for launches, for `backend="auto"` and for errors.
+
+The choices follow from head dim, hidden width, chunk size and the kind of state, never from the length of a sequence.
+They were made by compiling for sm_80, sm_90 and sm_100 and reading registers and spills (tests/benchmarks/AOT.md).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 
+from ..checks import MemoryProblem
+
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_ROWS = 16  # tl.dot multiplies no fewer
 MIN_CAPABILITY = (8, 0)
-
-# Tests and ahead-of-time compilation stand in for a device here.
-_assumed: list[Device] = []
+MIN_HIDDEN = MIN_ROWS = 16  # tl.dot multiplies no fewer
+# float32 numbers of state that one program may hold: the registers of a multiprocessor.
+MAX_STATE_WORDS = 65536
+MAX_PROJECTION_ROWS = 64
 
 
 class Device(NamedTuple):
@@ -26,35 +31,34 @@ class Device(NamedTuple):
     shared_memory: int
 
 
-class Memory(NamedTuple):
-    """What a memory needs on chip: head dim D, hidden width M (D for a linear memory), and which state it carries."""
+class Tiles(NamedTuple):
+    """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel."""
 
-    head_dim: int
-    hidden: int
-    is_mlp: bool
-    momentum: bool
-    multi: bool  # anchor and current state differ: chunks longer than a tile, or a start in mid-chunk
-    projection: bool
-
-    @property
-    def state_words(self) -> int:
-        """float32 entries of one copy of the weights."""
-        return self.head_dim * self.hidden * (2 if self.is_mlp else 1)
+    rows: int
+    projection_rows: int
+    multi: bool
+    forward_warps: int
+    recompute_warps: int
+    backward_warps: int
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when they were imported)."""
-    return triton.knobs.runtime.interpret
+# Ahead-of-time compilation stands in for a device here.
+_assumed: list[Device] = []
 
 
 @contextlib.contextmanager
 def assume_device(capability: tuple[int, int], shared_memory: int) -> Iterator[None]:
-    """Choose as for this device, whatever the tensors' device is, and accept CPU tensors; for ahead-of-time compilation."""
+    """Choose as for this device whatever the tensors' device is: to compile ahead of time, without a GPU."""
     _assumed.append(Device(capability, shared_memory))
     try:
         yield
     finally:
         _assumed.pop()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before triton is imported)."""
+    return triton.knobs.runtime.interpret
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -69,18 +73,66 @@ def device_of(device: torch.device) -> Device | None:
     return None
 
 
-class Tiles(NamedTuple):
-    """How a call is cut up: rows of a tile, whether a chunk's anchor is kept apart, warps of each kernel."""
+def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
+    """Why the kernels cannot run a call, with the rule, what was got and the remedy; None if they can."""
+    p, params = problem, problem.params
+    device = device_of(p.q.device)
+    if device is None:
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {p.q.device}; move them to 'cuda'"
+    if device.capability < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, {p.q.device} has {'.'.join(map(str, device.capability))}"
+    if p.q.dtype not in DTYPES:
+        return f"q must be of dtype {', '.join(map(str, DTYPES))}, got {p.q.dtype}"
+    D, M = params.w1.shape[1:]
+    if D not in HEAD_DIMS:
+        return f"the head dim must be one of {HEAD_DIMS}, got {D}"
+    if M < MIN_HIDDEN or M & (M - 1):
+        return f"the memory's hidden width must be a power of two of at least {MIN_HIDDEN}, got {M}"
+    if is_global:
+        return None
+    words = _state_words(p, _begins_in_mid_chunk(p))
+    if words > MAX_STATE_WORDS:
+        return (
+            f"the fast weights, with their momentum and the anchor of chunks longer than {MIN_ROWS}, must have at most "
+            f"{MAX_STATE_WORDS} numbers a head to stay on the chip, got {words}; use a smaller memory_expansion, a "
+            f"chunk_size up to {MIN_ROWS} or no momentum"
+        )
+    shared = _shared_memory(p)
+    if shared > device.shared_memory:
+        return (
+            f"it needs about {shared} bytes of shared memory in a block, the device has {device.shared_memory}; use "
+            "bfloat16 or a smaller memory_expansion"
+        )
+    return None
 
-    rows: int
-    projection_rows: int
-    multi: bool
-    forward_warps: int
-    recompute_warps: int
-    backward_warps: int
+
+def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
+    """The tiles of a call. `multi_start`: some sequence begins in mid-chunk, at an anchor that is not its state."""
+    p = problem
+    projection_rows = MAX_PROJECTION_ROWS
+    if p.qk_projection == "chunk":
+        projection_rows = min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), MAX_PROJECTION_ROWS)
+    multi = multi_start or p.chunk_size > MIN_ROWS
+    warps = 4 if _state_words(p, multi) <= 4096 else 8
+    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps)
 
 
-def tiles_for(p, multi_start: bool) -> Tiles:
-    rows = MIN_ROWS
-    multi = multi_start or p.chunk_size > rows
-    return Tiles(rows, 16, multi, 8, 8, 8)
+def _begins_in_mid_chunk(p: MemoryProblem) -> bool:
+    """Whether some sequence may; read from the device only where it matters for what fits."""
+    if p.initial_state is None or _state_words(p, True) <= MAX_STATE_WORDS:
+        return False
+    return bool((p.initial_state.position % p.chunk_size != 0).any())
+
+
+def _state_words(p: MemoryProblem, multi: bool) -> int:
+    """float32 numbers that a program of the backward carries for one head, biases left aside."""
+    D, M = p.params.w1.shape[1:]
+    copies = 1 + (p.momentum is not None) + (multi or p.chunk_size > MIN_ROWS)
+    return copies * D * M * (1 if p.params.w2 is None else 2)
+
+
+def _shared_memory(p: MemoryProblem) -> int:
+    """An upper bound, from what the backward, the largest kernel, took when it was compiled ahead of time."""
+    D, M = p.params.w1.shape[1:]
+    matrices = D * M * (1 if p.params.w2 is None else 2)
+    return (2 * matrices + 4 * MIN_ROWS * max(D, M)) * p.q.element_size()

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     interval       chunks of a group; 0 to keep nothing for a backward
     ends           rows of the end state
     rows, *_warps  see `Tiles`
-    precise        whether float32 operands are multiplied as such (and not rounded to TensorFloat-32)
+    precise        whether float32 operands are multiplied to float32's precision, not TensorFloat-32's
     """
 
     hidden: int
@@ -122,12 +122,15 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
         "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
         "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
         "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
-        "INTERVAL": plan.interval, "PRECISION": _precision(plan),
+        "PRECISION": _precision(plan),
     }  # fmt: skip
 
 
 def _precision(plan: Plan) -> str:
-    return "ieee" if plan.precise else "tf32"
+    """How float32 operands are multiplied. Three TensorFloat-32 products come within rounding of one in float32; real
+    float32 products ("ieee") would go past the tensor cores, and past the registers of a memory's kernel.
+    """
+    return "tf32x3" if plan.precise else "tf32"
 
 
 def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -187,8 +190,8 @@ def fused_forward(
     forward_kernel[(S, q.shape[1])](
         x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
         out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
-        out.get("kept_weights"), out.get("kept_momentum"), S,
-        **_sizes(inputs, sizes), num_warps=sizes.forward_warps, num_stages=1,
+        out.get("kept_weights"), out.get("kept_momentum"), sizes.interval, S,
+        **_sizes(inputs, sizes), KEEP=sizes.interval > 0, num_warps=sizes.forward_warps, num_stages=1,
     )  # fmt: skip
     return list(out.values())
 
@@ -296,7 +299,7 @@ class _Backward:
             start = (kept["weights"], None, kept.get("momentum"))
         recompute_kernel[self.grid](
             x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
-            trace["weights"], trace["momentum"], trace["anchor"], group, self.S,
+            trace["weights"], trace["momentum"], trace["anchor"], group, plan.interval, self.S,
             **_sizes(x, plan), FROM_KEPT=group > 0, num_warps=plan.recompute_warps, num_stages=1,
         )  # fmt: skip
 
@@ -309,7 +312,7 @@ class _Backward:
             queries, x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments,
             trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
             out.get("scale"), out.get("norm_weight"),
-            carried["weights"], carried["anchor"], carried.get("momentum"), group, self.S,
+            carried["weights"], carried["anchor"], carried.get("momentum"), group, plan.interval, self.S,
             **_sizes(x, plan), num_warps=plan.backward_warps, num_stages=1,
         )  # fmt: skip
 

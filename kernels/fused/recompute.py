@@ -26,7 +26,7 @@ from .tile import (
 from .tile_keys import hidden_delta, inner_error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "interval", "S"])
 def recompute_kernel(
     k, v,  # [tokens, H, D]
     lr, momentum, decay,  # [tokens, H] float32; the last two or None
@@ -34,14 +34,14 @@ def recompute_kernel(
     norm_weight, norm_bias,  # [H, D] float32, or None
     segments,  # [S, 5] int64, see forward.py
     start_weights, start_anchor, start_momentum,  # [rows, H, P] float32: start of the segments, or before the group
-    trace_weights, trace_momentum,  # [INTERVAL * tiles, S, H, P], written; momentum or None
-    trace_anchor,  # [INTERVAL, S, H, P], written, or None unless MULTI
-    group,  # which chunks: INTERVAL ones from group * INTERVAL on
+    trace_weights, trace_momentum,  # [interval * tiles, S, H, P], written; momentum or None
+    trace_anchor,  # [interval, S, H, P], written, or None unless MULTI
+    group, interval,  # which chunks: `interval` ones from group * interval on
     S,  # number of segments
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, INTERVAL: tl.constexpr, FROM_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, FROM_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module, and forward.py for the sizes. FROM_KEPT: row s of the start belongs to segment s, in mid-segment."""
     DT: tl.constexpr = k.dtype.element_ty
@@ -53,8 +53,8 @@ def recompute_kernel(
     first = tl.load(segments + segment * 5)
     count = tl.load(segments + segment * 5 + 1)
     offset = tl.load(segments + segment * 5 + 2)
-    begin = group * INTERVAL
-    chunks = tl.minimum(tl.cdiv(offset + count, C), begin + INTERVAL)
+    begin = group * interval
+    chunks = tl.minimum(tl.cdiv(offset + count, C), begin + interval)
     if chunks <= begin:
         return
     if FROM_KEPT:
