@@ -126,6 +126,11 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _launch(warps: int) -> dict[str, int]:
+    """The compiler's options. Left to itself, its assembler gives some kernels 32 registers on sm_80 and spills the rest."""
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def _precision(plan: Plan) -> str:
     """How float32 operands are multiplied. Three TensorFloat-32 products come within rounding of one in float32; real
     float32 products ("ieee") would go past the tensor cores, and past the registers of a memory's kernel.
@@ -139,7 +144,7 @@ def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
         "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
-        "PRECISION": _precision(plan), "num_warps": 4, "num_stages": 1,
+        "PRECISION": _precision(plan), **_launch(4),
     }  # fmt: skip
 
 
@@ -191,7 +196,7 @@ def fused_forward(
         x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
         out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
         out.get("kept_weights"), out.get("kept_momentum"), sizes.interval, S,
-        **_sizes(inputs, sizes), KEEP=sizes.interval > 0, num_warps=sizes.forward_warps, num_stages=1,
+        **_sizes(inputs, sizes), KEEP=sizes.interval > 0, **_launch(sizes.forward_warps),
     )  # fmt: skip
     return list(out.values())
 
@@ -300,7 +305,7 @@ class _Backward:
         recompute_kernel[self.grid](
             x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
             trace["weights"], trace["momentum"], trace["anchor"], group, plan.interval, self.S,
-            **_sizes(x, plan), FROM_KEPT=group > 0, num_warps=plan.recompute_warps, num_stages=1,
+            **_sizes(x, plan), FROM_KEPT=group > 0, **_launch(plan.recompute_warps),
         )  # fmt: skip
 
     def _backward(
@@ -313,7 +318,7 @@ class _Backward:
             trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
             out.get("scale"), out.get("norm_weight"),
             carried["weights"], carried["anchor"], carried.get("momentum"), group, plan.interval, self.S,
-            **_sizes(x, plan), num_warps=plan.backward_warps, num_stages=1,
+            **_sizes(x, plan), **_launch(plan.backward_warps),
         )  # fmt: skip
 
     def _projection_backward(self, grad_x: Tensor, out: dict[str, Tensor], carried: Tensor) -> None:
