@@ -5,11 +5,8 @@ too. In float32 rounding (6e-8) summed over a few hundred operations stays below
 deviation takes one more digit, and a wrong term is above 1e-3.
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import copy
+import os
 from itertools import product
 
 import pytest
@@ -32,6 +29,15 @@ from modeling_tnt.kernels.step import StepMemory, choose_step_backend, step_memo
 pytest.importorskip("triton")
 
 FLOAT32_TOLERANCE = 1e-4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
+
+
+@pytest.fixture(autouse=True)
+def tensors_are_on_the_cpu(request):
+    """Except in one test, so the others need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
+    if not INTERPRETED and request.function is not test_a_captured_step_goes_on_when_replayed:
+        pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
+
 
 # Rows at the start of a shard, in mid-chunk, and at the end of a shard: within six tokens every boundary is crossed.
 SMALL = {"head_dim": 16, "hidden": 32, "heads": 1, "batch": 3, "start": (8, 3, 15), "length": 6}
@@ -253,10 +259,7 @@ def test_a_compiled_step_is_one_graph():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
-    reason="CUDA graphs need a GPU, and compiled kernels: TRITON_INTERPRET=0 pytest -k captured",
-)
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
 @torch.no_grad()
 def test_a_captured_step_goes_on_when_replayed():
     case = MIXED[2].with_(dtype=torch.float32)

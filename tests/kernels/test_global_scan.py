@@ -1,12 +1,8 @@
 """The fused global memory: against the scan of the torch backend, and against the reference through that backend."""
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 pytest.importorskip("triton")
 
 from memory_cases import GLOBAL_CASES, Case, assert_same, call, make_inputs, summarize

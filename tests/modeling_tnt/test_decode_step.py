@@ -1,10 +1,7 @@
 """Decoding with one launch a layer, in Triton's interpreter: the same logits and states as the other path, in place."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import copy
+import os
 
 import pytest
 import torch
@@ -20,6 +17,14 @@ pytest.importorskip("triton")
 # Float64: the same sums in another order; see test_equivalence.py.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 ONE_LAYER = {"num_hidden_layers": 1}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
+
+
+@pytest.fixture(autouse=True)
+def tensors_are_on_the_cpu(request):
+    """Except in one test, so the others need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
+    if not INTERPRETED and request.function is not test_a_captured_model_decodes:
+        pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
 
 
 def stepping(model):
@@ -234,10 +239,7 @@ def test_a_compiled_model_is_one_graph():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
-    reason="CUDA graphs need a GPU, and compiled kernels: TRITON_INTERPRET=0 pytest -k captured",
-)
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
 @torch.no_grad()
 def test_a_captured_model_decodes():
     """Greedy tokens of graph replays = those of plain calls, over two prompts with the same graph."""
