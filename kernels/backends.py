@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import warnings
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from .checks import MemoryProblem
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-_MODULES = {"reference": ".reference", "torch": ".torch_backend", "triton": ".triton_backend"}
 
 
 class BackendChoice(NamedTuple):
@@ -58,9 +58,25 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
         missing = _missing() or _obstacle(problem, is_global)
         if missing is not None:
             raise ValueError(f"backend='triton' cannot run: {missing}; or use backend='torch' or 'auto'")
-    return importlib.import_module(_MODULES[name], __package__)
+    return _module(name)
 
 
+def _module(name: str) -> ModuleType:
+    """Import statements and not importlib, which torch.compile does not trace."""
+    if name == "reference":
+        from . import reference
+
+        return reference
+    if name == "torch":
+        from . import torch_backend
+
+        return torch_backend
+    from . import triton_backend
+
+    return triton_backend
+
+
+@torch.compiler.assume_constant_result
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it with pip install triton"
@@ -68,7 +84,9 @@ def _missing() -> str | None:
 
 
 def _obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
-    return importlib.import_module(".fused.limits", __package__).obstacle(problem, is_global)
+    from .fused import limits
+
+    return limits.obstacle(problem, is_global)
 
 
 @functools.cache

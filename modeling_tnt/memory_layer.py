@@ -16,9 +16,8 @@ from .kernels import MemoryParams, MemoryState, global_memory, initial_memory_st
 from .kernels.step import StepMemory, choose_step_backend, step_memories
 from .packing import Packing, TokenStep
 
-# The memory operations stay outside of torch.compile's graphs: they run loops over chunks, which it would unroll.
-_global_memory = torch.compiler.disable(global_memory)
-_local_memory = torch.compiler.disable(local_memory)
+# Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
+_apart_from_graphs = {operation: torch.compiler.disable(operation) for operation in (global_memory, local_memory)}
 
 
 # Initial gates: half of the earlier surprise stays in the momentum; a token's trace halves after about 280 tokens.
@@ -169,11 +168,14 @@ class TNTMemoryLayer(nn.Module):
         tail = None if cache_layer is None else cache_layer.conv_tail
         q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
         outputs, new_states = [], {}
+        # Triton's kernels are operators that torch.compile sees, but boundaries and positions are read by the host.
+        in_graph = packing is None and not states and self.steps()
         for name, memory, (is_global, options) in self._operations():
             gates = memory.gates(x)
-            o, new_states[name] = (_global_memory if is_global else _local_memory)(
+            operation = global_memory if is_global else local_memory
+            o, new_states[name] = (operation if in_graph else _apart_from_graphs[operation])(
                 q, k, v, gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
-                cu_seqlens=None if packing is None else packing.cu_seqlens, initial_state=states.get(name),
+                cu_seqlens=None if packing is None else packing.boundaries, initial_state=states.get(name),
                 output_final_state=update_cache, backend=self.config.kernel_backend, **options,
             )  # fmt: skip
             outputs.append(_KeepInGraph.apply(o, *gates))

@@ -21,12 +21,15 @@ class Packing(NamedTuple):
     sequence_index  [total] int64, the sequence of each token.
     token_index     [total] int64, the place of each token in the flattened batch [B·T]; None: every column is a token.
     batch_shape     (B, T).
+    boundaries      cu_seqlens in the host's memory: every memory of every layer reads them there, and asking a GPU each
+                    time would wait for it each time.
     """
 
     cu_seqlens: Tensor
     sequence_index: Tensor
     token_index: Tensor | None
     batch_shape: tuple[int, int]
+    boundaries: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] → [1, total, ...]."""
@@ -196,9 +199,11 @@ def _pack_boundaries(
 def _from_lengths(lengths: Tensor, token_index: Tensor | None, batch_shape: tuple[int, int]) -> Packing:
     total = batch_shape[0] * batch_shape[1] if token_index is None else token_index.shape[0]
     sequences = torch.arange(lengths.shape[0], device=lengths.device)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return Packing(
-        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        cu_seqlens=cu_seqlens,
         sequence_index=sequences.repeat_interleave(lengths, output_size=total),
         token_index=token_index,
         batch_shape=batch_shape,
+        boundaries=cu_seqlens.cpu(),
     )

@@ -61,6 +61,7 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@torch.compiler.assume_constant_result
 def device_of(device: torch.device) -> Device | None:
     """The device that kernels for tensors on `device` run on, or None where there is none for them."""
     if _assumed:

@@ -34,7 +34,6 @@ class Plan(NamedTuple):
     interval       chunks of a group; 0 to keep nothing for a backward
     ends           rows of the end state
     rows, *_warps  see `Tiles`
-    precise        whether float32 operands are multiplied to float32's precision, not TensorFloat-32's
     """
 
     hidden: int
@@ -53,7 +52,6 @@ class Plan(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
-    precise: int
 
     @property
     def groups(self) -> int:
@@ -122,7 +120,7 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
         "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
         "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
         "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
-        "PRECISION": _precision(plan),
+        "PRECISION": _precision(),
     }  # fmt: skip
 
 
@@ -131,11 +129,11 @@ def _launch(warps: int) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
-def _precision(plan: Plan) -> str:
-    """How float32 operands are multiplied. Three TensorFloat-32 products come within rounding of one in float32; real
-    float32 products ("ieee") would go past the tensor cores, and past the registers of a memory's kernel.
+def _precision() -> str:
+    """How float32 operands are multiplied, by torch's own setting. Three TensorFloat-32 products come within rounding of
+    one in float32; real float32 products ("ieee") would go past the tensor cores, and past a memory kernel's registers.
     """
-    return "tf32x3" if plan.precise else "tf32"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -144,7 +142,7 @@ def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
         "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
-        "PRECISION": _precision(plan), **_launch(4),
+        "PRECISION": _precision(), **_launch(4),
     }  # fmt: skip
 
 
