@@ -22,9 +22,7 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def choose_backend(
-    device_type: str, problem: MemoryProblem | None = None, is_global: bool = False
-) -> BackendChoice:
+def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_global: bool = False) -> BackendChoice:
     """What `backend="auto"` runs for tensors on a device of this type ("cpu", "cuda", …), and why.
 
     With a checked problem: what it runs for that call, which may be something the kernels cannot do.

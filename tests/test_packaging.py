@@ -83,7 +83,9 @@ def test_every_folder_is_packaged_under_its_name():
         assert package == folder or package == f"{PACKAGE}.{folder}"
     assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == set(mapping.values())
     # setuptools finds a package within a package by itself, but only one that is listed gets into the wheel.
-    with_code = [p.parent.relative_to(ROOT) for folder in mapping.values() for p in (ROOT / folder).rglob("__init__.py")]
+    with_code = [
+        p.parent.relative_to(ROOT) for folder in mapping.values() for p in (ROOT / folder).rglob("__init__.py")
+    ]
     names = [PACKAGE if f.parts == (PACKAGE,) else ".".join((PACKAGE, *f.parts)) for f in with_code]
     assert sorted(packages) == sorted(names)
 

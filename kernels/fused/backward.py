@@ -41,9 +41,7 @@ from .tile_keys import hidden_delta, inner_error
 
 
 @triton.jit
-def add_state(
-    w1, b1, w2, b2, ow1, ob1, ow2, ob2, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr
-):
+def add_state(w1, b1, w2, b2, ow1, ob1, ow2, ob2, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr):
     """The sum of two states."""
     w1 += ow1
     if HAS_B1:
@@ -176,9 +174,7 @@ def backward_kernel(
                     ts2 = dot(a, gs2, DT, PRECISION) + gsb2
                 n, rstd, error, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
                 u = dot(delta2, transposed(aw2, DT), DT, PRECISION)
-                grad_a = advance_input_backward(
-                    delta2, gw2, gs2, gain, momentum_gain, False, MOMENTUM, DT, PRECISION
-                )
+                grad_a = advance_input_backward(delta2, gw2, gs2, gain, momentum_gain, False, MOMENTUM, DT, PRECISION)
                 delta1 = hidden_delta(u, z1, s1)
             else:
                 n, rstd, error, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)

@@ -48,7 +48,7 @@ def products_from_start(a):
 
 @triton.jit
 def products_backward(a, products, from_start, grad_products, grad_from_start, R: tl.constexpr):
-    """Gradient of `running_products` and `products_from_start`: no division, the left out factor is never multiplied in.
+    """Gradient of `running_products` and `products_from_start`, without division:
 
     ā_i = Σ_{t≥i} Π_{i<l≤t} a_l (Σ_{j<i} ḡ_tj Π_{j<l<i} a_l + h̄_t Π_{l<i} a_l)
     """

@@ -19,8 +19,9 @@ HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 MIN_HIDDEN = MIN_ROWS = 16  # tl.dot multiplies no fewer
-# float32 numbers of state that one program may hold: the registers of a multiprocessor.
-MAX_STATE_WORDS = 65536
+# float32 numbers of state that one program may hold, by bytes of an operand: with half precision as many as a
+# multiprocessor has registers; float32 operands take so many themselves that more than this compiles for minutes.
+MAX_STATE_WORDS = {2: 65536, 4: 16384}
 MAX_PROJECTION_ROWS = 64
 
 
@@ -91,12 +92,12 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
         return f"the memory's hidden width must be a power of two of at least {MIN_HIDDEN}, got {M}"
     if is_global:
         return None
-    words = _state_words(p, _begins_in_mid_chunk(p))
-    if words > MAX_STATE_WORDS:
+    words, most = _state_words(p, _begins_in_mid_chunk(p)), MAX_STATE_WORDS[p.q.element_size()]
+    if words > most:
         return (
             f"the fast weights, with their momentum and the anchor of chunks longer than {MIN_ROWS}, must have at most "
-            f"{MAX_STATE_WORDS} numbers a head to stay on the chip, got {words}; use a smaller memory_expansion, a "
-            f"chunk_size up to {MIN_ROWS} or no momentum"
+            f"{most} numbers a head to stay on the chip with {p.q.dtype}, got {words}; use bfloat16, a smaller "
+            f"memory_expansion, a chunk_size up to {MIN_ROWS} or no momentum"
         )
     shared = _shared_memory(p)
     if shared > device.shared_memory:
@@ -120,7 +121,7 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
 
 def _begins_in_mid_chunk(p: MemoryProblem) -> bool:
     """Whether some sequence may; read from the device only where it matters for what fits."""
-    if p.initial_state is None or _state_words(p, True) <= MAX_STATE_WORDS:
+    if p.initial_state is None or _state_words(p, True) <= MAX_STATE_WORDS[p.q.element_size()]:
         return False
     return bool((p.initial_state.position % p.chunk_size != 0).any())
 
@@ -136,4 +137,5 @@ def _shared_memory(p: MemoryProblem) -> int:
     """An upper bound, from what the backward, the largest kernel, took when it was compiled ahead of time."""
     D, M = p.params.w1.shape[1:]
     matrices = D * M * (1 if p.params.w2 is None else 2)
-    return (2 * matrices + 4 * MIN_ROWS * max(D, M)) * p.q.element_size()
+    copies = 2 + 2 * (p.momentum is not None) + (p.chunk_size > MIN_ROWS)
+    return (copies * matrices + 2 * MIN_ROWS * max(D, M)) * p.q.element_size()

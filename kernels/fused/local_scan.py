@@ -99,7 +99,10 @@ class EndState(NamedTuple):
 
 
 def scan_segments(inputs: ScanInputs, table: list[int], plan: Plan) -> tuple[Tensor, EndState]:
-    """Read independent segments. `table`: 5 numbers each, see forward.py. Returns o [tokens, H, D] and the end states."""
+    """Read independent segments, of which `table` has 5 numbers each (see forward.py).
+
+    Returns o [tokens, H, D] and the end states.
+    """
     o, weights, anchor, *rest = torch.ops.modeling_tnt.fused_forward(*inputs, table, list(plan))
     momentum = rest.pop(0) if inputs.momentum is not None else None
     projection = rest.pop(0) if plan.projection else None
@@ -125,13 +128,15 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
 
 
 def _launch(warps: int) -> dict[str, int]:
-    """The compiler's options. Left to itself, its assembler gives some kernels 32 registers on sm_80 and spills the rest."""
+    """The compiler's options. Left to itself, its assembler gives some kernels 32 registers on sm_80, and spills."""
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
 def _precision() -> str:
-    """How float32 operands are multiplied, by torch's own setting. Three TensorFloat-32 products come within rounding of
-    one in float32; real float32 products ("ieee") would go past the tensor cores, and past a memory kernel's registers.
+    """How float32 operands are multiplied, by torch's own setting.
+
+    Three TensorFloat-32 products come within rounding of one in float32; real float32 products ("ieee") would go past
+    the tensor cores, and past a memory kernel's registers.
     """
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -313,8 +318,8 @@ class _Backward:
         x, plan = self.inputs, self.plan
         backward_kernel[self.grid](
             queries, x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments,
-            trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"], out.get("momentum"), out.get("decay"),
-            out.get("scale"), out.get("norm_weight"),
+            trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"],
+            out.get("momentum"), out.get("decay"), out.get("scale"), out.get("norm_weight"),
             carried["weights"], carried["anchor"], carried.get("momentum"), group, plan.interval, self.S,
             **_sizes(x, plan), **_launch(plan.backward_warps),
         )  # fmt: skip
@@ -381,9 +386,7 @@ def _autograd_backward(ctx, grads):
         torch.zeros(shape, device=q.device) if g is None else g.contiguous()
         for g, shape in zip(grads[1 : 1 + ctx.ends], ctx.end_shapes, strict=True)
     ]
-    result = iter(
-        torch.ops.modeling_tnt.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan)
-    )
+    result = iter(torch.ops.modeling_tnt.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan))
     return *(None if t is None else next(result) for t in tensors), None, None
 
 

@@ -38,9 +38,6 @@ def feature_mean(y, axis: tl.constexpr = 1):
     return tl.sum(y, axis=axis, keep_dims=True) / y.shape[axis]
 
 
-row_mean = feature_mean
-
-
 @triton.jit
 def normalise(y, axis: tl.constexpr = 1):
     """n = (y − mean) rstd and rstd = (var + ε)^(−1/2)."""

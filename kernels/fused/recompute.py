@@ -43,7 +43,7 @@ def recompute_kernel(
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
     MULTI: tl.constexpr, FROM_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module, and forward.py for the sizes. FROM_KEPT: row s of the start belongs to segment s, in mid-segment."""
+    """See the module, and forward.py for the sizes. FROM_KEPT: row s of the start is of segment s, in its middle."""
     DT: tl.constexpr = k.dtype.element_ty
     TILES: tl.constexpr = (C + R - 1) // R
     SCALED: tl.constexpr = DECAY or (SCALE and MULTI)

@@ -1,6 +1,6 @@
 """One tile of a chunk: R tokens that meet the same anchor. What the forward and the backward kernel share.
 
-The mathematics is that of `kernels/chunk.py` (formulas: TTT, arXiv 2407.04620, section 2.5). A tile is a whole chunk, or
+The mathematics is that of `kernels/chunk.py` (formulas: TTT, arXiv 2407.04620, section 2.5). A tile is a whole chunk or
 a part of one: gradients are taken at the *anchor*, the weights before the chunk, while reads start from the *current*
 weights, those before the tile. A padded token has k = q = v = 0 and lr = 0.
 
@@ -19,8 +19,6 @@ numbers are a 64-bit scalar plus a 32-bit place.
 
 import triton
 import triton.language as tl
-
-from .math import unit
 
 
 @triton.jit
@@ -202,8 +200,8 @@ def affinity(x, a, HAS_BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.const
 @triton.jit
 def advance_layer(
     w, b, s, s_bias, a, delta, gain, end_decay, end_second, momentum_gain, momentum_decay,
-    HELD_TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, MOMENTUM: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    HELD_TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr,
+    MOMENTUM: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer after the tile: W_end = B W + F S − aᵀ(γ δ), and with momentum S_end = m S − aᵀ(σ δ)."""
     gained = -delta * gain

@@ -56,6 +56,9 @@ SPILL_LIMITS: dict[str, int] = {}
 # Seconds that a binary may take to compile: a user waits as long at the first launch.
 TIME_LIMIT = 300.0
 
+# How an error of the backend begins that is no mistake but its rule: too large a state for these operands.
+_REFUSAL = "backend='triton' cannot run:"
+
 PRESETS = available_presets()
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -161,22 +164,34 @@ class Case:
     users: set[tuple[str, str, str]] = field(default_factory=set)
 
 
-def collect(presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int]) -> list[Case]:
-    """The distinct binaries that training and decoding need."""
+def collect(presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int]) -> tuple[list[Case], list[str]]:
+    """The distinct binaries that training and decoding need, and a line for each phase that the kernels do not run by
+    their own rule, with the reason.
+    """
     cases: dict[str, Case] = {}
+    refused: dict[str, list[str]] = {}
     for target in targets:
         for preset in presets:
             for dtype in dtypes:
                 for phase, drive in PHASES.items():
-                    for launch in _record_phase(drive, preset, DTYPES[dtype], target):
+                    launches, reason = _record_phase(drive, preset, DTYPES[dtype], target)
+                    for launch in launches:
                         cases.setdefault(launch.key, Case(launch)).users.add((preset, dtype, phase))
-    return list(cases.values())
+                    if reason is not None:
+                        refused.setdefault(f"{preset}, {dtype}, {phase}: {reason}", []).append(f"sm_{target}")
+    return list(cases.values()), [f"{', '.join(found)}: {text}" for text, found in refused.items()]
 
 
-def _record_phase(drive: Callable, preset: str, dtype: torch.dtype, target: int) -> list[Launch]:
+def _record_phase(drive: Callable, preset: str, dtype: torch.dtype, target: int) -> tuple[list[Launch], str | None]:
+    """The launches of a phase, and why it ended before its end, if the backend said that it cannot run it."""
     with record(target) as launches, assume_device(divmod(target, 10), SHARED_LIMITS[target]):
-        drive(preset, dtype)
-    return launches
+        try:
+            drive(preset, dtype)
+        except ValueError as error:
+            if not str(error).startswith(_REFUSAL):
+                raise
+            return launches, str(error).removeprefix(_REFUSAL).strip()
+    return launches, None
 
 
 def _make_layer(preset: str) -> TNTMemoryLayer:
@@ -360,14 +375,16 @@ _COLUMNS = (
 _NAMING_COLUMNS = 5  # those that do not need the compiler
 
 
-def render(cases: Sequence[Case], usages: Sequence[Usage]) -> str:
-    """The table as Markdown."""
+def render(cases: Sequence[Case], usages: Sequence[Usage], refused: Sequence[str] = ()) -> str:
+    """The table as Markdown, and at its end what the kernels refuse."""
     parts = [_INTRODUCTION.format(triton=triton.__version__)]
     pairs = list(zip(cases, usages, strict=True))
     parts += [
         _render_kernel(name, [pair for pair in pairs if pair[0].launch.name == name])
         for name in sorted({case.launch.name for case in cases})
     ]
+    if refused:
+        parts.append("\n".join(["## Not run by these kernels", "", *(f"- {line}" for line in refused)]) + "\n")
     return "\n".join(parts)
 
 
@@ -460,13 +477,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write and (set(args.presets), set(args.dtypes), set(args.targets), args.kernels) != whole:
         parser.error("--write writes the whole table; leave out --presets, --dtypes, --targets and --kernels")
     start = time.perf_counter()
-    cases = collect(args.presets, args.dtypes, args.targets)
+    cases, refused = collect(args.presets, args.dtypes, args.targets)
     if args.kernels is not None:
         cases = [case for case in cases if any(part in case.launch.name for part in args.kernels)]
     print(f"{len(cases)} binaries, recorded in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     usages = measure_all([case.launch for case in cases], args.processes, args.time_limit)
     print(f"compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    table, problems = render(cases, usages), find_problems(cases, usages)
+    table, problems = render(cases, usages, refused), find_problems(cases, usages)
     print(table)
     if args.write:
         TABLE.write_text(table, encoding="utf-8")

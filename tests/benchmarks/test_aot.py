@@ -104,11 +104,11 @@ def read_with_cuobjdump(launch) -> tuple[int, int]:
 
 def measure_presets(aot) -> dict:
     """All kernels by name, and some of them compiled: the whole table takes too long for a test."""
-    cases = aot.collect(aot.PRESETS, aot.DTYPES, aot.SHARED_LIMITS)
+    cases, refused = aot.collect(aot.PRESETS, aot.DTYPES, aot.SHARED_LIMITS)
     chosen = [case for case in cases if is_compiled_in_tests(case)]
     usages = aot.measure_all([case.launch for case in chosen])
     return {
-        "names": aot.names(aot.render(cases, [aot.Usage()] * len(cases))),
+        "names": aot.names(aot.render(cases, [aot.Usage()] * len(cases), refused)),
         "names in the file": aot.names(aot.TABLE.read_text(encoding="utf-8")),
         "kernels": sorted({case.launch.name for case in cases}),
         "spill limits": list(aot.SPILL_LIMITS),
