@@ -1,12 +1,24 @@
 """Every mistake a caller can make is answered by a message that names the argument, the rule and the value."""
 
+import importlib.util
 import re
+import warnings
 
 import pytest
 import torch
 from memory_cases import Case, call, make_inputs
+from torch._subclasses import FakeTensorMode
 
-from modeling_tnt.kernels import BACKENDS, MemoryParams, choose_backend, global_memory, local_memory
+from modeling_tnt.kernels import (
+    BACKENDS,
+    MemoryParams,
+    MemoryState,
+    backends,
+    choose_backend,
+    global_memory,
+    local_memory,
+)
+from modeling_tnt.kernels.checks import MemoryProblem
 
 B, T, H, D, M = 2, 5, 2, 4, 6
 PARAMS = MemoryParams(torch.ones(H, D, M), torch.ones(H, M), torch.ones(H, M, D), torch.ones(H, D))
@@ -175,7 +187,6 @@ BAD = {
         ValueError,
         "backend='cuda' is unknown; use one of 'auto', 'reference', 'torch', 'triton'",
     ),
-    "no such backend here": ({"backend": "triton"}, ValueError, "backend='triton' cannot run"),
 }
 
 
@@ -222,3 +233,135 @@ def test_good_arguments_are_good():
 def test_auto_says_what_it_picks_and_why():
     choice = choose_backend("cpu")
     assert choice.name in BACKENDS and "cpu" in choice.reason
+
+
+# What the kernels cannot run ------------------------------------------------------------------------------------------
+
+H200 = ((9, 0), 232448)  # compute capability, bytes of shared memory a block
+
+
+def problem_of(
+    D: int = 64, M: int = 128, chunk_size: int = 16, momentum: bool = False, dtype: torch.dtype = torch.bfloat16,
+    **fields: object,
+) -> MemoryProblem:  # fmt: skip
+    """One token and one head."""
+    x, gate = torch.ones(1, 1, 1, D, dtype=dtype), torch.ones(1, 1, 1)
+    params = MemoryParams(torch.ones(1, D, M), w2=torch.ones(1, M, D))
+    problem = MemoryProblem(x, x, x, gate, params, chunk_size, momentum=gate if momentum else None)
+    return problem._replace(**fields)
+
+
+IN_MID_CHUNK = {"initial_state": MemoryState(MemoryParams(None).fast_weights, None, None, None, torch.tensor([3]))}
+TOO_MUCH = {
+    "capability": ({}, ((7, 5), 65536), "it needs compute capability 8.0 or newer, cpu has 7.5"),
+    "dtype": (
+        {"dtype": torch.float64},
+        H200,
+        "q must be of dtype torch.float32, torch.bfloat16, torch.float16, got torch.float64",
+    ),
+    "head dim": ({"D": 24, "M": 32}, H200, "the head dim must be one of (16, 32, 64, 128), got 24"),
+    "width": ({"M": 192}, H200, "the memory's hidden width must be a power of two of at least 16, got 192"),
+    "narrow": ({"D": 16, "M": 8}, H200, "the memory's hidden width must be a power of two of at least 16, got 8"),
+    "large state": (
+        {"D": 128, "M": 512},
+        H200,
+        "must have at most 65536 numbers a head to stay on the chip with torch.bfloat16, got 131072; use",
+    ),
+    "float32": (
+        {"M": 256, "dtype": torch.float32},
+        H200,
+        "must have at most 16384 numbers a head to stay on the chip with torch.float32, got 32768; use bfloat16",
+    ),
+    "momentum": ({"D": 128, "M": 256, "momentum": True}, H200, "numbers a head to stay on the chip"),
+    "anchor": ({"M": 256, "momentum": True, "chunk_size": 17}, H200, "a chunk_size up to 16 or no momentum"),
+    "mid-chunk": (IN_MID_CHUNK | {"M": 256, "momentum": True}, H200, "got 98304"),
+    "shared memory": (
+        {"dtype": torch.float32},
+        ((8, 6), 101376),
+        "bytes of shared memory in a block, the device has 101376; use bfloat16 or a smaller memory_expansion",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def limits():
+    pytest.importorskip("triton")
+    from modeling_tnt.kernels.fused import limits
+
+    return limits
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_the_kernels_cannot_run(name: str, limits):
+    """Refused to who names triton, and left to torch, with the reason, by "auto"."""
+    options, device, message = TOO_MUCH[name]
+    problem = problem_of(**options)
+    with limits.assume_device(*device):
+        with pytest.raises(ValueError, match=r"backend='triton' cannot run: .*; or use backend='torch'") as caught:
+            backends.load_backend("triton", problem, is_global=False)
+        choice = choose_backend("cuda", problem)
+    assert message in str(caught.value)
+    assert choice.name == "torch" and message in choice.reason
+
+
+@pytest.mark.parametrize(
+    "options, device",
+    [({}, H200), ({}, ((8, 0), 166912)), ({"M": 256}, H200), ({"D": 128}, H200), ({"momentum": True}, H200),
+     (IN_MID_CHUNK, H200), ({"dtype": torch.float32}, ((8, 0), 166912))],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_can_run(options: dict, device: tuple, limits):
+    """And "auto" then picks them."""
+    with limits.assume_device(*device):
+        assert choose_backend("cuda", problem_of(**options)).name == "triton"
+        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith(
+            "triton_backend"
+        )
+
+
+def test_a_global_memory_need_not_fit_on_the_chip(limits):
+    problem = problem_of(D=128, M=1024, momentum=True)
+    with limits.assume_device(*H200):
+        assert choose_backend("cuda", problem, is_global=True).name == "triton"
+        assert choose_backend("cuda", problem).name == "torch"
+
+
+def test_triton_on_a_cpu(limits, monkeypatch):
+    """Named, outside of the interpreter, it is refused."""
+    monkeypatch.setattr(limits, "interpreted", lambda: False)
+    message = "it needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on cpu; move them to 'cuda'"
+    for operation, arguments in ((local_memory, good()), (global_memory, good())):
+        if operation is global_memory:
+            del arguments["shard_length"]
+        with pytest.raises(ValueError, match=re.escape(f"backend='triton' cannot run: {message}")):
+            operation(**arguments | {"backend": "triton"})
+
+
+def test_auto_on_a_cpu_is_torch():
+    """Also where the interpreter could run the kernels."""
+    problem = problem_of(dtype=torch.float32)
+    assert choose_backend("cpu", problem).name == "torch"
+    assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend")
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice = choose_backend("cuda", problem_of())
+    assert choice.name == "torch" and "pip install triton" in choice.reason
+    with pytest.raises(ValueError, match="backend='triton' cannot run: triton is not installed; install it with pip"):
+        local_memory(**good() | {"backend": "triton"})
+
+
+def test_auto_warns_once_that_a_gpu_does_without_the_kernels(limits):
+    backends._warn.cache_clear()
+    with FakeTensorMode(), limits.assume_device(*H200):
+        problem = problem_of(D=24, M=32)._replace(q=torch.empty(1, 1, 1, 24, dtype=torch.bfloat16, device="cuda"))
+        message = r"backend='auto' runs the torch backend on cuda\. .*got 24"
+        with pytest.warns(UserWarning, match=message):
+            assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.load_backend("auto", problem, is_global=False)
+            with pytest.raises(UserWarning, match="got 40"):
+                wider = problem._replace(params=MemoryParams(torch.empty(1, 16, 40), w2=torch.empty(1, 40, 16)))
+                backends.load_backend("auto", wider, is_global=False)
