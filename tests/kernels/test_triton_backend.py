@@ -27,12 +27,24 @@ from memory_cases import (
     summarize,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+
+from modeling_tnt import TNTConfig, TNTForCausalLM, memory_layer
+from modeling_tnt.kernels import MemoryParams
+from modeling_tnt.kernels.checks import MemoryProblem
+from modeling_tnt.modeling import TNTBlock
 
 pytest.importorskip("triton")
 
+from modeling_tnt.kernels import triton_backend
+from modeling_tnt.kernels.fused import local_scan
+from modeling_tnt.kernels.fused.limits import tiles_for
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2e-5
+SMALLEST = 0.1  # a tensor counts as no smaller than this: a gradient may vanish but for rounding
 AMPLIFIED = 8
 LIMIT = 1e-2
 
@@ -53,8 +65,16 @@ local_cases = pytest.mark.parametrize("case", LOCAL, ids=str)
 
 
 def inputs(case: Case, change: Change | None = None) -> dict[str, Tensor]:
-    """The inputs of a case, on the CPU; `change` writes into them before."""
+    """The inputs of a case, on the CPU; `change` writes into them before.
+
+    Where projected queries are normalised, no query is nearly orthogonal to its key: the first of a chunk would be
+    projected to nearly nothing, and its gradient be a difference of large numbers.
+    """
     x = make_inputs(case)
+    if case.projection.endswith("_normalized"):
+        with torch.no_grad():
+            along = (x["q"] * x["k"]).sum(-1, keepdim=True)
+            x["q"] += 2 * torch.where(along < 0, -1, 1) * x["k"]
     if change is not None:
         with torch.no_grad():
             change(x)
@@ -107,7 +127,7 @@ def assert_right(got: Result, case: Case, change: Change | None = None, rounding
     wrong = []
     for name, expected in want.items():
         assert got[name].shape == expected.shape, name
-        error, size = largest(got[name].double() - expected), largest(expected)
+        error, size = largest(got[name].double() - expected), max(largest(expected), SMALLEST)
         allowed = rounding * size
         if allowed < error:
             single = oracle(case, "torch", torch.float32, change)[name].double()
@@ -127,18 +147,20 @@ def test_every_rule_projection_and_memory(case: Case):
 def test_norm_and_biases(memory: str, norm: bool, bias: bool):
     """In chunks of two tiles, whose anchors are kept apart."""
     case = Case(memory=memory, norm=norm, bias=bias, rule="both", projection="shard", **SMALL)
-    case = case.with_(chunk_size=20, shard_length=20, length=22, batch=1)
+    case = case.with_(chunk_size=20, shard_length=20, length=22, batch=1, heads=1)
     assert_right(run(case), case)
 
 
-@pytest.mark.parametrize("sizes", [(1, 4), (5, 10), (16, 16), (17, 34), (40, 40), (64, 64)], ids=str)
-@pytest.mark.parametrize("turn", range(3))
-def test_chunk_and_shard_sizes(sizes: tuple[int, int], turn: int):
-    """One token a chunk, a tile, a tile and a token, several tiles, a chunk that is longer than the sequence."""
-    case = LOCAL[(3 * [1, 5, 16, 17, 40, 64].index(sizes[0]) + turn) % len(LOCAL)]
-    shard_length = None if case.shard_length is None else sizes[1]
-    length = {1: 6, 5: 13, 16: 33, 17: 37, 40: 45, 64: 35}[sizes[0]]
-    case = case.with_(chunk_size=sizes[0], shard_length=shard_length, length=length, batch=1, heads=1, seed=turn)
+# One token a chunk, a tile, a tile and a token, several tiles, a chunk that is longer than the sequence.
+SIZES = [(1, 4, 6), (5, 10, 13), (16, 16, 33), (17, 34, 37), (40, 40, 45), (64, 64, 35)]
+
+
+@pytest.mark.parametrize("i, chunk_size, shard_length, length", [(i, *sizes) for i, sizes in enumerate(SIZES)])
+@pytest.mark.parametrize("turn", range(2))
+def test_chunk_and_shard_sizes(i: int, chunk_size: int, shard_length: int, length: int, turn: int):
+    case = LOCAL[(i + 4 * turn) % len(LOCAL)]
+    case = case.with_(chunk_size=chunk_size, shard_length=case.shard_length and shard_length, length=length)
+    case = case.with_(batch=1, heads=1)
     assert_right(run(case), case)
 
 
@@ -148,21 +170,22 @@ def test_lengths_around_chunk_and_shard(length: int):
     assert_right(run(case), case)
 
 
-@local_cases
+@pytest.mark.parametrize("case", [LOCAL[i] for i in (1, 2, 3, 4, 6)], ids=str)
 def test_rows_at_different_positions(case: Case):
     """At a shard's start, in mid-chunk, at a chunk's start in mid-shard, and one token before a shard's end."""
     case = case.with_(start=(16, 3, 12, 23), batch=4, length=5, heads=1)
     assert_right(run(case), case)
 
 
-@pytest.mark.parametrize("case", LOCAL[1:6], ids=str)
+@pytest.mark.parametrize("case", LOCAL[2:5], ids=str)
 def test_a_start_in_the_second_tile_of_a_chunk(case: Case):
-    case = case.with_(chunk_size=40, shard_length=40, start=(21, 16), length=27, heads=1)
+    case = case.with_(chunk_size=40, shard_length=40, start=(21, 16), length=21, heads=1)
     assert_right(run(case), case)
 
 
-@pytest.mark.parametrize("case", [LOCAL[2], LOCAL[3], LOCAL[4], LOCAL[6]], ids=str)
-@pytest.mark.parametrize("start", [None, (5, 3, 8, 0)], ids=["fresh", "continued"])
+@pytest.mark.parametrize(
+    "case, start", [(LOCAL[2], (5, 3, 8, 0)), (LOCAL[3], None), (LOCAL[4], (5, 3, 8, 0)), (LOCAL[6], None)], ids=str
+)
 def test_packed_sequences(case: Case, start: tuple[int, ...] | None):
     """One of them empty: it keeps its state."""
     case = case.with_(batch=1, heads=1, lengths=(5, 0, 9, 2), length=16, start=start)
@@ -172,19 +195,20 @@ def test_packed_sequences(case: Case, start: tuple[int, ...] | None):
 @local_cases
 def test_a_cut_anywhere_changes_nothing(case: Case):
     """Chunks of 4 and shards of 8 tokens are cut inside and at a border; gradients flow through the states."""
-    case = case.with_(length=14, batch=1, heads=1)
+    case = case.with_(length=11, batch=1, heads=1)
     cuts = [(3, 8), (2, 6, 7)][case.memory == "linear"]
     assert_right(run_in_pieces(case, cuts), case)
 
 
 @pytest.mark.parametrize(
-    "rule, projection", [("both", "shard"), ("token_scale", "chunk_normalized"), ("plain", "none")]
-)
-@pytest.mark.parametrize("start", [None, (3,)], ids=["fresh", "in_mid_chunk"])
+    "rule, projection, start",
+    [("both", "shard", None), ("both", "shard", (3,)), ("token_scale", "chunk_normalized", (3,)),
+     ("plain", "none", None)],
+)  # fmt: skip
 def test_a_backward_of_several_groups(rule: str, projection: str, start: tuple[int, ...] | None):
-    """11 or 12 chunks in three groups of four, the last one not full."""
+    """7 chunks in three groups of at most three."""
     case = Case(memory="linear", rule=rule, projection=projection, chunk_size=2, shard_length=None, **SMALL)
-    case = case.with_(length=21, batch=1, heads=1, start=start)
+    case = case.with_(length=13, batch=1, heads=1, start=start)
     assert_right(run(case), case)
 
 
@@ -242,7 +266,7 @@ def test_wide_heads(memory: str, head_dim: int, hidden: int):
     assert_right(run(case), case)
 
 
-# Operands of products, traced states and results are rounded to float16, at 5e-4; the worst entry seen is off by 1.1e-3.
+# Operands of products, traced states and results are rounded to float16, at 5e-4; the worst entry is off by 1.1e-3.
 FLOAT16_ROUNDING = 3e-3
 
 
@@ -266,7 +290,7 @@ def test_global_memory(case: Case, packed: bool):
 
 def test_inputs_may_be_strided():
     """As views of one projection's output."""
-    case = LOCAL[1].with_(batch=2, length=3)
+    case = LOCAL[1].with_(batch=1, length=3)
     x = inputs(case)
     wide = torch.stack([x["q"], x["k"], x["v"]], 2).detach()
     views = dict(zip("qkv", wide.unbind(2), strict=True)) | {"lr": x["lr"].detach().mT.contiguous().mT}
@@ -284,8 +308,6 @@ TINY = Case(memory="linear", rule="both", projection="shard", batch=1, heads=1, 
 @pytest.fixture
 def scans(monkeypatch) -> list[tuple]:
     """The arguments of each fused scan of a local memory: inputs, table of segments, plan."""
-    from modeling_tnt.kernels import triton_backend
-
     calls, scan = [], triton_backend.scan_segments
     monkeypatch.setattr(triton_backend, "scan_segments", lambda *args: calls.append(args) or scan(*args))
     return calls
@@ -321,35 +343,140 @@ def test_activation_checkpointing():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("case", [TINY.with_(start=(3,)), Case(batch=1, heads=1, length=5, **SMALL)], ids=str)
-def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: list[tuple], monkeypatch):
-    """Schema, fake implementation, autograd registration and tracing of the forward; the same of the backward."""
-    from modeling_tnt.kernels.fused import local_scan
-
-    backward, calls = torch.ops.modeling_tnt.fused_backward, []
-    run(case)
+@pytest.mark.parametrize("case", [TINY.with_(start=(3,), length=2), Case(batch=1, heads=1, length=3, **SMALL)], ids=str)
+def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: list[tuple]):
+    """Schema, fake implementation, autograd registration and tracing."""
+    operators = torch.ops.modeling_tnt
+    read(case, inputs(case))
     given, table, plan = scans[0]
-    tensors = [None if t is None else t.detach().requires_grad_() for t in given]
-    torch.library.opcheck(torch.ops.modeling_tnt.fused_forward.default, (*tensors, table, list(plan)))
+    tensors, sizes = [None if t is None else t.detach() for t in given], (table, list(plan))
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(operators.fused_forward.default, (*leaves, *sizes))
 
-    with torch.no_grad():
-        out = torch.ops.modeling_tnt.fused_forward(*tensors, table, list(plan))
+    o, *states = operators.fused_forward(*tensors, *sizes)
     ends = 2 + (given.momentum is not None) + (given.projection is not None)
-    grads = [torch.randn_like(t) for t in out[: 1 + ends]]
-    arguments = ([None if t is None else t.detach() for t in given], out[1 + ends :], grads[0], grads[1:])
-    assert len(calls) == 0 and local_scan is not None
-    torch.library.opcheck(backward.default, (*arguments[0], *arguments[1:], table, list(plan)))
+    grad_ends = [torch.randn_like(t) for t in states[:ends]]
+    torch.library.opcheck(
+        operators.fused_backward.default, (*tensors, states[ends:], torch.randn_like(o), grad_ends, *sizes)
+    )
 
 
 def test_compilation_is_one_graph():
     """Of a call in training: from a learned start, without packing; those ask tensors for their contents."""
     torch._dynamo.reset()
     x = {name: t.detach().to(DEVICE).requires_grad_() for name, t in inputs(TINY).items()}
+    counter = CompileCounterWithBackend("aot_eager")
 
     def reading(x: dict[str, Tensor]) -> Tensor:
         return call(TINY, "triton", x, output_final_state=False)[0]
 
     want = summarize(reading(x).cpu(), None, x)
-    got = summarize(torch.compile(reading, fullgraph=True, backend="aot_eager")(x).cpu(), None, x)
+    got = summarize(torch.compile(reading, fullgraph=True, backend=counter)(x).cpu(), None, x)
     torch._dynamo.reset()
+    assert counter.frame_count == 1
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def model_of(dtype: torch.dtype, backend: str) -> TNTForCausalLM:
+    torch.manual_seed(0)
+    config = TNTConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_heads=2, head_dim=16, intermediate_size=48,
+        global_chunk_size=4, local_chunk_sizes=[4, 2], local_shard_lengths=8, use_momentum=True, use_forget_gate=True,
+        memory_base_lr=0.5, kernel_backend=backend,
+    )  # fmt: skip
+    return TNTForCausalLM(config).to(DEVICE, dtype)
+
+
+def loss_and_gradients(model: TNTForCausalLM, tokens: Tensor) -> dict[str, Tensor]:
+    out = model(tokens, labels=tokens)
+    out.loss.backward()
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    return {"loss": out.loss.detach().double().cpu(), "logits": out.logits.detach().double().cpu()} | gradients
+
+
+def test_a_model_learns_the_same():
+    tokens = torch.randint(40, (1, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    got = loss_and_gradients(model_of(torch.float32, "triton"), tokens)
+    want = loss_and_gradients(model_of(torch.float64, "torch"), tokens)
+    for name, expected in want.items():
+        assert largest(got[name] - expected) <= 1e-4 * largest(expected), name
+
+
+# What is kept and what is chosen -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"local_chunk_sizes": [1]}, {"local_chunk_sizes": [64]}, {"memory_expansion": 4},
+     {"use_momentum": True, "use_forget_gate": True, "local_chunk_sizes": [1]}],
+    ids=str,
+)  # fmt: skip
+def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: list[tuple], monkeypatch):
+    """Of tnt-150m in bf16: what a local memory keeps for its backward besides its inputs, with what it writes again
+    there (for one layer at a time), against what its block keeps for all the rest.
+    """
+    tokens, operation, place, kept = 8192, memory_layer.local_memory, ["block"], {}
+
+    def local_memory(*args, **options):
+        place.append("memory")
+        try:
+            return operation(*args, **options)
+        finally:
+            place.pop()
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept.setdefault(storage._cdata, (place[-1], storage.nbytes(), t))  # held, so that no address comes twice
+        return t
+
+    monkeypatch.setattr(memory_layer, "local_memory", local_memory)
+    config = TNTConfig.from_preset("tnt-150m", kernel_backend="triton", **options)
+    default = torch.get_default_dtype()
+    with FakeTensorMode(), torch.device(DEVICE):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            block = TNTBlock(config)
+        finally:
+            torch.set_default_dtype(default)
+        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            block(x)
+    bytes_of = {where: sum(n for w, n, _ in kept.values() if w == where) for where in ("block", "memory")}
+    weights = sum(p.nbytes for p in block.parameters())
+
+    (given, table, plan), *_ = scans
+    states = plan.interval * (plan.tiles * (2 if config.use_momentum else 1) + plan.multi)
+    written = states * len(table) // 5 * given.weights[0].numel() * given.q.element_size()
+    assert bytes_of["memory"] > (plan.groups - 1) * len(table) // 5 * given.weights[0].nbytes > 0
+    assert bytes_of["memory"] + written < bytes_of["block"] - weights
+
+
+def test_choices_do_not_depend_on_the_length():
+    """Nor on the batch: nothing is compiled anew when only they change."""
+    choices = set()
+    for rows, length in ((1, 1), (1, 17), (3, 4096), (1, 1 << 20)):
+        tokens, gate = (torch.empty(*shape, device="meta") for shape in ((rows, length, 2, 64), (rows, length, 2)))
+        params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
+        problem = MemoryProblem(tokens, tokens, tokens, gate, params, 8, 2048, "shard")
+        choices.add(tiles_for(problem, multi_start=False))
+    assert len(choices) == 1
+
+
+@pytest.mark.parametrize("case", [TINY, TINY.with_(rule="token_scale", projection="chunk", memory="mlp")], ids=str)
+def test_kernels_are_compiled_once_for_all_lengths(case: Case, monkeypatch):
+    constants: dict[str, set] = {}
+
+    class Recorder:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple):
+            return lambda *args, **sizes: constants.setdefault(self.name, set()).add(tuple(sorted(sizes.items())))
+
+    for name in [name for name in vars(local_scan) if name.endswith("_kernel")]:
+        monkeypatch.setattr(local_scan, name, Recorder(name))
+    seen = []
+    for length in (16, 199, 1024):
+        run(case.with_(chunk_size=2, shard_length=None, length=length))
+        seen.append({name: frozenset(sizes) for name, sizes in constants.items()})
+    assert len(seen[0]) == 6 and seen[0] == seen[1] == seen[2]
