@@ -11,10 +11,9 @@ import triton.language as tl
 from .coefficients import causal, gate_coefficients_backward, tile_coefficients
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward
 from .tile import (
-    add_dot,
     add_outer,
+    add_times,
     affinity,
-    dot,
     load_matrix,
     load_scalars,
     load_state,
@@ -28,7 +27,6 @@ from .tile import (
     times,
     token_sum,
     tokens_of_tile,
-    transposed,
 )
 from .tile_backward import (
     advance_backward,
@@ -75,7 +73,7 @@ def backward_kernel(
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module, and forward.py for the sizes."""
     DT: tl.constexpr = k.dtype.element_ty
@@ -95,12 +93,12 @@ def backward_kernel(
         return
     own = (segment * H + head) * P
 
-    gw1, gb1, gw2, gb2 = load_state(grad_weights + own, D, M, MLP, HAS_B1, HAS_B2)
+    gw1, gb1, gw2, gb2 = load_state(grad_weights + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
     gs1, gsb1, gs2, gsb2 = 0.0, 0.0, 0.0, 0.0
     if MOMENTUM:
-        gs1, gsb1, gs2, gsb2 = load_state(grad_momentum_state + own, D, M, MLP, HAS_B1, HAS_B2)
+        gs1, gsb1, gs2, gsb2 = load_state(grad_momentum_state + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
     if MULTI:
-        ga1, gab1, ga2, gab2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+        ga1, gab1, ga2, gab2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
     norm_w, norm_b, norm_grad = 0.0, 0.0, 0.0
     if NORM:
         norm_w = load_matrix(norm_weight + head * D, 1, D)
@@ -122,23 +120,23 @@ def backward_kernel(
             )
         else:
             if is_end & complete:
-                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
                 gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
         for tile_back in range(0, TILES):
             tile = TILES - 1 - tile_back
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
             slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
-            w1, b1, w2, b2 = load_state(trace_weights + slot, D, M, MLP, HAS_B1, HAS_B2)
+            w1, b1, w2, b2 = load_state(trace_weights + slot, D, M, MLP, HAS_B1, HAS_B2, TALL)
             if MULTI:
                 slot_anchor = (((chunk - begin) * S + segment) * H + head) * P
-                aw1, ab1, aw2, ab2 = load_state(trace_anchor + slot_anchor, D, M, MLP, HAS_B1, HAS_B2)
+                aw1, ab1, aw2, ab2 = load_state(trace_anchor + slot_anchor, D, M, MLP, HAS_B1, HAS_B2, TALL)
             else:
                 aw1, ab1, aw2, ab2 = w1, b1, w2, b2
             # What reads also depend on, and its gradient: the momentum, or the anchor under a token scale.
             xw1, xb1, xw2, xb2 = 0.0, 0.0, 0.0, 0.0
             gx1, gxb1, gx2, gxb2 = 0.0, 0.0, 0.0, 0.0
             if MOMENTUM:
-                xw1, xb1, xw2, xb2 = load_state(trace_momentum + slot, D, M, MLP, HAS_B1, HAS_B2)
+                xw1, xb1, xw2, xb2 = load_state(trace_momentum + slot, D, M, MLP, HAS_B1, HAS_B2, TALL)
                 gx1, gxb1, gx2, gxb2 = gs1, gsb1, gs2, gsb2
             if SCALE and MULTI:
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
@@ -157,37 +155,39 @@ def backward_kernel(
                 momentum, decay, scale, origin, place, valid, head, complete & (tile == TILES - 1),
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
-            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
-            t1 = times(kt, gw1, True, DT, PRECISION) + gb1
-            base1 = times(xt, w1, True, DT, PRECISION) + b1
+            z1 = times(kt, aw1, TALL, DT, PRECISION) + ab1
+            t1 = times(kt, gw1, TALL, DT, PRECISION) + gb1
+            base1 = times(xt, w1, TALL, DT, PRECISION) + b1
             ts1, ts2, s_read1, s_read2 = 0.0, 0.0, 0.0, 0.0
             if MOMENTUM:
-                ts1 = times(kt, gs1, True, DT, PRECISION) + gsb1
+                ts1 = times(kt, gs1, TALL, DT, PRECISION) + gsb1
             if SECOND:
-                s_read1 = times(xt, xw1, True, DT, PRECISION) + xb1
+                s_read1 = times(xt, xw1, TALL, DT, PRECISION) + xb1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
-                z2 = dot(a, aw2, DT, PRECISION) + ab2
-                t2 = dot(a, gw2, DT, PRECISION) + gb2
+                z2 = times(a, aw2, not TALL, DT, PRECISION) + ab2
+                t2 = times(a, gw2, not TALL, DT, PRECISION) + gb2
                 if MOMENTUM:
-                    ts2 = dot(a, gs2, DT, PRECISION) + gsb2
+                    ts2 = times(a, gs2, not TALL, DT, PRECISION) + gsb2
                 n, rstd, error, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
-                u = dot(delta2, transposed(aw2, DT), DT, PRECISION)
-                grad_a = advance_input_backward(delta2, gw2, gs2, gain, momentum_gain, False, MOMENTUM, DT, PRECISION)
+                u = times(delta2, aw2, TALL, DT, PRECISION)
+                grad_a = advance_input_backward(
+                    delta2, gw2, gs2, gain, momentum_gain, not TALL, MOMENTUM, DT, PRECISION
+                )
                 delta1 = hidden_delta(u, z1, s1)
             else:
                 n, rstd, error, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
-            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, True, MOMENTUM, DT, PRECISION)
+            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, TALL, MOMENTUM, DT, PRECISION)
             p1 = affinity(xt, kt, HAS_B1, DT, PRECISION)
             y1 = read_layer(base1, s_read1, p1, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             y = y1
             if MLP:
                 ys1 = gelu_sigmoid(y1)
                 h = (y1 * ys1).to(DT)
-                base2 = dot(h, w2, DT, PRECISION) + b2
+                base2 = times(h, w2, not TALL, DT, PRECISION) + b2
                 if SECOND:
-                    s_read2 = dot(h, xw2, DT, PRECISION) + xb2
+                    s_read2 = times(h, xw2, not TALL, DT, PRECISION) + xb2
                 p2 = affinity(h, a, HAS_B2, DT, PRECISION)
                 y = read_layer(
                     base2, s_read2, p2, delta2, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION
@@ -215,7 +215,7 @@ def backward_kernel(
                     grad_h, gw2, gb2, gx2, gxb2, grad_a, grad_delta2, d_theta, d_read_decay, d_read_second
                 ) = read_backward(
                     grad_y, h, a, delta2, base2, s_read2, w2, xw2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
-                    p2, theta, read_decay, read_second, False, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
+                    p2, theta, read_decay, read_second, not TALL, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
                 )  # fmt: skip
                 grad_y = grad_h * gelu_slope(y1, ys1)
             (
@@ -234,7 +234,7 @@ def backward_kernel(
                 grad_read, gw1, gb1, gx1, gxb1, grad_key, grad_delta1, d0, d1, d2
             ) = read_backward(
                 grad_y, xt, kt, delta1, base1, s_read1, w1, xw1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
-                p1, theta, read_decay, read_second, True, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
+                p1, theta, read_decay, read_second, TALL, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
             )  # fmt: skip
             d_theta += d0
             d_read_decay += d1
@@ -254,13 +254,13 @@ def backward_kernel(
                 e1, eb1, e2, eb2 = gw1, gb1, gw2, gb2
             if MLP:
                 grad_u, grad_z = hidden_backward(grad_delta1, z1, s1, u)
-                grad_delta2 = add_dot(grad_delta2, grad_u, aw2, DT, PRECISION)
-                e2 = add_outer(e2, grad_u, delta2, False, DT, PRECISION)
+                grad_delta2 = add_times(grad_delta2, grad_u, aw2, not TALL, DT, PRECISION)
+                e2 = add_outer(e2, grad_u, delta2, not TALL, DT, PRECISION)
                 grad_z2, grad_error, grad_step, grad_n = error_backward(
                     grad_delta2, n, rstd, error, delta2, step, norm_w, NORM
                 )
-                grad_a = add_dot(grad_a, grad_z2, transposed(aw2, DT), DT, PRECISION)
-                e2 = add_outer(e2, a, grad_z2, False, DT, PRECISION)
+                grad_a = add_times(grad_a, grad_z2, aw2, TALL, DT, PRECISION)
+                e2 = add_outer(e2, a, grad_z2, not TALL, DT, PRECISION)
                 if HAS_B2:
                     eb2 += token_sum(grad_z2)
                 grad_z += grad_a * gelu_slope(z1, s1)
@@ -268,8 +268,8 @@ def backward_kernel(
                 grad_z, grad_error, grad_step, grad_n = error_backward(
                     grad_delta1, n, rstd, error, delta1, step, norm_w, NORM
                 )
-            grad_key = add_dot(grad_key, grad_z, aw1, DT, PRECISION)
-            e1 = add_outer(e1, kt, grad_z, True, DT, PRECISION)
+            grad_key = add_times(grad_key, grad_z, aw1, not TALL, DT, PRECISION)
+            e1 = add_outer(e1, kt, grad_z, TALL, DT, PRECISION)
             if HAS_B1:
                 eb1 += token_sum(grad_z)
             if MULTI:
@@ -316,17 +316,17 @@ def backward_kernel(
                 gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, ga1, gab1, ga2, gab2, MLP, HAS_B1, HAS_B2)
         else:
             if is_end & (complete == 0):
-                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+                e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
                 gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
 
     if all_chunks == 0:  # an empty sequence at a chunk's start: its end anchor is its start's weights
-        e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2)
+        e1, eb1, e2, eb2 = load_state(grad_anchor + own, D, M, MLP, HAS_B1, HAS_B2, TALL)
         gw1, gb1, gw2, gb2 = add_state(gw1, gb1, gw2, gb2, e1, eb1, e2, eb2, MLP, HAS_B1, HAS_B2)
-    store_state(grad_weights + own, gw1, gb1, gw2, gb2, D, M, MLP, HAS_B1, HAS_B2)
+    store_state(grad_weights + own, gw1, gb1, gw2, gb2, D, M, MLP, HAS_B1, HAS_B2, TALL)
     if MOMENTUM:
-        store_state(grad_momentum_state + own, gs1, gsb1, gs2, gsb2, D, M, MLP, HAS_B1, HAS_B2)
+        store_state(grad_momentum_state + own, gs1, gsb1, gs2, gsb2, D, M, MLP, HAS_B1, HAS_B2, TALL)
     if NORM:
         store_matrix(grad_norm + (segment * H + head) * D, norm_grad, 1, D)
     if MULTI:
         if (group == 0) & (offset > 0):
-            store_state(grad_anchor + own, ga1, gab1, ga2, gab2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(grad_anchor + own, ga1, gab1, ga2, gab2, D, M, MLP, HAS_B1, HAS_B2, TALL)

@@ -12,7 +12,6 @@ from .math import gelu_sigmoid, normalise
 from .tile import (
     advance_layer,
     affinity,
-    dot,
     load_matrix,
     load_scalars,
     load_state,
@@ -23,7 +22,6 @@ from .tile import (
     store_tokens,
     times,
     tokens_of_tile,
-    transposed,
 )
 from .tile_keys import hidden_delta, inner_error
 
@@ -46,7 +44,7 @@ def forward_kernel(
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module. P: entries of a packed state; R: tokens of a tile; MULTI: a tile's anchor may not be the current
     state, since chunks have several tiles or begin in an earlier call; KEEP: whether states are kept for a backward.
@@ -63,12 +61,12 @@ def forward_kernel(
     source = tl.load(segments + segment * 5 + 3) * H + head
     end = tl.load(segments + segment * 5 + 4)
 
-    w1, b1, w2, b2 = load_state(start_weights + source * P, D, M, MLP, HAS_B1, HAS_B2)
+    w1, b1, w2, b2 = load_state(start_weights + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     sw1, sb1, sw2, sb2 = 0.0, 0.0, 0.0, 0.0
     if MULTI:
-        aw1, ab1, aw2, ab2 = load_state(start_anchor + source * P, D, M, MLP, HAS_B1, HAS_B2)
+        aw1, ab1, aw2, ab2 = load_state(start_anchor + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     if MOMENTUM:
-        sw1, sb1, sw2, sb2 = load_state(start_momentum + source * P, D, M, MLP, HAS_B1, HAS_B2)
+        sw1, sb1, sw2, sb2 = load_state(start_momentum + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     norm_w, norm_b = 0.0, 0.0
     if NORM:
         norm_w = load_matrix(norm_weight + head * D, 1, D)
@@ -83,13 +81,13 @@ def forward_kernel(
         else:
             aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         if (end >= 0) & (complete == 0):
-            store_state(end_anchor + (end * H + head) * P, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(end_anchor + (end * H + head) * P, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2, TALL)
         if KEEP:
             if (chunk > 0) & (chunk % interval == 0):
                 slot = (((chunk // interval - 1) * S + segment) * H + head) * P
-                store_state(kept_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
+                store_state(kept_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2, TALL)
                 if MOMENTUM:
-                    store_state(kept_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)
+                    store_state(kept_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2, TALL)
         for tile in range(0, TILES):
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
             kt = load_tokens(k, origin, place, head, valid, H, D)
@@ -109,17 +107,17 @@ def forward_kernel(
                 xw1, xb1, xw2, xb2 = sw1, sb1, sw2, sb2
 
             # Both layers at the keys, the first one also at the reads.
-            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
-            y = times(xt, w1, True, DT, PRECISION) + b1
+            z1 = times(kt, aw1, TALL, DT, PRECISION) + ab1
+            y = times(xt, w1, TALL, DT, PRECISION) + b1
             s_read = 0.0
             if SECOND:
-                s_read = times(xt, xw1, True, DT, PRECISION) + xb1
+                s_read = times(xt, xw1, TALL, DT, PRECISION) + xb1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
-                z2 = dot(a, aw2, DT, PRECISION) + ab2
+                z2 = times(a, aw2, not TALL, DT, PRECISION) + ab2
                 _, _, _, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
-                delta1 = hidden_delta(dot(delta2, transposed(aw2, DT), DT, PRECISION), z1, s1)
+                delta1 = hidden_delta(times(delta2, aw2, TALL, DT, PRECISION), z1, s1)
             else:
                 _, _, _, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
 
@@ -128,18 +126,18 @@ def forward_kernel(
             y = read_layer(y, s_read, p, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             w1, b1, xw1, xb1 = advance_layer(
                 w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                True, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                TALL, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
             if MLP:
                 h = (y * gelu_sigmoid(y)).to(DT)
-                y = dot(h, w2, DT, PRECISION) + b2
+                y = times(h, w2, not TALL, DT, PRECISION) + b2
                 if SECOND:
-                    s_read = dot(h, xw2, DT, PRECISION) + xb2
+                    s_read = times(h, xw2, not TALL, DT, PRECISION) + xb2
                 p = affinity(h, a, HAS_B2, DT, PRECISION)
                 y = read_layer(y, s_read, p, delta2, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
                 w2, b2, xw2, xb2 = advance_layer(
                     w2, b2, xw2, xb2, a, delta2, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                    False, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                    not TALL, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             if MOMENTUM:
                 sw1, sb1, sw2, sb2 = xw1, xb1, xw2, xb2
@@ -150,8 +148,8 @@ def forward_kernel(
 
     if end >= 0:
         end = (end * H + head) * P
-        store_state(end_weights + end, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
+        store_state(end_weights + end, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2, TALL)
         if (offset + count) % C == 0:
-            store_state(end_anchor + end, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(end_anchor + end, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2, TALL)
         if MOMENTUM:
-            store_state(end_momentum + end, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(end_momentum + end, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2, TALL)

@@ -33,7 +33,8 @@ class Device(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel."""
+    """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel, and how the
+    matrices are held (see tile.py)."""
 
     rows: int
     projection_rows: int
@@ -41,6 +42,7 @@ class Tiles(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    tall: bool
 
 
 # Ahead-of-time compilation stands in for a device here.
@@ -116,7 +118,8 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
         projection_rows = min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), MAX_PROJECTION_ROWS)
     multi = multi_start or p.chunk_size > MIN_ROWS
     warps = 4 if _state_words(p, multi) <= 4096 else 8
-    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps)
+    tall = device_of(p.q.device).capability >= (9, 0)
+    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps, tall)
 
 
 def _begins_in_mid_chunk(p: MemoryProblem) -> bool:

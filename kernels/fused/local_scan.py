@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     max_chunks     chunks of the longest segment
     interval       chunks of a group; 0 to keep nothing for a backward
     ends           rows of the end state
-    rows, *_warps  see `Tiles`
+    rows, …, tall  see `Tiles`
     """
 
     hidden: int
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    tall: int
 
     @property
     def groups(self) -> int:
@@ -123,7 +124,7 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
         "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
         "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
         "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
-        "PRECISION": _precision(),
+        "TALL": bool(plan.tall), "PRECISION": _precision(),
     }  # fmt: skip
 
 

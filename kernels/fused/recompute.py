@@ -12,7 +12,6 @@ from .coefficients import tile_coefficients
 from .math import gelu_sigmoid
 from .tile import (
     advance_layer,
-    dot,
     load_matrix,
     load_scalars,
     load_state,
@@ -21,7 +20,6 @@ from .tile import (
     store_state,
     times,
     tokens_of_tile,
-    transposed,
 )
 from .tile_keys import hidden_delta, inner_error
 
@@ -41,7 +39,7 @@ def recompute_kernel(
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, NORM: tl.constexpr,
     MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
-    MULTI: tl.constexpr, FROM_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    MULTI: tl.constexpr, FROM_KEPT: tl.constexpr, TALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module, and forward.py for the sizes. FROM_KEPT: row s of the start is of segment s, in its middle."""
     DT: tl.constexpr = k.dtype.element_ty
@@ -62,14 +60,14 @@ def recompute_kernel(
     else:
         source = tl.load(segments + segment * 5 + 3) * H + head
 
-    w1, b1, w2, b2 = load_state(start_weights + source * P, D, M, MLP, HAS_B1, HAS_B2)
+    w1, b1, w2, b2 = load_state(start_weights + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     sw1, sb1, sw2, sb2 = 0.0, 0.0, 0.0, 0.0
     if MULTI:
         aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         if not FROM_KEPT:
-            aw1, ab1, aw2, ab2 = load_state(start_anchor + source * P, D, M, MLP, HAS_B1, HAS_B2)
+            aw1, ab1, aw2, ab2 = load_state(start_anchor + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     if MOMENTUM:
-        sw1, sb1, sw2, sb2 = load_state(start_momentum + source * P, D, M, MLP, HAS_B1, HAS_B2)
+        sw1, sb1, sw2, sb2 = load_state(start_momentum + source * P, D, M, MLP, HAS_B1, HAS_B2, TALL)
     norm_w, norm_b = 0.0, 0.0
     if NORM:
         norm_w = load_matrix(norm_weight + head * D, 1, D)
@@ -82,15 +80,15 @@ def recompute_kernel(
         if MULTI:
             aw1, ab1, aw2, ab2 = select_state(fresh, w1, b1, w2, b2, aw1, ab1, aw2, ab2, MLP, HAS_B1, HAS_B2)
             slot = (((chunk - begin) * S + segment) * H + head) * P
-            store_state(trace_anchor + slot, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(trace_anchor + slot, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2, TALL)
         else:
             aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         for tile in range(0, TILES):
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
             slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
-            store_state(trace_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2)
+            store_state(trace_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2, TALL)
             if MOMENTUM:
-                store_state(trace_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2)
+                store_state(trace_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2, TALL)
             kt = load_tokens(k, origin, place, head, valid, H, D)
             vt = load_tokens(v, origin, place, head, valid, H, D)
             step = load_scalars(lr, origin, place, head, valid, 0.0, H)
@@ -104,22 +102,22 @@ def recompute_kernel(
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2
             else:
                 xw1, xb1, xw2, xb2 = sw1, sb1, sw2, sb2
-            z1 = times(kt, aw1, True, DT, PRECISION) + ab1
+            z1 = times(kt, aw1, TALL, DT, PRECISION) + ab1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
-                z2 = dot(a, aw2, DT, PRECISION) + ab2
+                z2 = times(a, aw2, not TALL, DT, PRECISION) + ab2
                 _, _, _, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
-                delta1 = hidden_delta(dot(delta2, transposed(aw2, DT), DT, PRECISION), z1, s1)
+                delta1 = hidden_delta(times(delta2, aw2, TALL, DT, PRECISION), z1, s1)
                 w2, b2, xw2, xb2 = advance_layer(
                     w2, b2, xw2, xb2, a, delta2, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                    False, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                    not TALL, HAS_B2, SCALED, SECOND, MOMENTUM, DT, PRECISION,
                 )  # fmt: skip
             else:
                 _, _, _, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
             w1, b1, xw1, xb1 = advance_layer(
                 w1, b1, xw1, xb1, kt, delta1, gain, end_decay, end_second, momentum_gain, momentum_decay,
-                True, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
+                TALL, HAS_B1, SCALED, SECOND, MOMENTUM, DT, PRECISION,
             )  # fmt: skip
             if MOMENTUM:
                 sw1, sb1, sw2, sb2 = xw1, xb1, xw2, xb2

@@ -4,13 +4,15 @@ The mathematics is that of `kernels/chunk.py` (formulas: TTT, arXiv 2407.04620, 
 a part of one: gradients are taken at the *anchor*, the weights before the chunk, while reads start from the *current*
 weights, those before the tile. A padded token has k = q = v = 0 and lr = 0.
 
-Tensors in registers, float32: tokens [R, D] or [R, M], numbers of a token [R, 1], weights w1 [M, D], b1 [1, M],
-w2 [M, D], b2 [1, D]. A memory without a bias has the constant 0.0 in its place; a linear memory has M == D and 0.0 for
-its second layer. DT is the dtype of the operands of products (that of the inputs), PRECISION how float32 operands are
-multiplied.
+Tensors in registers, float32: tokens [R, D] or [R, M], numbers of a token [R, 1], weights w1 and w2 [M, D] or [D, M],
+biases b1 [1, M] and b2 [1, D]. A memory without a bias has the constant 0.0 in its place; a linear one has M == D and
+0.0 for its second layer. DT is the dtype of the operands of products (that of the inputs), PRECISION how float32
+operands are multiplied.
 
-The first layer's weights are held transposed, so that both have the larger side down: a product with 64 rows would be
-held twice by 8 warps.
+How the matrices are held decides how the compiler spreads products over warps. TALL: W1 transposed, both [M, D], as
+sm_90's warp-group products want it; one with 64 rows would be held twice by 8 warps. Otherwise W2 transposed, both
+[D, M]: before sm_90 all products of a tile are spread as one of them is, and a tall one would give every warp all of a
+chunk's few tokens. In memory a packed state is always tall.
 
 Registers decide whether the state stays on chip. Hence, here and in the kernels: matrices are cast before they are
 transposed, products with a common operand stand side by side, so that it is loaded once and then forgotten, and token
@@ -41,10 +43,18 @@ def transposed(x, DT: tl.constexpr):
 
 @triton.jit
 def times(x, w, HELD_TRANSPOSED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """x W, for a W that is held as it is or transposed."""
+    """x W, for a W that is held as it is or transposed; with the flag reversed, x Wᵀ."""
     if HELD_TRANSPOSED:
         w = transposed(w, DT)
     return dot(x, w, DT, PRECISION)
+
+
+@triton.jit
+def add_times(total, x, w, HELD_TRANSPOSED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x W, like `times`."""
+    if HELD_TRANSPOSED:
+        w = transposed(w, DT)
+    return add_dot(total, x, w, DT, PRECISION)
 
 
 @triton.jit
@@ -119,11 +129,22 @@ def store_matrix(pointer, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _weights_at(D: tl.constexpr, M: tl.constexpr, TALL: tl.constexpr):
+    """Where the entries of a matrix that is [M, D] in memory lie: as a tile [M, D], or transposed [D, M]."""
+    if TALL:
+        where = tl.arange(0, M)[:, None] * D + tl.arange(0, D)[None, :]
+    else:
+        where = tl.arange(0, D)[:, None] + tl.arange(0, M)[None, :] * D
+    return where
+
+
+@triton.jit
 def load_state(
-    pointer, D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr
-):
+    pointer, D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
+    TALL: tl.constexpr,
+):  # fmt: skip
     """The fast weights (or their momentum, or gradients) of one head, packed as W1ᵀ, b1, W2, b2."""
-    w1 = load_matrix(pointer, M, D)
+    w1 = tl.load(pointer + _weights_at(D, M, TALL))
     pointer += D * M
     b1 = 0.0
     w2 = 0.0
@@ -132,7 +153,7 @@ def load_state(
         b1 = load_matrix(pointer, 1, M)
         pointer += M
     if MLP:
-        w2 = load_matrix(pointer, M, D)
+        w2 = tl.load(pointer + _weights_at(D, M, TALL))
         pointer += M * D
     if HAS_B2:
         b2 = load_matrix(pointer, 1, D)
@@ -141,17 +162,17 @@ def load_state(
 
 @triton.jit
 def store_state(
-    pointer, w1, b1, w2, b2,
-    D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
+    pointer, w1, b1, w2, b2, D: tl.constexpr, M: tl.constexpr,
+    MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `load_state`."""
-    store_matrix(pointer, w1, M, D)
+    tl.store(pointer + _weights_at(D, M, TALL), w1.to(pointer.dtype.element_ty))
     pointer += D * M
     if HAS_B1:
         store_matrix(pointer, b1, 1, M)
         pointer += M
     if MLP:
-        store_matrix(pointer, w2, M, D)
+        tl.store(pointer + _weights_at(D, M, TALL), w2.to(pointer.dtype.element_ty))
         pointer += M * D
     if HAS_B2:
         store_matrix(pointer, b2, 1, D)
