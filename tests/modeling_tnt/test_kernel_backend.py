@@ -1,0 +1,55 @@
+"""A whole model on Triton's kernels, here in their interpreter: losses and gradients of the torch backend, in one graph."""
+
+import pytest
+import torch
+
+from modeling_tnt import TNTConfig, TNTForCausalLM
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def model() -> TNTForCausalLM:
+    torch.manual_seed(0)
+    config = TNTConfig.from_preset(
+        "tiny", num_hidden_layers=1, hidden_size=32, num_heads=1, head_dim=16, intermediate_size=32, vocab_size=64,
+        memory_expansion=1, global_chunk_size=8, local_chunk_sizes=[4], local_shard_lengths=8, qk_projection="shard",
+    )  # fmt: skip
+    return TNTForCausalLM(config)
+
+
+def loss_and_gradients(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, checkpointing: bool):
+    ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(1))
+    model.config.kernel_backend = "torch"
+    want = loss_and_gradients(model, ids)
+    model.config.kernel_backend = "triton"
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    got = loss_and_gradients(model, ids)
+    assert got.keys() == want.keys()
+    for name, expected in want.items():  # float32 on both sides, sums of some hundred terms
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_training_step_is_one_graph(model: TNTForCausalLM):
+    """The kernels are operators that torch.compile sees: no graph break, with `fullgraph=True` that would raise."""
+    ids = torch.randint(0, 64, (1, 13), generator=torch.Generator().manual_seed(1))
+    model.config.kernel_backend = "triton"
+    eager = loss_and_gradients(model, ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), eager["loss"], rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in eager:
+            torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-4, atol=1e-5)
