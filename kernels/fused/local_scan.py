@@ -195,13 +195,14 @@ def fused_forward(
     segments = _on_device(tuple(table), q.device)
     S = segments.shape[0]
     out = _forward_outputs(inputs, S, sizes)
-    x = _project(inputs, segments, sizes, out.get("end_projection")) if sizes.projection else q
-    forward_kernel[(S, q.shape[1])](
-        x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
-        out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
-        out.get("kept_weights"), out.get("kept_momentum"), sizes.interval, S,
-        **_sizes(inputs, sizes), KEEP=sizes.interval > 0, **_launch(sizes.forward_warps),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # kernels are launched on the current device
+        x = _project(inputs, segments, sizes, out.get("end_projection")) if sizes.projection else q
+        forward_kernel[(S, q.shape[1])](
+            x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
+            out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
+            out.get("kept_weights"), out.get("kept_momentum"), sizes.interval, S,
+            **_sizes(inputs, sizes), KEEP=sizes.interval > 0, **_launch(sizes.forward_warps),
+        )  # fmt: skip
     return list(out.values())
 
 
@@ -229,7 +230,8 @@ def fused_backward(
     inputs = ScanInputs(
         q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
     )
-    return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, table, Plan(*plan)).run()
+    with torch.cuda.device_of(q):
+        return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, table, Plan(*plan)).run()
 
 
 @fused_backward.register_fake

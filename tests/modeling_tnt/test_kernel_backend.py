@@ -1,4 +1,4 @@
-"""A whole model on Triton's kernels, here in their interpreter: losses and gradients of the torch backend, in one graph."""
+"""A whole model on Triton's kernels, here in their interpreter: the torch backend's results, and in one graph."""
 
 import pytest
 import torch
