@@ -94,19 +94,25 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
         return f"the memory's hidden width must be a power of two of at least {MIN_HIDDEN}, got {M}"
     if is_global:
         return None
-    words, most = _state_words(p, _begins_in_mid_chunk(p)), MAX_STATE_WORDS[p.q.element_size()]
+    no_room = _no_room(p, device, multi=True)
+    if no_room is not None and p.chunk_size <= MIN_ROWS and not _begins_in_mid_chunk(p):
+        no_room = _no_room(p, device, multi=False)
+    return no_room
+
+
+def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
+    """Why the state does not stay on the chip, or None. `multi`: a chunk's anchor is kept apart from the state."""
+    words, most = _state_words(p, multi), MAX_STATE_WORDS[p.q.element_size()]
+    remedy = "use bfloat16, " if p.q.element_size() == 4 else "use "
+    remedy += f"a smaller memory_expansion, a chunk_size up to {MIN_ROWS} or no momentum"
     if words > most:
         return (
             f"the fast weights, with their momentum and the anchor of chunks longer than {MIN_ROWS}, must have at most "
-            f"{most} numbers a head to stay on the chip with {p.q.dtype}, got {words}; use bfloat16, a smaller "
-            f"memory_expansion, a chunk_size up to {MIN_ROWS} or no momentum"
+            f"{most} numbers a head to stay on the chip with {p.q.dtype}, got {words}; {remedy}"
         )
-    shared = _shared_memory(p)
+    shared = _shared_memory(p, multi)
     if shared > device.shared_memory:
-        return (
-            f"it needs about {shared} bytes of shared memory in a block, the device has {device.shared_memory}; use "
-            "bfloat16 or a smaller memory_expansion"
-        )
+        return f"a block needs about {shared} bytes of shared memory, the device has {device.shared_memory}; {remedy}"
     return None
 
 
@@ -123,22 +129,26 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
 
 
 def _begins_in_mid_chunk(p: MemoryProblem) -> bool:
-    """Whether some sequence may; read from the device only where it matters for what fits."""
-    if p.initial_state is None or _state_words(p, True) <= MAX_STATE_WORDS[p.q.element_size()]:
-        return False
-    return bool((p.initial_state.position % p.chunk_size != 0).any())
+    """Whether some sequence does. Waits for the device, so it is asked only where it decides what fits."""
+    return p.initial_state is not None and bool((p.initial_state.position % p.chunk_size != 0).any())
 
 
 def _state_words(p: MemoryProblem, multi: bool) -> int:
     """float32 numbers that a program of the backward carries for one head, biases left aside."""
-    D, M = p.params.w1.shape[1:]
-    copies = 1 + (p.momentum is not None) + (multi or p.chunk_size > MIN_ROWS)
-    return copies * D * M * (1 if p.params.w2 is None else 2)
+    return (1 + (p.momentum is not None) + multi) * _matrix_words(p)
 
 
-def _shared_memory(p: MemoryProblem) -> int:
-    """An upper bound, from what the backward, the largest kernel, took when it was compiled ahead of time."""
+def _shared_memory(p: MemoryProblem, multi: bool) -> int:
+    """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most."""
+    tensors = (p.q, p.k, p.v, p.lr, p.momentum, p.decay, p.token_scale, *p.params)
+    with_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    copies = 1 + (p.momentum is not None) + multi
+    if with_backward:
+        copies += 1 + (p.momentum is not None)
+    rows = 2 * MIN_ROWS * max(p.params.w1.shape[1:])
+    return (copies * _matrix_words(p) + rows) * p.q.element_size()
+
+
+def _matrix_words(p: MemoryProblem) -> int:
     D, M = p.params.w1.shape[1:]
-    matrices = D * M * (1 if p.params.w2 is None else 2)
-    copies = 2 + 2 * (p.momentum is not None) + (p.chunk_size > MIN_ROWS)
-    return (copies * matrices + 2 * MIN_ROWS * max(D, M)) * p.q.element_size()
+    return D * M * (1 if p.params.w2 is None else 2)

@@ -50,8 +50,40 @@ TABLE = Path(__file__).with_name("AOT.md")
 # Bytes of shared memory that one block may have, by compute capability without its point (CUDA programming guide).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-# Bytes that a thread of a kernel may spill (the assembler's "spill stores") at any preset, dtype and target; others: 0.
-SPILL_LIMITS: dict[str, int] = {}
+# Bytes that a thread of a kernel may spill (the assembler's "spill stores") at any preset, by dtype and
+# target; others: 0.
+# What was seen and a twentieth more: a guard against growth, not an aim.
+SPILL_LIMITS: dict[str, dict[tuple[str, int], int]] = {
+    "backward_kernel": {
+        ("bf16", 80): 5192,
+        ("bf16", 90): 4568,
+        ("bf16", 100): 4776,
+        ("fp32", 80): 13472,
+        ("fp32", 90): 6744,
+        ("fp32", 100): 2448,
+    },
+    "forward_kernel": {
+        ("bf16", 80): 3056,
+        ("bf16", 90): 2520,
+        ("bf16", 100): 2672,
+        ("fp32", 80): 3728,
+        ("fp32", 90): 1608,
+        ("fp32", 100): 1544,
+    },
+    "projection_kernel": {("bf16", 80): 48, ("fp32", 80): 2168, ("fp32", 90): 824, ("fp32", 100): 200},
+    "projection_keys_kernel": {("bf16", 80): 248, ("bf16", 90): 64, ("fp32", 80): 6184, ("fp32", 90): 3016},
+    "projection_queries_kernel": {("bf16", 80): 48, ("fp32", 80): 2264, ("fp32", 90): 824, ("fp32", 100): 192},
+    "recompute_kernel": {
+        ("bf16", 80): 584,
+        ("bf16", 90): 176,
+        ("bf16", 100): 232,
+        ("fp32", 80): 624,
+        ("fp32", 90): 416,
+        ("fp32", 100): 456,
+    },
+}
+# The same for what the kernels are made for: training `tnt-150m` in bf16 on sm_90 and newer.
+PRESET_SPILL_LIMITS = {"forward_kernel": 16, "recompute_kernel": 0, "backward_kernel": 700}
 
 # Seconds that a binary may take to compile: a user waits as long at the first launch.
 TIME_LIMIT = 300.0
@@ -343,17 +375,25 @@ def _measure_by_index(index: int) -> tuple[int, Usage]:
 # -- Judging and printing ----------------------------------------------------------------------------------------------
 
 
+def spill_limit(case: Case) -> int:
+    """Bytes that the case's binary may spill."""
+    name, target = case.launch.name, case.launch.target
+    if name in PRESET_SPILL_LIMITS and target >= 90 and ("tnt-150m", "bf16", "train") in case.users:
+        return PRESET_SPILL_LIMITS[name]
+    return max(SPILL_LIMITS.get(name, {}).get((dtype, target), 0) for _, dtype, _ in case.users)
+
+
 def find_problems(cases: Iterable[Case], usages: Iterable[Usage]) -> list[str]:
     """One sentence for each binary that does not compile, or takes more than it may."""
     problems = []
     for case, usage in zip(cases, usages, strict=True):
         launch = case.launch
         what = f"{launch.name} on sm_{launch.target} for {_users_text(case)}: {_text(launch.constexprs())}"
-        spill_limit, shared_limit = SPILL_LIMITS.get(launch.name, 0), SHARED_LIMITS[launch.target]
+        most, shared_limit = spill_limit(case), SHARED_LIMITS[launch.target]
         if usage.error is not None:
             problems.append(f"{what} does not compile:\n{usage.error}")
-        if usage.spill_stores > spill_limit:
-            problems.append(f"{what} spills {usage.spill_stores} B a thread, of which {spill_limit} are allowed")
+        if usage.spill_stores > most:
+            problems.append(f"{what} spills {usage.spill_stores} B a thread, of which {most} are allowed")
         if usage.shared > shared_limit:
             problems.append(f"{what} needs {usage.shared} B of shared memory, of which a block has {shared_limit}")
     return problems

@@ -86,7 +86,7 @@ def measure_probes(aot) -> dict:
         "too slow": vars(aot.measure(launches[1], time_limit=0.001)),
         "all that a block has": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024)]),
     }
-    aot.SPILL_LIMITS["hold_kernel"] = usages[1].spill_stores
+    aot.SPILL_LIMITS["hold_kernel"] = {("fp32", 80): usages[1].spill_stores}
     facts["problems when a spill is allowed"] = aot.find_problems(cases[:2], usages[:2])
     return facts
 
@@ -111,7 +111,7 @@ def measure_presets(aot) -> dict:
         "names": aot.names(aot.render(cases, [aot.Usage()] * len(cases), refused)),
         "names in the file": aot.names(aot.TABLE.read_text(encoding="utf-8")),
         "kernels": sorted({case.launch.name for case in cases}),
-        "spill limits": list(aot.SPILL_LIMITS),
+        "spill limits": [*aot.SPILL_LIMITS, *aot.PRESET_SPILL_LIMITS],
         "compiled": [[case.launch.name, case.launch.target, sorted(case.users)] for case in chosen],
         "problems": aot.find_problems(chosen, usages),
     }

@@ -277,8 +277,8 @@ TOO_MUCH = {
     "mid-chunk": (IN_MID_CHUNK | {"M": 256, "momentum": True}, H200, "got 98304"),
     "shared memory": (
         {"dtype": torch.float32},
-        ((8, 6), 101376),
-        "bytes of shared memory in a block, the device has 101376; use bfloat16 or a smaller memory_expansion",
+        ((8, 6), 65536),
+        "bytes of shared memory, the device has 65536; use bfloat16, a smaller memory_expansion",
     ),
 }  # fmt: skip
 
