@@ -473,7 +473,7 @@ def test_model_measures_writes_and_prints(output_dir: Path, capsys):
     for row in rows:
         assert row["status"] == "ok", row["reason"]
         assert float(row["tokens_per_second"]) == pytest.approx(64e3 / float(row["ms_median"]))
-        assert 5 < float(row["loss"]) < 7  # of 384 random bytes, ln 384 = 5.95
+        assert 0 < float(row["loss"]) < 7  # random bytes: ln 384 = 5.95 before steps, as many as the machine manages
     sizes = [int(row["parameters"]) for row in rows[::2]]
     assert max(sizes) < 1.1 * min(sizes)
     assert (output_dir / "model.png").read_bytes().startswith(b"\x89PNG")
