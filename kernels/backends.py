@@ -29,11 +29,11 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_gl
     """
     if device_type != "cuda":
         return BackendChoice("torch", f"Triton's kernels need a CUDA device; on {device_type} the torch backend runs")
-    missing = _missing()
-    if missing is None and problem is not None:
-        missing = _obstacle(problem, is_global)
-    if missing is not None:
-        return BackendChoice("torch", f"Triton's kernels cannot run here: {missing}")
+    obstacle = missing()
+    if obstacle is None and problem is not None:
+        obstacle = _obstacle(problem, is_global)
+    if obstacle is not None:
+        return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}")
     return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
 
 
@@ -53,9 +53,9 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
             _warn(choice.reason)
         name = choice.name
     elif name == "triton":
-        missing = _missing() or _obstacle(problem, is_global)
-        if missing is not None:
-            raise ValueError(f"backend='triton' cannot run: {missing}; or use backend='torch' or 'auto'")
+        obstacle = missing() or _obstacle(problem, is_global)
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot run: {obstacle}; or use backend='torch' or 'auto'")
     return _module(name)
 
 
@@ -75,7 +75,8 @@ def _module(name: str) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def _missing() -> str | None:
+def missing() -> str | None:
+    """What must be installed for Triton's kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it with pip install triton"
     return None

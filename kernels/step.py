@@ -13,7 +13,6 @@ graph, and is one operator to `torch.compile`. The others read one memory after 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,12 +20,11 @@ import torch
 from torch import Tensor
 
 from .api import global_memory, local_memory
-from .backends import BACKENDS, BackendChoice
+from .backends import BACKENDS, BackendChoice, missing
 from .checks import check_global, check_local
 from .stack import MemoryStack
 from .types import MemoryParams, MemoryState
 
-HEAD_DIMS = (16, 32, 64, 128)
 HIDDEN_MULTIPLE = 16
 
 
@@ -116,30 +114,23 @@ def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
 
 def _why_not_triton(params: MemoryParams) -> str | None:
     """What keeps the kernel from running, in words, or None."""
-    D, M = params.w1.shape[1:]
-    if not _is_installed():
-        return "triton is not installed"
-    if not _runs_on(params.w1.device.type):
+    obstacle = missing()
+    if obstacle is not None:
+        return obstacle
+    from .fused import limits  # imports triton
+
+    device = limits.device_of(params.w1.device)
+    if device is None or device.capability < limits.MIN_CAPABILITY:
         return (
-            f"its tensors are on {params.w1.device}, and it needs an NVIDIA GPU (or TRITON_INTERPRET=1: slowly, a CPU)"
+            f"its tensors are on {params.w1.device}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
+            "TRITON_INTERPRET=1: slowly, a CPU)"
         )
-    if D not in HEAD_DIMS:
-        return f"its head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {D}"
+    D, M = params.w1.shape[1:]
+    if D not in limits.HEAD_DIMS:
+        return f"its head dim must be one of {', '.join(map(str, limits.HEAD_DIMS))}, got {D}"
     if M % HIDDEN_MULTIPLE:
         return f"the hidden width of its memories must be a multiple of {HIDDEN_MULTIPLE}, got {M}"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def _runs_on(device_type: str) -> bool:
-    from .fused.limits import device_of
-
-    return device_of(torch.device(device_type)) is not None
 
 
 def _check(
