@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from .arguments import Parser, TrainArguments, add_flags, to_arguments
+from .arguments import TrainArguments
 from .bench.arguments import KernelBenchArguments, ModelBenchArguments
 from .bench.kernels import run_kernels
 from .bench.model import run_model
+from .options import Parser, add_flags, to_arguments
 from .plan import prepare
 from .trainer import NonFiniteError, train
 

@@ -13,7 +13,7 @@ import torch
 from modeling_tnt.configuration import TNTConfig, available_presets
 from modeling_tnt.kernels import BACKENDS
 
-from ..arguments import find_blocked_folder, flag_of, option
+from ..options import find_blocked_folder, flag_of, option
 from .costs import MODES
 from .models import make_titans_config, make_tnt_config
 
