@@ -109,7 +109,7 @@ def _add_command(
 ) -> None:
     parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
     parser.set_defaults(run=run)
-    add_flags(parser, arguments_class)
+    add_flags(parser, arguments_class())
 
 
 def _fail(command: str, error: BaseException | str, status: int) -> int:

@@ -1,38 +1,97 @@
-"""How a dataclass becomes a command: `option` fields, a parser that suggests, values back into the dataclass."""
+"""How a dataclass becomes a command and a YAML file: `option` fields, nested, with their checks and their flags.
+
+A field `text_column` of a section `data` is `data: {text_column: …}` in YAML and `--data.text-column` as a flag; the
+fields of an item in a list of sections are reached by the item's name: `--stages.stage2.steps`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
+import json
 import types
-from collections.abc import Iterable
-from dataclasses import field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+NONE = "none"
 
 
-def option(default: Any, group: str, help: str) -> Any:
-    """A field of an arguments dataclass: its default, the group of flags that it belongs to, and its help."""
-    metadata = {"group": group, "help": help}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+def option(default: Any, group: str, help: str, *, positional: bool = False) -> Any:
+    """A field of an arguments dataclass.
+
+    Args:
+        default: its value when nothing is said; a list, dict or dataclass is copied for every instance.
+        group: the heading that its flag stands under in the help.
+        help: what it means, with its unit.
+        positional: given on the command line by its place, without a flag.
+    """
+    metadata = {"group": group, "help": help, "positional": positional}
+    if isinstance(default, list | dict) or is_dataclass(default):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def flag_of(name: str) -> str:
-    """The flag of a field: `--max-steps` for `max_steps`."""
-    return "--" + name.replace("_", "-")
+def flag_of(path: str) -> str:
+    """The flag of a field: `--data.text-column` for `data.text_column`."""
+    return "--" + path.replace("_", "-")
 
 
-def find_blocked_folder(output_dir: Path) -> Iterable[str]:
+def find_blocked_folder(output_dir: Path, name: str = "output_dir") -> Iterable[str]:
     """The problem that a file stands where the output folder, or one above it, would have to be."""
     taken = next((p for p in (output_dir, *output_dir.parents) if p.exists()), None)
     if taken is not None and not taken.is_dir():
-        yield f"--output-dir {output_dir} cannot be made: {taken} is a file; give another folder"
+        yield f"{flag_of(name)} {output_dir} cannot be made: {taken} is a file; give another folder"
+
+
+class Leaf(NamedTuple):
+    """A field that holds a value of its own: its dotted path, what it may hold, and what it holds."""
+
+    path: str
+    hint: Any
+    value: Any
+    metadata: Any
+
+
+def leaves(arguments: Any, prefix: str = "") -> Iterator[Leaf]:
+    """The fields of a dataclass and of the dataclasses in it, in order."""
+    hints = get_type_hints(type(arguments))
+    for f in fields(arguments):
+        value, path = getattr(arguments, f.name), prefix + f.name
+        if is_dataclass(value):
+            yield from leaves(value, path + ".")
+        elif _section_of(hints[f.name]) is not None:
+            for item in value:
+                yield from leaves(item, f"{path}.{item.name}.")
+        else:
+            yield Leaf(path, hints[f.name], value, f.metadata)
+
+
+def _section_of(hint: Any) -> type | None:
+    """The dataclass of a hint `list[SomeDataclass]`."""
+    inner = get_args(hint)[0] if get_origin(hint) is list else None
+    return inner if is_dataclass(inner) else None
+
+
+def _assign(arguments: Any, path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        arguments = (
+            next(item for item in arguments if item.name == section)
+            if isinstance(arguments, list)
+            else getattr(arguments, section)
+        )
+    setattr(arguments, name, value)
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers an unknown flag with the nearest known one."""
+    """An argument parser that takes `_` for `-` in flags, and answers an unknown flag with the nearest known one."""
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -40,45 +99,203 @@ class Parser(argparse.ArgumentParser):
             self.reject(unknown, parsed)
         return parsed
 
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(args if args is None else [_with_dashes(arg) for arg in args], namespace)
+
     def reject(self, unknown: list[str], parsed: argparse.Namespace) -> NoReturn:
-        known = [flag_of(f.name) for f in fields(parsed.arguments_class)] if "arguments_class" in parsed else []
+        known = list(parsed.known_flags) if "known_flags" in parsed else []
         hints = []
         for flag in (item.split("=")[0] for item in unknown if item.startswith("-")):
-            near = difflib.get_close_matches(flag, known, n=1)
-            hints.append(f"{flag} is unknown" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            hints.append(f"{flag} is unknown" + _suggestion(flag, known, "; see --help"))
         self.error("\n  ".join(hints) or f"unexpected arguments: {' '.join(unknown)}")
 
 
-def add_flags(parser: argparse.ArgumentParser, arguments_class: type) -> None:
-    """Give the parser one flag for each field of a dataclass of `option`s, in groups, with defaults in the help."""
-    parser.set_defaults(arguments_class=arguments_class)
-    groups: dict[str, Any] = {}
-    hints = get_type_hints(arguments_class)
-    defaults = arguments_class()
-    for f in fields(arguments_class):
-        group = f.metadata["group"]
+def _with_dashes(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The nearest known name as a question; for a dotted name also one that ends like it in another section."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    tail = name.lstrip("-").split(".")[-1]
+    tails = {k.lstrip("-").split(".")[-1]: k for k in reversed(known)}
+    exact = [tails[tail]] if tail in tails else []
+    near = exact or near or [tails[t] for t in difflib.get_close_matches(tail, tails, n=1)]
+    return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def add_flags(parser: argparse.ArgumentParser, arguments: Any) -> None:
+    """Give the parser one flag for each field of a dataclass instance, whose values are the defaults."""
+    known, groups = [], {}
+    for path, hint, value, metadata in leaves(arguments):
+        group = metadata["group"] if path.count(".") < 2 else f"{metadata['group']}: {path.split('.')[-2]}"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        default = getattr(defaults, f.name)
-        shown = "" if default in (None, []) else f" (default: {_as_words(default)})"
-        options: dict[str, Any] = {"default": default, "help": f.metadata["help"].replace("%", "%%") + shown}
-        kind = hints[f.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(k for k in get_args(kind) if k is not type(None))
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = get_args(kind)[0] if get_args(kind) else kind
-            options["metavar"] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[options["type"]]
-            if get_args(kind):
-                options["nargs"] = "+"
-        groups[group].add_argument(flag_of(f.name), **options)
+        options = _flag_options(hint, value)
+        shown = "" if value in (None, [], {}) or metadata["positional"] else f" (default: {_as_words(value)})"
+        options |= {"default": value, "help": metadata["help"].replace("%", "%%") + shown}
+        if metadata["positional"]:
+            groups[group].add_argument(path, **options)
+            continue
+        known.append(flag_of(path))
+        groups[group].add_argument(flag_of(path), dest=path, **options)
+    parser.set_defaults(arguments=arguments, known_flags=known)
 
 
-def _as_words(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+def _flag_options(hint: Any, value: Any) -> dict[str, Any]:
+    kinds, optional = _alternatives(hint)
+    kind = kinds[0]
+    if kind is bool and not optional:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is dict:
+        return {"action": _Assignments, "nargs": "+", "metavar": "FIELD=JSON"}
+    options: dict[str, Any] = {}
+    if get_origin(kind) is list:
+        options["nargs"] = "+"
+        (kind, *_), optional = _alternatives(get_args(kind)[0])
+    options["metavar"] = METAVARS.get(kind, "TEXT")
+    options["type"] = _optional(kind) if optional else kind
+    return options
+
+
+def _alternatives(hint: Any) -> tuple[list[Any], bool]:
+    """The types that a hint allows besides None, and whether it allows None."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        kinds = [k for k in get_args(hint) if k is not type(None)]
+        return kinds, len(kinds) < len(get_args(hint))
+    return [hint], False
+
+
+def _optional(kind: Any) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == NONE else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it when a value cannot be converted
+    return convert
+
+
+class _Assignments(argparse.Action):
+    """`field=JSON` items, merged into a dict. A value that is no JSON is taken as a string: qk_projection=none."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001 (argparse's signature)
+        merged = dict(getattr(namespace, self.dest) or {})
+        for item in values:
+            name, equals, value = item.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes field=JSON, got {item!r}")
+            try:
+                merged[name] = json.loads(value)
+            except json.JSONDecodeError:
+                merged[name] = value
+        setattr(namespace, self.dest, merged)
+
+
+def _as_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k}={json.dumps(v)}" for k, v in value.items())
+    return " ".join(map(_as_words, value)) if isinstance(value, list) else NONE if value is None else str(value)
 
 
 def to_arguments(parsed: argparse.Namespace) -> Any:
-    """The arguments dataclass of the command that was given, filled with what was parsed."""
-    return parsed.arguments_class(**{f.name: getattr(parsed, f.name) for f in fields(parsed.arguments_class)})
+    """A copy of the dataclass that the command's flags were made from, filled with what was parsed."""
+    arguments = copy.deepcopy(parsed.arguments)
+    for leaf in leaves(parsed.arguments):
+        _assign(arguments, leaf.path, getattr(parsed, leaf.path))
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------- YAML and JSON
+
+
+def from_mapping(cls: type, mapping: Any, name: str, problems: list[str], path: str = "") -> Any:
+    """An instance of the dataclass `cls` from nested mappings, as YAML gives them.
+
+    Args:
+        name: what the mapping is, for messages.
+        problems: every unknown key (with a suggestion) and every value of a wrong type is appended as a text.
+        path: the section that is read.
+    """
+    result = cls()
+    if not isinstance(mapping, dict):
+        problems.append(f"{name}: {path.rstrip('.') or 'it'} must be a mapping of fields, got {mapping!r}")
+        return result
+    hints = get_type_hints(cls)
+    for key, value in mapping.items():
+        if key not in hints:
+            known = [path + f.name for f in fields(cls)]
+            problems.append(f"{name}: {path}{key} is unknown" + _suggestion(f"{path}{key}", known, _choices(known)))
+        else:
+            setattr(result, key, _convert(hints[key], value, name, problems, path + key))
+    return result
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str], path: str) -> Any:
+    section = _section_of(hint)
+    if is_dataclass(hint):
+        return from_mapping(hint, value, name, problems, path + ".")
+    if section is not None:
+        if not isinstance(value, list):
+            problems.append(f"{name}: {path} must be a list, got {value!r}")
+            return []
+        return [from_mapping(section, item, name, problems, f"{path}[{i}].") for i, item in enumerate(value)]
+    kinds, optional = _alternatives(hint)
+    if value is None and optional:
+        return None
+    for kind in kinds:
+        fits, converted = _fit(kind, value)
+        if fits:
+            return converted
+    problems.append(f"{name}: {path} must be {_words(hint)}, got {value!r}")
+    return value
+
+
+def _fit(kind: Any, value: Any) -> tuple[bool, Any]:
+    """Whether a value can stand for `kind`, and as what. YAML 1.1 reads 3e-3 as text."""
+    if get_origin(kind) is list:
+        (inner, *_), optional = _alternatives(get_args(kind)[0])
+        if not isinstance(value, list):
+            return False, value
+        items = [(True, None) if v is None and optional else _fit(inner, v) for v in value]
+        return all(fits for fits, _ in items), [converted for _, converted in items]
+    if get_origin(kind) is dict:
+        return isinstance(value, dict), value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return True, value
+    if kind in (str, Path) and isinstance(value, str | Path):
+        return True, kind(value)
+    return kind is bool and isinstance(value, bool), value
+
+
+def _words(hint: Any) -> str:
+    kinds, optional = _alternatives(hint)
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    words = [
+        f"a list of {_words(get_args(k)[0])}" if get_origin(k) is list else names.get(k, "a mapping") for k in kinds
+    ]
+    return " or ".join(words + ["null"] * optional)
+
+
+def _choices(known: list[str]) -> str:
+    return f"; it may hold {', '.join(known)}"
+
+
+def to_mapping(arguments: Any) -> dict[str, Any]:
+    """Nested dicts, lists, numbers and texts, as YAML and JSON can hold them."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(arguments)
