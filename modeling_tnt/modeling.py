@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,52 @@ class TNTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TNTBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
+
+    def set_local_chunks(
+        self, chunk_sizes: Sequence[int], shard_lengths: int | Sequence[int | None] | None = None
+    ) -> None:
+        """Give the local memories other chunk sizes, as TNT's second stage does (arXiv 2511.07343).
+
+        No weight changes. `config.local_chunk_sizes` does, and `config.local_shard_lengths` if it is given: the layers
+        read them at each call, and the next `save_pretrained` saves them. A cache that was filled before the swap
+        cannot be read on; the next call with it raises a ValueError that names the chunks.
+
+        Args:
+            chunk_sizes: tokens between two updates, one int of at least 1 for each local memory.
+            shard_lengths: tokens after which a memory is reset to its learned initial state, a multiple of its chunk
+                size: one int for all, or one entry for each, in which None stands for "never", as in [None]. None
+                alone keeps what the config has.
+
+        Raises:
+            ValueError: one that lists what is wrong with the two together; the config is unchanged then.
+        """
+        checked = self._with_local_chunks(chunk_sizes, shard_lengths)
+        # Lists of our own: the caller's may change later.
+        for name in ("local_chunk_sizes", "local_shard_lengths"):
+            setattr(self.config, name, copy.copy(getattr(checked, name)))
+
+    def check_local_chunks(
+        self, chunk_sizes: Sequence[int], shard_lengths: int | Sequence[int | None] | None = None
+    ) -> None:
+        """Raise what `set_local_chunks` would with these arguments, and change nothing: for a swap that comes later."""
+        self._with_local_chunks(chunk_sizes, shard_lengths)
+
+    def _with_local_chunks(
+        self, chunk_sizes: Sequence[int], shard_lengths: int | Sequence[int | None] | None
+    ) -> TNTConfig:
+        """A checked copy of the config with these chunks; see `set_local_chunks`."""
+        memories = len(self.base_model.layers[0].memory.local_memories)
+        changed = copy.copy(self.config)
+        changed.local_chunk_sizes = list(chunk_sizes) if isinstance(chunk_sizes, tuple) else chunk_sizes
+        if shard_lengths is not None:
+            changed.local_shard_lengths = list(shard_lengths) if isinstance(shard_lengths, tuple) else shard_lengths
+        if isinstance(changed.local_chunk_sizes, list) and len(changed.local_chunk_sizes) != memories:
+            raise ValueError(
+                f"local_chunk_sizes={changed.local_chunk_sizes} must have one entry for each of the model's {memories} "
+                "local memories: their number is fixed when a model is made; give as many"
+            )
+        changed.validate()
+        return changed
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
