@@ -1,0 +1,81 @@
+"""What a user says about data, and the tokenizer that it names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from ..options import option
+
+BOUNDARIES = ("joined", "marked")
+
+
+@dataclass
+class DataOptions:
+    """Which text is trained on and how it becomes tokens; a flag names a field as `--data.text-column`."""
+
+    sources: list[str] = option(
+        [], "data", "text, JSONL, parquet or arrow files, folders of them, a folder written by save_to_disk, or one "
+        "dataset of the Hub, which is streamed; nothing: the source files of Python's standard library",
+    )  # fmt: skip
+    config: str | None = option(None, "data", "configuration of a dataset of the Hub")
+    split: str = option("train", "data", "split of a dataset of the Hub or of a folder written by save_to_disk")
+    text_column: str = option("text", "data", "column that holds the text, in anything but text files")
+    limit_megabytes: float = option(64.0, "data", "megabytes (10^6 bytes) of text to read at most; 0: all of it")
+    validation_share: float = option(0.05, "data", "share of the documents held out for validation")
+    tokenizer: str = option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
+    boundaries: str = option(
+        "joined", "data", "joined: memories run on from one document to the next; marked: they are reset, and nothing "
+        "is predicted across a boundary",
+    )  # fmt: skip
+    cache_dir: Path | None = option(
+        None, "data", "folder for tokenised data; by default tnt/tokens in the cache of `datasets`"
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sources, list):
+            raise TypeError(f"data.sources must be a list, got {type(self.sources).__name__}; use [{self.sources!r}]")
+        if self.cache_dir is not None:
+            self.cache_dir = Path(self.cache_dir).expanduser()
+
+    def problems(self) -> list[str]:
+        """Every rule that a value breaks, as texts with the flag, the rule and the value."""
+        return list(self._find_problems())
+
+    def _find_problems(self) -> Iterable[str]:
+        if not 0 <= self.limit_megabytes < float("inf"):
+            yield f"--data.limit-megabytes must be at least 0 and finite (0: no limit), got {self.limit_megabytes}"
+        if not 0 < self.validation_share < 1:
+            yield f"--data.validation-share must lie between 0 and 1, both excluded, got {self.validation_share}"
+        if self.boundaries not in BOUNDARIES:
+            yield f"--data.boundaries must be joined or marked, got {self.boundaries!r}"
+        for name in ("split", "text_column", "tokenizer"):
+            if not getattr(self, name):
+                yield f"--data.{name.replace('_', '-')} must not be empty"
+        blocked = self.find_cache_dir()
+        taken = next((p for p in (blocked, *blocked.parents) if p.exists()), None)
+        if taken is not None and not taken.is_dir():
+            yield f"--data.cache-dir {blocked} cannot be made: {taken} is a file; give another folder"
+
+    def find_cache_dir(self) -> Path:
+        """The folder for tokenised data: `cache_dir`, or `tnt/tokens` in the cache of `datasets`, wherever HF_HOME or
+        HF_DATASETS_CACHE put it (by default ~/.cache/huggingface/datasets)."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        # The rule of `datasets`, without its import, which takes a second.
+        return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser() / "tnt" / "tokens"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer `byt5`, or what AutoTokenizer finds under a name or in a folder. Raises OSError."""
+    if name == "byt5":
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"--data.tokenizer {name} could not be loaded: {error}") from error

@@ -1,0 +1,317 @@
+"""Where documents come from: files, folders, saved datasets, the Hub. Everything is read as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .options import DataOptions
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go")
+TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *TABLE_FORMATS)
+STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """One text and the key that decides its side of the split: documents with equal keys are never separated."""
+
+    key: str
+    text: str
+
+
+class ColumnError(ValueError):
+    """The text column is missing or holds no text."""
+
+
+# --------------------------------------------------------------------------------------------------- parts of a source
+
+
+@dataclass
+class TextFile:
+    """A text file, which is one document. `key`: of the split; by default the text."""
+
+    path: Path
+    key: str | None = None
+    skip_undecodable: bool = False
+
+    def read(self, done: int, state: Any) -> Iterator[Document]:
+        if done:
+            return
+        try:
+            text = self.path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.skip_undecodable:
+                return
+            raise ValueError(
+                f"data.sources: {str(self.path)!r} is not UTF-8 text ({error}); convert it or leave it out"
+            ) from error
+        yield Document(self.key or text, text)
+
+    def state(self) -> None:
+        return None
+
+
+@dataclass
+class TableFile:
+    """A JSONL, parquet or arrow file; every record is a document."""
+
+    path: Path
+    text_column: str
+
+    def read(self, done: int, state: Any) -> Iterator[Document]:
+        from datasets import load_dataset  # imported here: the default job does not need it and it takes a second
+
+        if self.path.stat().st_size == 0:
+            return
+        kind = TABLE_FORMATS[self.path.suffix]
+        try:
+            # Streaming reads the file itself; without it `datasets` would write a copy to its cache.
+            records = load_dataset(kind, data_files=[str(self.path)], split="train", streaming=True)
+            yield from _to_documents(islice(records, done, None), self.text_column, str(self.path))
+        except ColumnError:
+            raise
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.sources: {str(self.path)!r} cannot be read as {kind}: {error}") from error
+
+    def state(self) -> None:
+        return None
+
+
+@dataclass
+class SavedDataset:
+    """A split of a folder written by save_to_disk, already opened."""
+
+    path: Path
+    text_column: str
+    records: Any
+
+    def read(self, done: int, state: Any) -> Iterator[Document]:
+        _check_column(self.text_column, self.records.column_names, str(self.path))
+        records = self.records.select_columns([self.text_column]).skip(done)
+        yield from _to_documents(records, self.text_column, str(self.path))
+
+    def state(self) -> None:
+        return None
+
+
+@dataclass
+class HubDataset:
+    """A split of a dataset of the Hub, which is streamed. Its state lets a second reading skip files already read."""
+
+    name: str
+    config: str | None
+    split: str
+    text_column: str
+    records: Any = field(default=None, repr=False)
+
+    def read(self, done: int, state: Any) -> Iterator[Document]:
+        from datasets import load_dataset
+
+        try:
+            self.records = load_dataset(self.name, self.config, split=self.split, streaming=True)
+            if state is not None:
+                self.records.load_state_dict(state)
+            yield from _to_documents(self.records, self.text_column, self.name)
+        except ColumnError:
+            raise
+        except Exception as error:  # those of HTTP clients are neither OSError nor the same in all versions
+            raise OSError(
+                f"data.sources: {self.name!r} is no file or folder here, and `datasets` could not read it as a "
+                f"dataset: {error}"
+            ) from error
+
+    def state(self) -> dict[str, Any]:
+        """What `read` takes to go on after the last record it gave; JSON."""
+        return self.records.state_dict()
+
+
+Part = TextFile | TableFile | SavedDataset | HubDataset
+
+
+def _to_documents(records: Any, text_column: str, name: str) -> Iterator[Document]:
+    for record in records:
+        _check_column(text_column, record, name)
+        text = record[text_column]
+        if not isinstance(text, str):
+            raise ColumnError(f"--data.text-column {text_column} of {name} holds {type(text).__name__}, not text")
+        yield Document(text, text)
+
+
+def _check_column(text_column: str, columns: Any, name: str) -> None:
+    if text_column not in columns:
+        raise ColumnError(f"--data.text-column {text_column} is no column of {name}; use one of {sorted(columns)}")
+
+
+# -------------------------------------------------------------------------------------------------------- whole source
+
+
+@dataclass
+class Source:
+    """What the options name, found but not yet read.
+
+    Args:
+        description: in words.
+        names: what was asked for, as JSON; with `revision` it says which text will come.
+        revision: hash or name of the content's version; None when the Hub cannot be asked.
+        parts: in order.
+        num_bytes: size of the text, where it is known without reading.
+    """
+
+    description: str
+    names: list[Any]
+    revision: str | None
+    parts: list[Part]
+    num_bytes: int | None = None
+
+    def read(self, position: Position) -> Iterator[Document]:
+        """Documents from `position`, which is kept up to date: it counts the document just given as read."""
+        for index in range(position.part, len(self.parts)):
+            if index != position.part:
+                position.part, position.records, position.state = index, 0, None
+            part = self.parts[index]
+            for document in part.read(position.records, position.state):
+                position.records += 1
+                yield document
+
+    def save_position(self, position: Position) -> dict[str, Any]:
+        """The position as JSON, complete with the state of the part that is being read."""
+        state = self.parts[position.part].state() if position.records else None
+        return {"part": position.part, "records": position.records, "state": state}
+
+
+@dataclass
+class Position:
+    """How far a source has been read: whole parts, records of the next one, and what that needs to go on there."""
+
+    part: int = 0
+    records: int = 0
+    state: Any = None
+
+
+def find_source(options: DataOptions) -> Source:
+    """Find what `options.sources` names.
+
+    Raises:
+        OSError: for a file that does not exist or cannot be read.
+        ValueError: for a folder without files of a known kind, or options that the source does not have.
+    """
+    sources = options.sources
+    if not sources:
+        return _stdlib_source(options)
+    if len(sources) == 1 and not Path(sources[0]).expanduser().exists() and _may_be_dataset_name(sources[0]):
+        part = HubDataset(sources[0], options.config, options.split, options.text_column)
+        names = ["hub", sources[0], options.config, options.split]
+        return Source(f"the dataset {sources[0]}, {options.split}", names, find_hub_revision(sources[0]), [part])
+    _refuse_hub_options(options, split_has_meaning=any(_is_saved(Path(name).expanduser()) for name in sources))
+    parts, versions = [], []
+    for path in (Path(name).expanduser() for name in sources):
+        if _is_saved(path):
+            part = _open_saved(path, options)
+            parts.append(part)
+            versions.append([str(path.resolve()), options.split, part.records._fingerprint])
+        else:
+            files = _expand(path)
+            parts += [TableFile(f, options.text_column) if f.suffix in TABLE_FORMATS else TextFile(f) for f in files]
+            versions += [_file_version(f) for f in files]
+    size = None
+    if all(isinstance(part, TextFile) for part in parts):
+        size = sum(version[1] for version in versions)
+    return Source(", ".join(sources), ["files", sources], hash_json(versions), parts, size)
+
+
+def hash_json(value: Any) -> str:
+    """16 hexadecimal digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_hub_revision(name: str) -> str | None:
+    """The commit of a dataset of the Hub; None when the Hub cannot be asked, or does not know the name."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except (
+        Exception
+    ):  # of the HTTP client, which is not the same in all versions; loading the dataset says what is wrong
+        return None
+
+
+def _stdlib_source(options: DataOptions) -> Source:
+    """The `.py` files of the standard library without its tests, which some distributions leave out."""
+    _refuse_hub_options(options, split_has_meaning=False)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - STDLIB_SKIPPED_FOLDERS
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
+    versions = [_file_version(path) for path in files]
+    parts = [TextFile(path, path.relative_to(root).as_posix(), skip_undecodable=True) for path in files]
+    description = f"the source files of Python's standard library in {root}"
+    return Source(description, ["stdlib", str(root)], hash_json(versions), parts, sum(v[1] for v in versions))
+
+
+def _refuse_hub_options(options: DataOptions, *, split_has_meaning: bool) -> None:
+    if options.config is not None:
+        raise ValueError(f"--data.config {options.config} is for a dataset of the Hub, which --data.sources is not")
+    if options.split != "train" and not split_has_meaning:
+        raise ValueError(
+            f"--data.split {options.split} is for datasets of the Hub or folders written by save_to_disk; files have "
+            "no splits, so leave it out"
+        )
+
+
+def _may_be_dataset_name(name: str) -> bool:
+    """Whether a name that is no path here could be one on the Hub: `dataset` or `owner/dataset`."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(KNOWN_SUFFIXES)
+
+
+def _expand(path: Path) -> list[Path]:
+    """A file as it is; for a folder the files of known kinds below it, in order of path."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"data.sources: {str(path)!r} does not exist; give files, folders, or one dataset of the Hub"
+        )
+    found = [p for p in sorted(path.rglob("*")) if p.suffix in KNOWN_SUFFIXES and p.is_file()]
+    if not found:
+        raise ValueError(
+            f"data.sources: {str(path)!r} is a folder without files of a known kind ({' '.join(KNOWN_SUFFIXES)})"
+        )
+    return found
+
+
+def _file_version(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a folder holds what save_to_disk writes for a Dataset or a DatasetDict."""
+    files = ("state.json", "dataset_info.json")
+    return (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in files)
+
+
+def _open_saved(path: Path, options: DataOptions) -> SavedDataset:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        opened = load_from_disk(str(path))
+    except (ValueError, OSError) as error:
+        raise OSError(f"data.sources: {str(path)!r} cannot be read as a saved dataset: {error}") from error
+    if isinstance(opened, DatasetDict):
+        if options.split not in opened:
+            raise ValueError(f"--data.split {options.split} is no split of {path}; use one of {sorted(opened)}")
+        return SavedDataset(path, options.text_column, opened[options.split])
+    if options.split != "train":
+        raise ValueError(f"--data.split {options.split}: {path} holds one dataset without splits; leave it out")
+    return SavedDataset(path, options.text_column, opened)
