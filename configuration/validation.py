@@ -15,12 +15,14 @@ MEMORY_TYPES = ("mlp", "linear")
 QK_PROJECTIONS = ("shard", "chunk", "none")
 KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
 
-# What transformers passes to a constructor or stores in a config.json without declaring it on its base class.
+# What transformers, and what builds on it, passes to a constructor or to AutoConfig.from_pretrained, or stores in a
+# config.json, without declaring it on its base class.
 _TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
     "custom_pipelines",
     "experts_implementation",
+    "gguf_file",
     "quantization_config",
     "tie_last_hidden_states",
     "transformers_weights",

@@ -102,7 +102,7 @@ def load_lora(path: str | os.PathLike, *, is_trainable: bool = False, **options:
     """
     peft = _import_peft()
     adapter = peft.PeftConfig.from_pretrained(path)
-    config = TNTConfig.from_json_file(cached_file(path, BASE_CONFIG_FILE))
+    config = read_base_config(path)
     base = TNTForCausalLM.from_pretrained(adapter.base_model_name_or_path, config=config, **options)
     return peft.PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
 
@@ -110,6 +110,11 @@ def load_lora(path: str | os.PathLike, *, is_trainable: bool = False, **options:
 def save_base_config(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the config of the TNT model inside of `model` to where `load_lora` reads it."""
     find_tnt_model(model).config.to_json_file(Path(folder) / BASE_CONFIG_FILE)
+
+
+def read_base_config(path: str | os.PathLike) -> TNTConfig:
+    """What `save_base_config` wrote to a folder, or what is in a Hub repository. OSError if it is not there."""
+    return TNTConfig.from_json_file(cached_file(path, BASE_CONFIG_FILE))
 
 
 def find_tnt_model(model: nn.Module) -> nn.Module:
