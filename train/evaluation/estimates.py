@@ -95,7 +95,8 @@ class Proportion(NamedTuple):
         n, p = self.trials, self.value
         centre, scale = (p + z * z / (2 * n)) / (1 + z * z / n), 1 + z * z / n
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # At 0 and 1 the interval ends exactly there, but for rounding.
+        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
     @property
     def standard_error(self) -> float:

@@ -33,10 +33,14 @@ class Scores:
     bytes: Tensor
     labels: Tensor
 
+    def parts(self, name: str) -> tuple[Tensor, Tensor]:
+        """The rows' numerators and denominators of "nats_per_token" or "bits_per_byte"; [n] each."""
+        return (self.nats, self.labels) if name == "nats_per_token" else (self.nats / math.log(2), self.bytes)
+
     @property
     def nats_per_token(self) -> Estimate:
         """`Σ nats / Σ labels`, its error over rows as in `estimates.ratio`."""
-        return ratio(self.nats, self.labels)
+        return ratio(*self.parts("nats_per_token"))
 
     @property
     def perplexity(self) -> Estimate:
@@ -46,7 +50,7 @@ class Scores:
     @property
     def bits_per_byte(self) -> Estimate:
         """`Σ nats / (ln 2 · Σ bytes)`: a ratio of two sums that both vary, its error by the delta method over rows."""
-        return ratio(self.nats / math.log(2), self.bytes)
+        return ratio(*self.parts("bits_per_byte"))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -163,7 +167,7 @@ def _model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 def _context(batch: dict[str, Tensor]) -> Tensor:
     """[b, T]: how many tokens of the same sequence, in this row, are before each."""
-    columns = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    columns = torch.arange(batch["input_ids"].shape[1]).repeat(len(batch["input_ids"]), 1)
     if "seq_idx" not in batch:
         return columns
     index = batch["seq_idx"]

@@ -1,0 +1,115 @@
+"""The arguments of `tnt eval`: one dataclass and the checks that need no model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data import DataOptions
+from ..options import find_blocked_folder, flag_of, option
+
+TASKS = ("perplexity", "position", "chunks", "retrieval")
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN_TOKENIZER = "model"
+RETRIEVAL_LENGTHS = [128, 256, 512, 1024, 2048, 4096]
+
+
+@dataclass
+class EvalArguments:
+    """What `tnt eval` needs to know; every field but the model is a flag."""
+
+    model: str = option(
+        "", "evaluation", "folder or Hub name of a causal language model, TNT or other", positional=True
+    )
+    compare: list[str] = option(
+        [], "evaluation", "other models with the same tokenizer, measured on the same text and drawn beside it, e.g. "
+        "the folder of stage 2 beside that of stage 1",
+    )  # fmt: skip
+    tasks: list[str] = option(
+        [], "evaluation", f"of {', '.join(TASKS)}, in this order; by default all, without chunks if a model is no TNT"
+    )
+    seq_len: int = option(1024, "evaluation", "tokens in a row of held-out text")
+    eval_tokens: int = option(131072, "evaluation", "held-out tokens to score, rounded down to whole rows")
+    batch_size: int = option(4, "evaluation", "rows, or documents, in a forward pass")
+    device: str | None = option(None, "evaluation", "cpu, cuda, cuda:1 …; by default cuda if there is one")
+    dtype: str = option("auto", "evaluation", "of the weights: fp32, bf16, fp16, or auto: as they were saved")
+    seed: int = option(0, "evaluation", "of the key-value documents")
+
+    data: DataOptions = option(
+        DataOptions(tokenizer=OWN_TOKENIZER), "data", "held-out text; the tokenizer `model` is the model's own"
+    )
+
+    chunk_sizes: list[int] = option(
+        [], "chunks", "of the local memory with the smallest chunks, in tokens; the others are scaled alike. By "
+        "default 1, 2, 4 … up to the shard length or seq_len",
+    )  # fmt: skip
+    retrieval_lengths: list[int] = option(
+        [], "retrieval", f"tokens in a document; by default {' '.join(map(str, RETRIEVAL_LENGTHS))}"
+    )
+    retrieval_documents: int = option(50, "retrieval", "documents of each length, their needles spread over all depths")
+
+    output_dir: Path = option(Path("runs/eval"), "output", "folder for a JSON file and a PNG of each task")
+    overwrite: bool = option(False, "output", "replace the results of the same tasks that output_dir holds")
+
+    def __post_init__(self) -> None:
+        for name in ("compare", "tasks", "chunk_sizes", "retrieval_lengths"):
+            value = getattr(self, name)
+            if not isinstance(value, list):
+                raise TypeError(f"{name} must be a list, got {type(value).__name__}; use [{value!r}]")
+        self.output_dir = Path(self.output_dir)
+
+    def problems(self) -> list[str]:
+        """Every rule that a value breaks by itself, as texts with the flag, the rule, the value and the remedy."""
+        return [
+            *self._find_wrong_numbers(),
+            *self._find_wrong_choices(),
+            *self.data.problems(),
+            *find_blocked_folder(self.output_dir),
+            *self._find_old_results(),
+        ]
+
+    def _find_wrong_numbers(self) -> Iterable[str]:
+        least = {"seq_len": 2, "eval_tokens": 1, "batch_size": 1, "seed": 0, "retrieval_documents": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                yield f"{flag_of(name)} must be at least {minimum}, got {getattr(self, name)}"
+        for name in ("chunk_sizes", "retrieval_lengths"):
+            for number in getattr(self, name):
+                if number < 1:
+                    yield f"{flag_of(name)} must be at least 1, got {number}"
+
+    def _find_wrong_choices(self) -> Iterable[str]:
+        if not self.model:
+            yield "model must be the folder or Hub name of a causal language model"
+        for task in self.tasks:
+            if task not in TASKS:
+                near = difflib.get_close_matches(task, TASKS, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(TASKS)}"
+                yield f"--tasks {task} is unknown; {remedy}"
+        if self.dtype not in DTYPES:
+            yield f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
+        yield from self._find_wrong_device()
+
+    def _find_wrong_device(self) -> Iterable[str]:
+        try:
+            device = self.torch_device()
+        except RuntimeError:
+            yield f"--device must be a device of torch, such as cpu or cuda, got {self.device!r}"
+            return
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            yield f"--device {self.device}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu"
+        elif device.type == "mps" and not torch.backends.mps.is_available():
+            yield "--device mps: torch cannot use it here; use --device cpu"
+
+    def _find_old_results(self) -> Iterable[str]:
+        held = [f"{task}.json" for task in self.tasks or TASKS if (self.output_dir / f"{task}.json").exists()]
+        if held and not self.overwrite:
+            yield f"--output-dir {self.output_dir} holds {', '.join(held)}; give another folder, or --overwrite"
+
+    def torch_device(self) -> torch.device:
+        """The device that is named, or the default. Raises RuntimeError for what torch does not know."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,185 @@
+"""Task `chunks`: the loss of one TNT model read at other local chunk sizes, as in figure 2 of TNT (arXiv 2511.07343).
+
+A model trained at one chunk size is best near it; stage 2 is to move that to the small chunks that decoding uses. No
+weight depends on a chunk size, so the same weights are read at each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeling_tnt import TNTConfig, TNTForCausalLM
+
+from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .perplexity import compare_scores
+from .scores import Scores
+
+
+@dataclass(frozen=True)
+class ChunkCurve:
+    """The scores of the same rows at several chunk sizes.
+
+    own     the chunk size of the smallest local memory in the model's configuration.
+    chunks  chunk size of the smallest local memory → those of all of them.
+    scores  chunk size of the smallest local memory → scores.
+    """
+
+    own: int
+    chunks: dict[int, list[int]]
+    scores: dict[int, Scores]
+
+
+def scale_chunks(config: TNTConfig, smallest: int) -> list[int]:
+    """Chunk sizes of all local memories when the smallest of them has chunks of `smallest` tokens.
+
+    All are scaled by the same factor: memory i gets `C_i · smallest / min(C)`, rounded (by ratio) to a chunk size that
+    it may have: at least 1 and, if it is reset, a divisor of its shard length. So {4, 16} at 1 is {1, 4}.
+
+    Raises:
+        ValueError: if the smallest memory itself cannot have such chunks.
+    """
+    own = min(config.local_chunk_sizes)
+    scaled = [
+        _nearest_chunk(chunk * smallest / own, shard)
+        for chunk, shard in zip(config.local_chunk_sizes, config.shard_lengths, strict=True)
+    ]
+    first = config.local_chunk_sizes.index(own)
+    if scaled[first] != smallest:
+        shard = config.shard_lengths[first]
+        near = {max(d for d in _divisors(shard) if d <= smallest)} | {d for d in _divisors(shard) if d > smallest}
+        raise ValueError(
+            f"{smallest} must divide {shard}, the shard length of the local memory with the smallest chunks; "
+            f"use {' or '.join(map(str, sorted(near)[:2]))}"
+        )
+    return scaled
+
+
+def _nearest_chunk(target: float, shard: int | None) -> int:
+    """The chunk size nearest to `target` by ratio that a memory with this shard length may have."""
+    if shard is None:
+        return max(1, round(target))
+    return min(_divisors(shard), key=lambda d: abs(math.log(d / target)))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def default_chunk_sizes(config: TNTConfig, seq_len: int) -> list[int]:
+    """1, 2, 4, … up to the shard length of the memory with the smallest chunks, or to seq_len if that is less, as far
+    as they divide it; and the model's own chunk size."""
+    own = min(config.local_chunk_sizes)
+    shard = config.shard_lengths[config.local_chunk_sizes.index(own)]
+    limit = min(shard or seq_len, seq_len)
+    powers = (2**i for i in range(limit.bit_length()))
+    return sorted({own, *(p for p in powers if p <= limit and (shard is None or shard % p == 0))})
+
+
+@contextmanager
+def local_chunks(model: TNTForCausalLM, chunk_sizes: list[int]) -> Iterator[None]:
+    """The model with these local chunk sizes; its own are restored afterwards, also after an error."""
+    own = list(model.config.local_chunk_sizes)
+    model.set_local_chunks(chunk_sizes)
+    try:
+        yield
+    finally:
+        model.set_local_chunks(own)
+
+
+def measure_chunks(model: TNTForCausalLM, sizes: list[int], score: Callable[[TNTForCausalLM], Scores]) -> ChunkCurve:
+    """Score the model at each size of its smallest local memory; its own is always among them."""
+    config, own = model.config, min(model.config.local_chunk_sizes)
+    chunks = {size: scale_chunks(config, size) for size in sorted({*sizes, own})}
+    chunks[own] = list(config.local_chunk_sizes)
+    scores = {}
+    for size, all_sizes in chunks.items():
+        with local_chunks(model, all_sizes):
+            scores[size] = score(model)
+    return ChunkCurve(own, chunks, scores)
+
+
+def report_chunks(curves: dict[str, ChunkCurve]) -> dict[str, Any]:
+    """What chunks.json holds."""
+    (_, base), *others = curves.items()
+
+    def differences(first: Scores, second: Scores) -> dict[str, Any]:
+        return {name: estimate.to_json() for name, estimate in compare_scores(first, second).items()}
+
+    return {
+        "models": {
+            name: {
+                "own_chunk_size": curve.own,
+                "curve": [
+                    {
+                        "chunk_size": size, "local_chunk_sizes": curve.chunks[size], **curve.scores[size].to_json(),
+                        "minus_own_chunk_size": differences(curve.scores[curve.own], curve.scores[size]),
+                    }
+                    for size in curve.chunks
+                ],
+            }
+            for name, curve in curves.items()
+        },
+        "minus_first_model": {
+            name: [
+                {"chunk_size": size, **differences(base.scores[size], curve.scores[size])}
+                for size in curve.scores
+                if size in base.scores
+            ]
+            for name, curve in others
+        },
+    }  # fmt: skip
+
+
+def describe_chunks(curves: dict[str, ChunkCurve]) -> list[str]:
+    """Lines for the terminal."""
+    lines = []
+    for name, curve in curves.items():
+        lines.append(f"{name}: perplexity by chunk size; difference to its own chunks in nats per token (paired)")
+        for size, scores in curve.scores.items():
+            difference = compare_scores(curve.scores[curve.own], scores)["nats_per_token"]
+            remark = "own" if size == curve.own else str(difference)
+            lines.append(f"  {'/'.join(map(str, curve.chunks[size])):>12}  {scores.perplexity}   {remark}")
+    return lines
+
+
+def draw_chunks(path: Path, curves: dict[str, ChunkCurve]) -> None:
+    """Perplexity by chunk size, and the loss beside that at the model's own chunk size; standard errors as bars.
+
+    The errors on the left are mostly how rows differ from one another, which is the same at each chunk size; those on
+    the right are paired, without it.
+    """
+    figure = new_figure(10.5, 4.6)
+    left, right = figure.subplots(1, 2)
+    for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+        sizes = list(curve.scores)
+        perplexities = [s.perplexity for s in curve.scores.values()]
+        differences = [compare_scores(curve.scores[curve.own], s)["nats_per_token"] for s in curve.scores.values()]
+        style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.3, "capsize": 2}
+        for axes, values in ((left, perplexities), (right, differences)):
+            # A little apart, so that the bars of several models do not cover each other.
+            x = [size * 1.03 ** (i - (len(curves) - 1) / 2) for size in sizes]
+            axes.errorbar(x, [v.value for v in values], yerr=[v.standard_error for v in values], label=name, **style)
+            at = sizes.index(curve.own)
+            own = f"{name} as configured, chunks {'/'.join(map(str, curve.chunks[curve.own]))}"
+            axes.plot(
+                x[at], values[at].value, "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=1.8,
+                label=own if axes is left else None,
+            )  # fmt: skip
+    ticks = sorted({size for curve in curves.values() for size in curve.scores})
+    for axes in (left, right):
+        count_in_doublings(axes, ticks)
+        several = any(len(c) > 1 for curve in curves.values() for c in curve.chunks.values())
+        axes.set_xlabel("local chunk size, in tokens" + (" (of the smallest; all scaled alike)" if several else ""))
+        axes.grid(alpha=0.3)
+    left.set_ylabel("perplexity")
+    left.set_title("Perplexity by chunk size at inference", fontsize=11)
+    left.legend(fontsize=9)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_ylabel("nats per token above the own chunk size")
+    right.set_title("Loss beside that at the model's own chunk size (paired)", fontsize=11)
+    save_figure(figure, path)

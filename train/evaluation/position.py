@@ -1,0 +1,174 @@
+"""Task `position`: the loss by how much a model has read, as in figure 2 of TTT (arXiv 2407.04620)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimates import Estimate, fit_slope, mean_error, ratio_influence
+from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .scores import TokenLosses
+
+BINS_PER_DOUBLING = 2
+SLOPE_BINS = 4  # the last two doublings
+
+
+@dataclass(frozen=True)
+class PositionCurve:
+    """Sums over the predicted tokens of each row and bin; a token's position is how many tokens were read before it.
+
+    edges   [K + 1] ascending: bin k holds the positions edges[k] to edges[k + 1] − 1.
+    nats    [n, K] float64, Σ −ln p(token).
+    labels  [n, K] int64, how many tokens are predicted.
+    """
+
+    edges: list[int]
+    nats: Tensor
+    labels: Tensor
+
+    def ratios(self) -> tuple[list[int], list[float], list[Tensor]]:
+        """The bins that hold tokens, the nats per token of each, and the rows' influences [n] on it (`estimates`)."""
+        bins = [k for k in range(len(self.edges) - 1) if self.labels[:, k].sum() > 0]
+        values, influences = zip(*(ratio_influence(self.nats[:, k], self.labels[:, k]) for k in bins), strict=True)
+        return bins, list(values), list(influences)
+
+    def losses(self) -> dict[int, Estimate]:
+        """Nats per token of each bin that holds tokens, with its error over rows, by the bin's index."""
+        return {k: Estimate(v, mean_error(i)) for k, v, i in zip(*self.ratios(), strict=True)}
+
+    def centre(self, k: int) -> float:
+        """The geometric middle of bin k, in tokens."""
+        return math.sqrt(self.edges[k] * (self.edges[k + 1] - 1))
+
+    def slope(self) -> tuple[Estimate, int, int] | None:
+        """Nats per token by which the loss changes with each doubling of the context, in the last `SLOPE_BINS` bins.
+
+        The least-squares slope of the bins' means over log2 of their centres. It is a linear combination of the means,
+        so the same combination of the rows' influences gives its error, with the correlation of bins within rows.
+
+        Returns:
+            The slope, and the first and last position that it spans; None with fewer than three bins.
+        """
+        bins, values, influences = (column[-SLOPE_BINS:] for column in self.ratios())
+        if len(bins) < 3:
+            return None
+        weights = fit_slope(torch.tensor([math.log2(self.centre(k)) for k in bins]))
+        value = (weights * torch.tensor(values, dtype=torch.float64)).sum().item()
+        error = mean_error((weights[:, None] * torch.stack(influences)).sum(0))
+        return Estimate(value, error), self.edges[bins[0]], self.edges[bins[-1] + 1] - 1
+
+    def to_json(self) -> dict[str, Any]:
+        slope = self.slope()
+        return {
+            "bins": [
+                {
+                    "first_position": self.edges[k], "last_position": self.edges[k + 1] - 1,
+                    "tokens": int(self.labels[:, k].sum()), "nats_per_token": loss.to_json(),
+                }
+                for k, loss in self.losses().items()
+            ],
+            "slope_of_last_bins": None if slope is None else {
+                "nats_per_doubling": slope[0].to_json(), "first_position": slope[1], "last_position": slope[2],
+            },
+        }  # fmt: skip
+
+
+def position_edges(seq_len: int) -> list[int]:
+    """Edges of bins that cover the positions 1 to seq_len − 1, two bins to a doubling, counted down from the end: so
+    the last bins are whole, and the shortest ones, at the start, hold one position each."""
+    edges, edge = [seq_len], float(seq_len)
+    while edges[-1] > 1:
+        edge = min(edge / 2 ** (1 / BINS_PER_DOUBLING), edges[-1] - 1)
+        edges.append(max(1, round(edge)))
+    return edges[::-1]
+
+
+def collect_positions(losses: Iterable[TokenLosses], seq_len: int) -> PositionCurve:
+    """Sum the losses of rows of `seq_len` tokens in bins of positions. In rows of marked documents a position is
+    counted from the document's start, or from the row's if the document began before it: what the model has read.
+    """
+    edges = position_edges(seq_len)
+    nats, labels = [], []
+    for batch in losses:
+        index = torch.bucketize(batch.context.contiguous(), torch.tensor(edges), right=True) - 1
+        index = index.clamp(min=0)  # the first tokens of documents, which are not predicted
+        empty = torch.zeros(len(index), len(edges) - 1, dtype=torch.float64)
+        nats.append(empty.scatter_add(1, index, batch.nats.double()))
+        labels.append(empty.scatter_add(1, index, batch.scored.double()).long())
+    return PositionCurve(edges, torch.cat(nats), torch.cat(labels))
+
+
+def compare_positions(first: PositionCurve, second: PositionCurve) -> dict[int, Estimate]:
+    """Second minus first in each bin, in nats per token, with paired errors over the same rows."""
+    pairs = zip(*first.ratios(), *second.ratios()[1:], strict=True)
+    return {k: Estimate(b - a, mean_error(ib - ia)) for k, a, ia, b, ib in pairs}
+
+
+def report_positions(curves: dict[str, PositionCurve]) -> dict[str, Any]:
+    """What position.json holds."""
+    (_, base), *others = curves.items()
+    return {
+        "models": {name: curve.to_json() for name, curve in curves.items()},
+        "minus_first_model": {
+            name: [
+                {
+                    "first_position": base.edges[k], "last_position": base.edges[k + 1] - 1,
+                    "nats_per_token": difference.to_json(),
+                }
+                for k, difference in compare_positions(base, curve).items()
+            ]
+            for name, curve in others
+        },
+    }  # fmt: skip
+
+
+def describe_positions(curves: dict[str, PositionCurve]) -> list[str]:
+    """Lines for the terminal: what the last doublings of context still gain."""
+    lines = []
+    for name, curve in curves.items():
+        slope = curve.slope()
+        if slope is None:
+            lines.append(f"{name}: rows are too short to tell whether more context helps")
+            continue
+        (value, error), first, last = slope
+        helps = (
+            "more context helps" if value < -2 * error else "it gets worse" if value > 2 * error else "no clear gain"
+        )
+        lines.append(
+            f"{name}: {slope[0]} nats per token with each doubling of the context from {first:,} to {last:,} tokens"
+            + (f" ({helps})" if math.isfinite(error) else "")
+        )
+    return lines
+
+
+def draw_positions(path: Path, curves: dict[str, PositionCurve]) -> None:
+    """The curves with their standard errors, and the fitted slopes of the last bins."""
+    figure = new_figure(7.5, 4.6)
+    axes = figure.subplots()
+    for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
+        losses = curve.losses()
+        x, y = [curve.centre(k) for k in losses], [loss.value for loss in losses.values()]
+        errors = [loss.standard_error for loss in losses.values()]
+        axes.errorbar(x, y, yerr=errors, color=color, marker="o", markersize=3.5, linewidth=1.2, capsize=2, label=name)
+        slope = curve.slope()
+        if slope is not None:
+            ends = x[-SLOPE_BINS:]
+            middle = sum(math.log2(v) for v in ends) / len(ends)
+            level = sum(y[-SLOPE_BINS:]) / len(ends)
+            fitted = [level + slope[0].value * (math.log2(v) - middle) for v in ends]
+            axes.plot(ends, fitted, color="black", linewidth=1, linestyle="--", zorder=3)
+            axes.plot([], [], color="black", linestyle="--", linewidth=1, label=f"{slope[0]} nats a doubling")
+    longest = max(curve.edges[-1] for curve in curves.values())
+    count_in_doublings(axes, [2**i for i in range(longest.bit_length()) if 2**i <= longest])
+    axes.set_xlabel("tokens read before the predicted one")
+    axes.set_ylabel("nats per token")
+    axes.set_title("Loss by position: does more context keep helping?", fontsize=11)
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)

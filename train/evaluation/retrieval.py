@@ -1,0 +1,208 @@
+"""Task `retrieval`: is a value found again in a text of key-value pairs, at growing lengths (associative recall)?"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from modeling_tnt import TNTForCausalLM
+
+from .estimates import Estimate, Proportion, mean
+from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .needles import DEPTH_BINS, Needle, digits_for
+
+PIECE = 1024  # tokens that a TNT model reads at a time
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a model did with the documents of one length.
+
+    exact   [n] bool, whether greedy decoding gives the value, token by token.
+    nats    [n] float64, −ln p(value | document).
+    depths  [n] float64, where the needle begins, as a share of the document.
+    """
+
+    length: int
+    pairs: int
+    exact: Tensor
+    nats: Tensor
+    depths: Tensor
+
+    @property
+    def accuracy(self) -> Proportion:
+        return Proportion(int(self.exact.sum()), len(self.exact))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a model that answers with any value of the document: 1 / pairs."""
+        return 1 / self.pairs
+
+    @property
+    def chance_nats(self) -> float:
+        """Nats of that answer: ln pairs. A model that knows only that digits follow needs ln 10 for each digit."""
+        return math.log(self.pairs)
+
+    @property
+    def answer_nats(self) -> Estimate:
+        return mean(self.nats)
+
+    def by_depth(self) -> list[Proportion | None]:
+        """The accuracy in `DEPTH_BINS` equal ranges of depth; None where there is no document."""
+        index = (self.depths.clamp(0, 1) * DEPTH_BINS).long().clamp(max=DEPTH_BINS - 1)
+        chosen = (self.exact[index == i] for i in range(DEPTH_BINS))
+        return [Proportion(int(exact.sum()), len(exact)) if len(exact) else None for exact in chosen]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "length": self.length, "pairs": self.pairs, "exact_match": self.accuracy.to_json(), "chance": self.chance,
+            "nats_of_answer": self.answer_nats.to_json(), "chance_nats": self.chance_nats,
+            "by_depth": [
+                {"from": i / DEPTH_BINS, "to": (i + 1) / DEPTH_BINS, "exact_match": p.to_json()}
+                for i, p in enumerate(self.by_depth())
+                if p is not None
+            ],
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def measure_retrieval(
+    model: nn.Module,
+    needles: list[Needle],
+    *,
+    batch_size: int,
+    pad_token_id: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Retrieval:
+    """Ask a model for the values of documents of equal length.
+
+    The answer is given with the question (teacher forcing), and counts if each of its tokens is the most probable one.
+    That is the case if and only if greedy decoding writes the answer: both take the same choices until one is wrong.
+
+    A TNT model reads a document in pieces of `PIECE` tokens with its cache, so that the memory needed does not grow
+    with the length; other models read it at once.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    exact, nats = [], []
+    model.eval()
+    try:
+        for start in range(0, len(needles), batch_size):
+            batch = needles[start : start + batch_size]
+            context = torch.stack([needle.context for needle in batch])
+            answers = pad_sequence([n.answer for n in batch], batch_first=True, padding_value=-100)
+            given = answers[:, :-1].masked_fill(answers[:, :-1] == -100, pad_token_id)  # after the answer: not seen
+            logits = read_to_the_end(model, torch.cat([context, given], dim=1).to(device), answers.shape[1])
+            log_p = logits.float().log_softmax(-1).cpu()
+            asked = answers != -100
+            right = (log_p.argmax(-1) == answers) | ~asked
+            of_answer = log_p.gather(-1, answers.clamp(min=0)[..., None])[..., 0].masked_fill(~asked, 0)
+            exact.append(right.all(1))
+            nats.append(-of_answer.double().sum(1))
+            if on_batch is not None:
+                on_batch(len(batch))
+    finally:
+        model.train(was_training)
+    depths = torch.tensor([needle.depth for needle in needles], dtype=torch.float64)
+    return Retrieval(len(needles[0].context), needles[0].pairs, torch.cat(exact), torch.cat(nats), depths)
+
+
+def read_to_the_end(model: nn.Module, input_ids: Tensor, keep: int) -> Tensor:
+    """Logits of the last `keep` columns of input_ids [B, T]: [B, keep, vocab]."""
+    if isinstance(model, TNTForCausalLM):
+        cache = None
+        for piece in input_ids[:, :-keep].split(PIECE, dim=1):
+            read = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = read.past_key_values
+        return model(input_ids=input_ids[:, -keep:], past_key_values=cache, use_cache=True).logits
+    spared = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=input_ids, use_cache=False, **spared).logits[:, -keep:]
+
+
+def report_retrieval(results: dict[str, list[Retrieval]]) -> dict[str, Any]:
+    """What retrieval.json holds."""
+    return {
+        "format": "KEY = VALUE lines of random letters and digits; KEY = is asked at the end",
+        "standard_errors": "exact_match: Wilson's interval of one standard error; nats_of_answer: of the mean",
+        "models": {name: [result.to_json() for result in lengths] for name, lengths in results.items()},
+    }
+
+
+def describe_retrieval(results: dict[str, list[Retrieval]]) -> list[str]:
+    """Lines for the terminal."""
+    lines = []
+    for name, lengths in results.items():
+        lines.append(f"{name}: exact answers (one standard error), chance, nats of the answer (chance)")
+        for r in lengths:
+            low, high = r.accuracy.interval()
+            lines.append(
+                f"  {r.length:>7,} tokens  {r.accuracy.value:6.1%} ({low:.1%} to {high:.1%}), chance {r.chance:.1%}   "
+                f"{r.answer_nats} ({r.chance_nats:.2f})"
+            )
+    return lines
+
+
+def draw_retrieval(path: Path, results: dict[str, list[Retrieval]]) -> None:
+    """Accuracy by length, nats of the answer by length, and for each model accuracy by length and depth."""
+    maps = [f"map{i}" for i in range(len(results))]
+    width = 2 * len(maps)
+    figure = new_figure(10, 7.5)
+    axes = figure.subplot_mosaic(
+        [["accuracy"] * (width // 2) + ["nats"] * (width // 2), [m for m in maps for _ in "ab"]]
+    )
+    first = next(iter(results.values()))
+    lengths = [r.length for r in first]
+    for color, (name, of_lengths) in zip(COLORS, results.items(), strict=False):
+        style = {"color": color, "marker": "o", "markersize": 4, "capsize": 2, "label": name}
+        accuracy = [r.accuracy for r in of_lengths]
+        bars = [[p.value - p.interval()[0] for p in accuracy], [p.interval()[1] - p.value for p in accuracy]]
+        axes["accuracy"].errorbar(lengths, [p.value for p in accuracy], yerr=bars, **style)
+        nats = [r.answer_nats for r in of_lengths]
+        axes["nats"].errorbar(lengths, [e.value for e in nats], yerr=[e.standard_error for e in nats], **style)
+    dashed = {"color": "black", "linestyle": "--", "linewidth": 1}
+    axes["accuracy"].plot(lengths, [r.chance for r in first], label="chance: any value of the document", **dashed)
+    axes["nats"].plot(lengths, [r.chance_nats for r in first], label="chance: any value of the document", **dashed)
+    guess = [math.log(10) * digits_for(r.pairs) for r in first]
+    axes["nats"].plot(lengths, guess, color="black", linestyle=":", linewidth=1, label="any digits")
+    axes["accuracy"].set_ylim(-0.03, 1.03)
+    axes["accuracy"].set_ylabel("share of exact answers")
+    axes["accuracy"].set_title("Values found again (±1 Wilson standard error)", fontsize=11)
+    axes["nats"].set_ylim(bottom=0)
+    axes["nats"].set_ylabel("nats of the answer")
+    axes["nats"].set_title("How surprising the right value is", fontsize=11)
+    for name in ("accuracy", "nats"):
+        count_in_doublings(axes[name], lengths)
+        axes[name].set_xlabel("tokens in the document")
+        axes[name].legend(fontsize=8)
+        axes[name].grid(alpha=0.3)
+    for panel, (name, of_lengths) in zip(maps, results.items(), strict=True):
+        _draw_depths(axes[panel], name, of_lengths)
+    save_figure(figure, path)
+
+
+def _draw_depths(axes: Any, name: str, of_lengths: list[Retrieval]) -> None:
+    """A map of the accuracy, with its numbers."""
+    columns = [[math.nan if p is None else p.value for p in r.by_depth()] for r in of_lengths]
+    grid = torch.tensor(columns).T.numpy()
+    axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in ((index, grid[index]) for index in _indices(grid)):
+        if not math.isnan(value):
+            color = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks(range(len(of_lengths)), [f"{r.length:,}" for r in of_lengths])
+    axes.set_yticks(range(DEPTH_BINS), [f"{i / DEPTH_BINS:.0%}–{(i + 1) / DEPTH_BINS:.0%}" for i in range(DEPTH_BINS)])
+    axes.set_xlabel("tokens in the document")
+    axes.set_ylabel("depth of the pair (0%: at the start)")
+    axes.set_title(f"{name}: exact answers by length and depth", fontsize=11)
+
+
+def _indices(grid: Any) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(grid.shape[0]) for column in range(grid.shape[1])]

@@ -1,0 +1,283 @@
+"""`tnt eval` from its arguments to a JSON file and a picture of each task. Read `run_eval`, then `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint import atomic_file
+from ..data import Rows, load_data
+from ..options import to_mapping
+from ..report import progress_bar
+from .arguments import DTYPES, RETRIEVAL_LENGTHS, TASKS, EvalArguments
+from .chunks import default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks, scale_chunks
+from .needles import Needle, NeedleFactory
+from .perplexity import describe_perplexity, draw_perplexity, report_perplexity
+from .position import collect_positions, describe_positions, draw_positions, report_positions
+from .retrieval import describe_retrieval, draw_retrieval, measure_retrieval, report_retrieval
+from .scores import iterate_losses, score_rows
+from .subjects import Subject, find_subjects, find_tokenizer, load_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that the tasks need, checked and loaded."""
+
+    arguments: EvalArguments
+    tasks: list[str]
+    remarks: list[str]
+    subjects: list[Subject]
+    models: dict[str, PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    description: str
+    needles: dict[int, list[Needle]]
+
+
+def run_eval(arguments: EvalArguments) -> int:
+    """The command `tnt eval`: returns its exit status, and prints errors to stderr.
+
+    0: done; 1: a result could not be written, or memory ran out; 2: arguments, models or data that cannot be used;
+    130: interrupted from the keyboard. What was finished before is kept.
+    """
+    try:
+        evaluation = prepare(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, status=2)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the evaluation began", status=130)
+    try:
+        evaluate(evaluation)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"out of memory; lower --batch-size, or --seq-len and --retrieval-lengths ({error})", status=1)
+    except OSError as error:
+        return _fail(error, status=1)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; finished tasks are kept in {arguments.output_dir}", status=130)
+    return 0
+
+
+def prepare(arguments: EvalArguments) -> Evaluation:
+    """Check the arguments, load models and data, and make the documents. Nothing is computed or written.
+
+    Raises:
+        ValueError, TypeError: for arguments that cannot be used, all of them at once, or data that does not fit them.
+        OSError: for models or data that cannot be read.
+    """
+    problems = arguments.problems()
+    subjects = find_subjects([arguments.model, *arguments.compare], problems) if arguments.model else []
+    complete = len(subjects) == 1 + len(arguments.compare)
+    tokenizer = find_tokenizer(arguments.data.tokenizer, subjects, problems) if complete else None
+    tasks, remarks = _choose_tasks(arguments, subjects, problems)
+    lengths = _choose_lengths(arguments, tasks, subjects, problems, remarks)
+    needles: dict[int, list[Needle]] = {}
+    if tokenizer is not None and "retrieval" in tasks and not problems:
+        needles = _make_needles(arguments, tokenizer, lengths, problems)
+    if problems:
+        raise ValueError("\n  ".join(["this evaluation cannot be done:", *problems]))
+
+    print("loading models and data ...", flush=True)
+    device, dtype = arguments.torch_device(), DTYPES[arguments.dtype]
+    models = {subject.label: load_model(subject, device, dtype) for subject in subjects}
+    data = load_data(arguments.data, tokenizer)
+    rows = data.validation.rows(arguments.seq_len, arguments.data.boundaries)
+    if len(rows) == 0:
+        raise ValueError(
+            f"--seq-len {arguments.seq_len} is more than the {data.validation.num_tokens:,} tokens that are held out; "
+            "use a smaller one, more text, or a larger --data.validation-share"
+        )
+    rows = rows.head(max(1, arguments.eval_tokens // arguments.seq_len))
+    return Evaluation(arguments, tasks, remarks, subjects, models, tokenizer, rows, data.description, needles)
+
+
+def evaluate(evaluation: Evaluation) -> dict[str, Any]:
+    """Do the tasks one after the other, each written to `output_dir` when it is done. Returns what the files hold."""
+    arguments = evaluation.arguments
+    _print_start(evaluation)
+    reports = {}
+    for task in evaluation.tasks:
+        began = time.perf_counter()
+        results = {label: _MEASURES[task](evaluation, label) for label in evaluation.models}
+        report = _head(evaluation, task) | {"seconds": time.perf_counter() - began} | _REPORTS[task](results)
+        reports[task] = report
+        with atomic_file(arguments.output_dir / f"{task}.json") as path:
+            path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _DRAWINGS[task](arguments.output_dir / f"{task}.png", results)
+        print("\n".join([f"\n{task}", *(f"  {line}" for line in _DESCRIPTIONS[task](results))]), flush=True)
+    print(f"\nresults  {arguments.output_dir}: a JSON file and a PNG of each task", flush=True)
+    return reports
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure_perplexity(evaluation: Evaluation, label: str) -> Any:
+    return _score(evaluation, label, f"perplexity of {label}")
+
+
+def _measure_position(evaluation: Evaluation, label: str) -> Any:
+    with progress_bar(len(evaluation.rows), f"positions of {label}", "row", leave=False) as bar:
+        losses = iterate_losses(
+            evaluation.models[label], evaluation.rows, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
+        )
+        return collect_positions(losses, evaluation.arguments.seq_len)
+
+
+def _measure_chunks(evaluation: Evaluation, label: str) -> Any:
+    model, arguments = evaluation.models[label], evaluation.arguments
+    sizes = arguments.chunk_sizes or default_chunk_sizes(model.config, arguments.seq_len)
+
+    def score(model: PreTrainedModel) -> Any:
+        return _score(evaluation, label, f"{label} at chunks {model.config.local_chunk_sizes}")
+
+    return measure_chunks(model, sizes, score)
+
+
+def _measure_retrieval(evaluation: Evaluation, label: str) -> Any:
+    results = []
+    for length, needles in evaluation.needles.items():
+        with progress_bar(len(needles), f"{label}, {length} tokens", "document", leave=False) as bar:
+            results.append(
+                measure_retrieval(
+                    evaluation.models[label], needles, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
+                )
+            )
+    return results
+
+
+def _score(evaluation: Evaluation, label: str, name: str) -> Any:
+    with progress_bar(len(evaluation.rows), name, "row", leave=False) as bar:
+        return score_rows(
+            evaluation.models[label], evaluation.rows, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
+        )
+
+
+_MEASURES: dict[str, Callable[[Evaluation, str], Any]] = {
+    "perplexity": _measure_perplexity, "position": _measure_position, "chunks": _measure_chunks,
+    "retrieval": _measure_retrieval,
+}  # fmt: skip
+_REPORTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "perplexity": report_perplexity, "position": report_positions, "chunks": report_chunks,
+    "retrieval": report_retrieval,
+}  # fmt: skip
+_DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "perplexity": describe_perplexity, "position": describe_positions, "chunks": describe_chunks,
+    "retrieval": describe_retrieval,
+}  # fmt: skip
+_DRAWINGS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "perplexity": draw_perplexity, "position": draw_positions, "chunks": draw_chunks, "retrieval": draw_retrieval,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+
+
+def _choose_tasks(
+    arguments: EvalArguments, subjects: list[Subject], problems: list[str]
+) -> tuple[list[str], list[str]]:
+    """The tasks in the order of `TASKS`, and a remark for each that is left out."""
+    tasks, remarks = [task for task in TASKS if task in (arguments.tasks or TASKS)], []
+    without = [subject for subject in subjects if not subject.has_local_memories]
+    if "chunks" in tasks and without:
+        subject = without[0]
+        kind = "has no local memory" if subject.is_tnt else f"is a {subject.config.model_type} model and has no chunks"
+        if "chunks" in arguments.tasks:
+            problems.append(f"--tasks chunks needs TNT models with local memories, and {subject.source} {kind}")
+        else:
+            remarks.append(f"the task chunks is left out: {subject.source} {kind}")
+        tasks.remove("chunks")
+    if "chunks" in tasks:
+        for subject in subjects:
+            problems += _find_wrong_chunks(arguments, subject)
+    return tasks, remarks
+
+
+def _find_wrong_chunks(arguments: EvalArguments, subject: Subject) -> list[str]:
+    problems = []
+    for size in arguments.chunk_sizes:
+        try:
+            if size >= 1:
+                scale_chunks(subject.config, size)
+        except ValueError as error:
+            problems.append(f"--chunk-sizes with {subject.source}: {error}")
+    return problems
+
+
+def _choose_lengths(
+    arguments: EvalArguments, tasks: list[str], subjects: list[Subject], problems: list[str], remarks: list[str]
+) -> list[int]:
+    """The lengths of the retrieval's documents; those that a model has no positions for are a problem if they were
+    named, and left out with a remark if not."""
+    lengths = arguments.retrieval_lengths or RETRIEVAL_LENGTHS
+    for subject in subjects:
+        problems += subject.find_excess("--seq-len", arguments.seq_len)
+        if "retrieval" in tasks:
+            # The answer follows the document.
+            too_long = [length for length in lengths if any(subject.find_excess("", length + 16))]
+            if too_long and arguments.retrieval_lengths:
+                problems += subject.find_excess("--retrieval-lengths", max(too_long) + 16)
+            elif too_long:
+                remarks.append(f"retrieval without {', '.join(map(str, too_long))} tokens: {subject.source} is shorter")
+                lengths = [length for length in lengths if length not in too_long]
+        longest = max([arguments.seq_len, *(lengths if "retrieval" in tasks else [])])
+        if subject.longest is not None and longest > subject.longest:
+            remarks.append(f"{subject.source} was made for {subject.longest:,} tokens and reads up to {longest:,} here")
+    return sorted(set(lengths))
+
+
+def _make_needles(
+    arguments: EvalArguments, tokenizer: PreTrainedTokenizerBase, lengths: list[int], problems: list[str]
+) -> dict[int, list[Needle]]:
+    factory, needles = NeedleFactory(tokenizer, arguments.seed), {}
+    for length in lengths:
+        try:
+            needles[length] = factory.make(length, arguments.retrieval_documents)
+        except ValueError as error:
+            problems.append(f"--retrieval-lengths: {error}")
+    return needles
+
+
+# ----------------------------------------------------------------------------------------------------------- printing
+
+
+def _print_start(evaluation: Evaluation) -> None:
+    arguments, rows = evaluation.arguments, evaluation.rows
+    for subject in evaluation.subjects:
+        model = evaluation.models[subject.label]
+        chunks = f", local chunks {model.config.local_chunk_sizes}" if subject.has_local_memories else ""
+        print(f"model    {subject.label}: {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}{chunks}")
+    print(f"data     {evaluation.description}")
+    print(f"         {len(rows)} rows of {arguments.seq_len} held-out tokens, on {arguments.torch_device()}")
+    for remark in evaluation.remarks:
+        print(f"note     {remark}")
+    sys.stdout.flush()
+
+
+def _head(evaluation: Evaluation, task: str) -> dict[str, Any]:
+    """What every result says of how it was made."""
+    return {
+        "task": task,
+        "sources": {subject.label: subject.source for subject in evaluation.subjects},
+        "data": evaluation.description,
+        "arguments": to_mapping(evaluation.arguments),
+        "device": str(evaluation.arguments.torch_device()),
+        "remarks": evaluation.remarks,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
+def _fail(error: BaseException | str, status: int) -> int:
+    print(f"\ntnt eval: error: {error}", file=sys.stderr)
+    return status
