@@ -4,30 +4,69 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 STATE_FILE = "trainer_state.json"
+TENSORS_FILE = "trainer_state.safetensors"
 
 
-def save_checkpoint(path: Path, model: Any, tokenizer: Any, state: dict[str, Any]) -> None:
-    """Replace the checkpoint folder `path` by one of the model (safetensors), its tokenizer and the trainer's state.
+def save_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Replace the folder `path` by what `write` puts into an empty one.
 
-    Raises OSError when it cannot be written (a full disk, no permission); the checkpoint that was there is kept then.
+    Raises OSError when it cannot be written (a full disk, no permission); what was there is kept then.
     """
     try:
         with atomic_folder(path) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            write(folder)
     except (OSError, SafetensorError) as error:
-        kept = f"the one saved before is kept in {path}" if path.exists() else "there was none before it"
-        raise OSError(f"the checkpoint {path} could not be saved ({error}); {kept}") from error
+        kept = f"the one saved before is kept in {path}" if path.exists() else "nothing was there before it"
+        raise OSError(f"{path} could not be saved ({error}); {kept}") from error
+
+
+def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The trainer's part of a checkpoint: its state as JSON, the optimizer's tensors as safetensors."""
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS_FILE)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / TENSORS_FILE)
+
+
+def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state of Python's, NumPy's and torch's random number generators, as JSON and as tensors."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    tensors = {"rng/torch": torch.get_rng_state(), "rng/numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return {"python": [version, list(numbers), gauss], "numpy": [name, *rest]}, tensors
+
+
+def restore_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put back what `random_state` returned. In a run of several processes every one gets the state of the first."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, *rest = state["numpy"]
+    np.random.set_state((name, tensors["rng/numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["rng/torch"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 @contextmanager

@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from .arguments import TrainArguments
 from .bench.arguments import KernelBenchArguments, ModelBenchArguments
 from .bench.kernels import run_kernels
 from .bench.model import run_model
+from .errors import NonFiniteError, OutOfMemory, TrainingStopped
 from .options import Parser, add_flags, to_arguments
 from .plan import prepare
-from .trainer import NonFiniteError, train
+from .recipe import Recipe, available_recipes, load_recipe
+from .trainer import train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `tnt` with `argv` (by default the process's own) and return its exit status.
 
-    0: done; 1: training stopped (a non-finite loss, a disk that is full), or a backend failed the benchmark's gate;
-    2: arguments or data that cannot be used; 130: interrupted from the keyboard.
+    0: done; 1: training stopped (a non-finite loss, no memory, a disk that is full), or a backend failed the
+    benchmark's gate; 2: arguments or data that cannot be used; 130: interrupted from the keyboard; 143: by SIGTERM.
     """
-    parsed = _build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        recipe = _read_recipe(argv)
+    except (ValueError, OSError) as error:
+        return _fail("train", error, status=2)
+    parsed = _build_parser(recipe).parse_args(argv)
     arguments = to_arguments(parsed)
     transformers_logging.disable_progress_bar()  # saving and loading a model of this size needs none of its own
     return parsed.run(arguments)
 
 
-def _run_train(arguments: TrainArguments) -> int:
+def _read_recipe(argv: list[str]) -> Recipe:
+    """The recipe that `tnt train --config` names, whose fields and stages are the flags of that command."""
+    if argv[:1] != ["train"]:
+        return Recipe()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    name = parser.parse_known_args(argv[1:])[0].config
+    return Recipe() if name is None else load_recipe(name)
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate as the launcher configured it, with the recipe's precision and trackers."""
+    return Accelerator(
+        mixed_precision=recipe.training.mixed_precision, log_with=recipe.output.trackers or None,
+        project_dir=recipe.output.dir,
+    )  # fmt: skip
+
+
+def _run_train(recipe: Recipe) -> int:
     try:
-        run = prepare(arguments)
+        accelerator = start_accelerator(recipe)
+        run = prepare(recipe, accelerator)
     except (ValueError, TypeError, OSError) as error:
         return _fail("train", error, status=2)
     except KeyboardInterrupt:
         return _fail("train", "interrupted before training began", status=130)
     try:
-        train(run)
-    except (NonFiniteError, OSError) as error:
+        train(run, accelerator)
+    except (NonFiniteError, OutOfMemory, OSError, ValueError) as error:
         return _fail("train", error, status=1)
-    except KeyboardInterrupt as error:
-        return _fail("train", str(error) or "interrupted after training, while the results were written", status=130)
+    except TrainingStopped as stopped:
+        return _fail("train", stopped, status=143 if stopped.signal == signal.SIGTERM else 130)
+    except KeyboardInterrupt:
+        return _fail("train", f"interrupted; what was saved is kept in {run.folder.root}", status=130)
     return 0
 
 
@@ -66,18 +96,24 @@ def _run_bench(command: str, run: Callable[[Any], int], arguments: Any) -> int:
         return _fail(command, "interrupted; the CSV keeps what was measured", status=130)
 
 
-def _build_parser() -> Parser:
+def _build_parser(recipe: Recipe) -> Parser:
     parser = Parser(prog="tnt", description="TNT, Titans and TTT memories for transformers.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    _add_command(
+    trainer = _add_command(
         commands,
         "train",
         _run_train,
-        TrainArguments,
-        help="train a model in two stages",
-        description="Train a model in two stages: with the preset's chunk sizes, then a few steps with smaller local "
-        "ones. Without arguments: the preset tiny, on the source files of Python's standard library.",
+        recipe,
+        help="train a model in stages",
+        description="Train a model in stages: with the preset's chunk sizes, then a few steps with smaller local ones. "
+        "Without arguments: the preset tiny, on the source files of Python's standard library. Flags replace what the "
+        "recipe says; where one takes none, that is what it is called.",
     )
+    trainer.usage = "tnt train [-h] [--config RECIPE] [--SECTION.FIELD VALUE ...]"
+    trainer.add_argument(
+        "--config", metavar="RECIPE", help=f"a YAML file, or one of {', '.join(available_recipes())}; its stages are "
+        "the ones that have flags below",
+    )  # fmt: skip
     bench = commands.add_parser(
         "bench", help="measure speed and memory", description="Measure speed and memory.", allow_abbrev=False
     )
@@ -86,7 +122,7 @@ def _build_parser() -> Parser:
         benchmarks,
         "kernels",
         _run_bench_kernels,
-        KernelBenchArguments,
+        KernelBenchArguments(),
         help="the memory operations beside other packages' and attention",
         description="Check each backend of the memory operations against the reference, then time it beside "
         "flash-linear-attention, FlashAttention and titans-pytorch. On a CPU: small sizes. The exit status is 1 when a "
@@ -96,7 +132,7 @@ def _build_parser() -> Parser:
         benchmarks,
         "model",
         _run_bench_model,
-        ModelBenchArguments,
+        ModelBenchArguments(),
         help="training steps of TNT, Titans and Llama",
         description="Time whole training steps (forward, backward, AdamW) of TNT at several chunk sizes beside Titans "
         "and a Llama of the same size, and say from which length on TNT is faster. On a CPU: small sizes.",
@@ -105,11 +141,12 @@ def _build_parser() -> Parser:
 
 
 def _add_command(
-    commands: Any, name: str, run: Callable[[Any], int], arguments_class: type, help: str, description: str
-) -> None:
+    commands: Any, name: str, run: Callable[[Any], int], arguments: Any, help: str, description: str
+) -> Parser:
     parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
     parser.set_defaults(run=run)
-    add_flags(parser, arguments_class())
+    add_flags(parser, arguments)
+    return parser
 
 
 def _fail(command: str, error: BaseException | str, status: int) -> int:

@@ -20,7 +20,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 NONE = "none"
 
 
-def option(default: Any, group: str, help: str, *, positional: bool = False) -> Any:
+def option(default: Any, group: str, help: str, *, positional: bool = False, alias: str | None = None) -> Any:
     """A field of an arguments dataclass.
 
     Args:
@@ -28,8 +28,9 @@ def option(default: Any, group: str, help: str, *, positional: bool = False) -> 
         group: the heading that its flag stands under in the help.
         help: what it means, with its unit.
         positional: given on the command line by its place, without a flag.
+        alias: a second, shorter flag.
     """
-    metadata = {"group": group, "help": help, "positional": positional}
+    metadata = {"group": group, "help": help, "positional": positional, "alias": alias}
     if isinstance(default, list | dict) or is_dataclass(default):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -57,7 +58,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(arguments: Any, prefix: str = "") -> Iterator[Leaf]:
-    """The fields of a dataclass and of the dataclasses in it, in order."""
+    """The `option`s of a dataclass and of the dataclasses in it, in order."""
     hints = get_type_hints(type(arguments))
     for f in fields(arguments):
         value, path = getattr(arguments, f.name), prefix + f.name
@@ -66,7 +67,7 @@ def leaves(arguments: Any, prefix: str = "") -> Iterator[Leaf]:
         elif _section_of(hints[f.name]) is not None:
             for item in value:
                 yield from leaves(item, f"{path}.{item.name}.")
-        else:
+        elif f.metadata:
             yield Leaf(path, hints[f.name], value, f.metadata)
 
 
@@ -141,8 +142,9 @@ def add_flags(parser: argparse.ArgumentParser, arguments: Any) -> None:
         if metadata["positional"]:
             groups[group].add_argument(path, **options)
             continue
-        known.append(flag_of(path))
-        groups[group].add_argument(flag_of(path), dest=path, **options)
+        names = [flag_of(path), *([metadata["alias"]] if metadata["alias"] else [])]
+        known += names
+        groups[group].add_argument(*names, dest=path, **options)
     parser.set_defaults(arguments=arguments, known_flags=known)
 
 

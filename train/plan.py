@@ -1,136 +1,331 @@
-"""From arguments to a checked plan: configuration, tokenizer, data and stages. Nothing is trained here."""
+"""From a recipe to a checked plan: configuration, tokenizer, stages and data. Nothing is trained here."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+import yaml
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_tnt.configuration import TNTConfig
 
-from .arguments import TrainArguments
-from .checkpoint import recover
-from .data import PackedTokens, Split, pack, read_corpus, split_documents
+from .bench.models import make_llama_config
+from .data import Rows, TokenizedData, load_data, load_tokenizer
+from .distributed import find_wrong_setup
+from .options import flag_of, leaves, to_mapping
+from .recipe import ModelOptions, Recipe, StageOptions, recipe_from_mapping
+from .run_folder import RunFolder
 
-STAGE_FOLDERS = ("stage1", "stage2")
-RESULT_FILES = ("metrics.json", "loss.png", "log.jsonl", "sample.txt")
+# What may differ between a run and its resumption: none of it changes what is computed.
+FREE_TO_CHANGE = (
+    "output.", "training.micro_batch_size", "training.data_workers", "training.sharding", "training.compile",
+    "training.gradient_checkpointing", "data.cache_dir",
+)  # fmt: skip
+FIXED_OUTPUT = ("output.eval_tokens", "output.eval_every")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training: its steps, its chunk sizes and its peak learning rate."""
+    """One stretch of training with all defaults filled in.
+
+    start_tokens: position in the order of the data at which it begins.
+    learning_rate: the peak.
+    """
 
     name: str
     steps: int
+    seq_len: int
+    start_tokens: int
     local_chunk_sizes: list[int]
+    local_shard_lengths: list[int | None]
     learning_rate: float
+    schedule: str
+    warmup_share: float
+    decay_share: float
+    final_share: float
+    trainable: str
+    lora_rank: int
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything that training needs, checked. `validation` holds the rows that are scored, and no more."""
 
-    arguments: TrainArguments
-    config: TNTConfig
+    recipe: Recipe
+    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     stages: list[Stage]
-    description: str
-    documents: Split
-    train: PackedTokens
-    validation: PackedTokens
+    folder: RunFolder
+    data: TokenizedData
+    validation: Rows
+    micro_batch_size: int
+
+    @property
+    def block_len(self) -> int:
+        """Tokens in a block of the data's order: the longest row of any stage."""
+        return max(stage.seq_len for stage in self.stages)
 
 
-def prepare(arguments: TrainArguments) -> Run:
-    """Check the arguments, read the data and plan the stages. No model is built and no file written.
+def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
+    """Check the recipe, read the data and plan the stages. No model is built, and nothing of the run is written.
 
     Raises:
-        ValueError, TypeError: for arguments that break a rule, all of them at once, or data that does not fit them.
-        OSError: for data that cannot be read.
+        ValueError, TypeError: for a recipe that breaks a rule, all of them at once, or data that does not fit it.
+        OSError: for data, a tokenizer or a checkpoint that cannot be read.
     """
-    config, tokenizer, stages = _check(arguments)
-    print("reading and tokenising the data ...", flush=True)
-    corpus = read_corpus(
-        arguments.data, data_config=arguments.data_config, text_column=arguments.text_column,
-        limit_bytes=int(arguments.data_limit * 1e6),
-    )  # fmt: skip
-    documents = split_documents(corpus.documents, arguments.validation_share)
-    sides = {}
-    for name, side in (("training", documents.train), ("validation", documents.validation)):
-        sides[name] = pack(side, tokenizer).rows(arguments.seq_len)
-        if len(sides[name].tokens) == 0:
-            size = sum(len(d.text.encode()) for d in side)
+    folder = RunFolder(recipe.output.dir)
+    config, tokenizer, stages, micro_batch_size = _check(recipe, folder, accelerator)
+    with accelerator.main_process_first():
+        data = load_data(recipe.data, tokenizer)
+    longest = max(stage.seq_len for stage in stages)
+    for name, side, wanted in (("training", data.train, longest), ("validation", data.validation, stages[0].seq_len)):
+        rows = len(side.rows(wanted))
+        least = accelerator.num_processes if name == "training" else 1
+        if rows < least:
             raise ValueError(
-                f"the {name} side of the data has {size:,} bytes, less than one row of --seq-len {arguments.seq_len} "
-                "tokens; give more data, a smaller --seq-len or another --validation-share"
+                f"the {name} side of the data has {side.num_tokens:,} tokens in {side.num_documents} documents, "
+                f"{rows} rows of {wanted} tokens, and at least {least} {'are' if least > 1 else 'is'} needed"
+                f"{f' for {least} processes' if least > 1 else ''}; give more data, a smaller --training.seq-len, "
+                f"another --data.validation-share{' or fewer processes' if least > 1 else ''}"
             )
-    scored = min(arguments.eval_tokens, arguments.max_steps * arguments.batch_size * arguments.seq_len // 4)
-    scored_rows = max(1, scored // arguments.seq_len)
-    validation = PackedTokens(*(x[:scored_rows] for x in sides["validation"]))
-    return Run(arguments, config, tokenizer, stages, corpus.description, documents, sides["training"], validation)
+    first = stages[0]
+    scored = min(recipe.output.eval_tokens, first.steps * recipe.training.batch_size * first.seq_len // 4)
+    validation = data.validation.rows(first.seq_len, recipe.data.boundaries).head(max(1, scored // first.seq_len))
+    return Run(recipe, config, tokenizer, stages, folder, data, validation, micro_batch_size)
 
 
-def _check(arguments: TrainArguments) -> tuple[TNTConfig, PreTrainedTokenizerBase, list[Stage]]:
-    """Build the config and the tokenizer and plan the stages; raise one ValueError with all that is wrong."""
-    problems = arguments.problems()
-    tokenizer = _load_tokenizer(arguments.tokenizer)
+def _check(
+    recipe: Recipe, folder: RunFolder, accelerator: Accelerator
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[Stage], int]:
+    """Everything that can be wrong before the data is read; one ValueError with all of it."""
+    problems = recipe.problems()
+    problems += find_wrong_setup(accelerator, recipe.training.sharding)
+    problems += _find_missing_packages(recipe)
+    problems += _find_other_run(recipe, folder)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
     if tokenizer.eos_token_id is None:
-        problems.append(f"--tokenizer {arguments.tokenizer} has no end-of-sequence token, which separates documents")
-    if not arguments.overwrite and _holds_run(arguments.output_dir):
-        problems.append(f"--output-dir {arguments.output_dir} holds another run; give another folder, or --overwrite")
-    stages: list[Stage] = []
-    config = None
+        problems.append(
+            f"--data.tokenizer {recipe.data.tokenizer} has no end-of-sequence token, which separates documents"
+        )
+    config, stages, micro_batch_size = None, [], 0
     try:
-        overrides = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = TNTConfig.from_preset(arguments.preset, **overrides | arguments.config_overrides())
-        stages = plan_stages(arguments, config)
+        config = make_config(recipe.model, tokenizer)
+        stages = plan_stages(recipe, config)
+        config = _model_config(recipe, config, stages)
     except ValueError as error:
         problems.append(str(error))
-    if config is not None and len(tokenizer) > config.vocab_size:
-        problems.append(
-            f"--tokenizer {arguments.tokenizer} has {len(tokenizer)} tokens, more than vocab_size={config.vocab_size} "
-            f"of the preset {arguments.preset}; use --override vocab_size={len(tokenizer)}"
-        )
-    if problems:
-        raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
-    return config, tokenizer, stages
-
-
-def _holds_run(output_dir: Path) -> bool:
-    for name in STAGE_FOLDERS:
-        recover(output_dir / name)
-    return any((output_dir / name).exists() for name in (*STAGE_FOLDERS, "metrics.json"))
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    if name == "byt5":
-        return ByT5Tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(f"--tokenizer {name} could not be loaded: {error}") from error
-
-
-def plan_stages(arguments: TrainArguments, config: TNTConfig) -> list[Stage]:
-    """Stage 1 with the config's local chunk sizes, then stage 2, unless its share is 0.
-
-    Raises ValueError for chunk sizes of stage 2 that do not fit the config.
-    """
-    first = Stage("stage1", arguments.max_steps, config.local_chunk_sizes, arguments.learning_rate)
-    if arguments.stage2_share == 0:
-        return [first]
-    if not config.local_chunk_sizes:
-        raise ValueError(f"preset {arguments.preset} has no local memory to swap chunks of; use --stage2-share 0")
-    chunk_sizes = arguments.stage2_chunk_sizes or arguments.default_stage2_chunks(config)
-    if len(chunk_sizes) != len(config.local_chunk_sizes):
-        raise ValueError(
-            f"--stage2-chunk-sizes has {len(chunk_sizes)} entries; give one for each of the "
-            f"{len(config.local_chunk_sizes)} local memories"
-        )
-    try:
-        TNTConfig(**{**config.to_diff_dict(), "local_chunk_sizes": chunk_sizes})
+        micro_batch_size = split_batch(recipe, accelerator.num_processes)
     except ValueError as error:
-        raise ValueError(f"stage 2 with the local chunks {chunk_sizes}: {error}") from error
-    steps = max(1, round(arguments.stage2_share * arguments.max_steps))
-    learning_rate = arguments.stage2_learning_rate or 0.1 * arguments.learning_rate
-    return [first, Stage("stage2", steps, chunk_sizes, learning_rate)]
+        problems.append(str(error))
+    if config is not None:
+        problems += _find_wrong_vocabulary(recipe, config, tokenizer)
+    if problems:
+        raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
+    return config, tokenizer, stages, micro_batch_size
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def make_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> TNTConfig:
+    """The configuration that the first stage starts from.
+
+    Raises ValueError for a preset or fields that are no good, or a checkpoint of another architecture; OSError for one
+    that cannot be read.
+    """
+    if options.start_from is None:
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return TNTConfig.from_preset(options.preset, **ids | options.override)
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(options.start_from)
+    except (OSError, ValueError) as error:
+        raise OSError(f"--model.start-from {options.start_from} could not be read: {error}") from error
+    if saved.get("model_type") != TNTConfig.model_type:
+        raise ValueError(
+            f"--model.start-from {options.start_from} holds a model of type {saved.get('model_type')!r}; "
+            f"it must be of type {TNTConfig.model_type!r}"
+        )
+    return AutoConfig.from_pretrained(options.start_from, **options.override)
+
+
+def _model_config(recipe: Recipe, config: TNTConfig, stages: list[Stage]) -> PreTrainedConfig:
+    """What the model is built from."""
+    if recipe.model.architecture == "llama":
+        return make_llama_config(config, max(stage.seq_len for stage in stages))
+    return config
+
+
+def _find_wrong_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    name, start_from = recipe.data.tokenizer, recipe.model.start_from
+    problems = []
+    if len(tokenizer) > config.vocab_size:
+        origin = f"the preset {recipe.model.preset}" if start_from is None else start_from
+        remedy = f"use --model.override vocab_size={len(tokenizer)}" if start_from is None else "use its own tokenizer"
+        problems.append(
+            f"--data.tokenizer {name} has {len(tokenizer)} tokens, more than vocab_size={config.vocab_size} of "
+            f"{origin}; {remedy}"
+        )
+    if start_from is not None:
+        try:
+            trained_with = AutoTokenizer.from_pretrained(start_from)
+        except (OSError, ValueError):
+            return problems  # saved without one, so nothing is known of it
+        if trained_with.get_vocab() != tokenizer.get_vocab():
+            problems.append(
+                f"--data.tokenizer {name} is not the tokenizer of --model.start-from {start_from}, whose embeddings "
+                f"belong to its own; use --data.tokenizer {start_from}"
+            )
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
+    """Fill in the defaults of the stages, one after the other.
+
+    Raises ValueError for chunk sizes and shard lengths that do not fit the config.
+    """
+    stages: list[Stage] = []
+    end, current = 0, config
+    for options in recipe.stages:
+        current = _swapped(options, current)
+        seq_len = options.seq_len or recipe.training.seq_len
+        start = seq_len * math.ceil(end / seq_len)
+        steps = _count_steps(options, stages, recipe.training.batch_size * seq_len)
+        end = start + steps * recipe.training.batch_size * seq_len
+        peak = recipe.optimizer.learning_rate * (0.1 if stages else 1.0)
+        stages.append(
+            Stage(
+                name=options.name,
+                steps=steps,
+                seq_len=seq_len,
+                start_tokens=start,
+                local_chunk_sizes=current.local_chunk_sizes,
+                local_shard_lengths=current.shard_lengths,
+                learning_rate=options.learning_rate or peak,
+                schedule=options.schedule,
+                warmup_share=options.warmup_share,
+                decay_share=options.decay_share,
+                final_share=options.final_share,
+                trainable=options.trainable,
+                lora_rank=options.lora_rank,
+            )  # fmt: skip
+        )
+    longest = max((stage.seq_len for stage in stages), default=1)
+    for stage in stages:
+        if longest % stage.seq_len:
+            raise ValueError(
+                f"--stages.{stage.name}.seq-len {stage.seq_len} must divide the longest of the stages, {longest}, "
+                "since rows of that length are what is shuffled"
+            )
+    return stages
+
+
+def _count_steps(options: StageOptions, earlier: list[Stage], tokens_per_step: int) -> int:
+    if options.tokens is not None:
+        return max(1, math.ceil(options.tokens / tokens_per_step))
+    if options.share is not None and earlier:
+        return max(1, round(options.share * earlier[0].steps))
+    return options.steps or 1
+
+
+def _swapped(options: StageOptions, config: TNTConfig) -> TNTConfig:
+    """The config with the stage's chunk sizes and shard lengths."""
+    at, memories = f"--stages.{options.name}", len(config.local_chunk_sizes)
+    changes: dict[str, Any] = {}
+    if options.chunk_divisor is not None:
+        changes["local_chunk_sizes"] = [_divide_chunk(c, options.chunk_divisor) for c in config.local_chunk_sizes]
+    if options.local_chunk_sizes is not None:
+        changes["local_chunk_sizes"] = options.local_chunk_sizes
+    if options.local_shard_lengths is not None:
+        changes["local_shard_lengths"] = options.local_shard_lengths
+    if not changes:
+        return config
+    if memories == 0:
+        raise ValueError(
+            f"{at}: the model has no local memory to swap chunks of; set {at}.chunk-divisor none, or train in one stage"
+        )
+    for name, value in changes.items():
+        if len(value) != memories:
+            raise ValueError(
+                f"{flag_of(f'stages.{options.name}.{name}')} has {len(value)} entries; give one for each of the "
+                f"{memories} local memories"
+            )
+    try:
+        return TNTConfig(**{**config.to_diff_dict(), **changes})
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from error
+
+
+def _divide_chunk(chunk_size: int, divisor: int) -> int:
+    """The largest divisor of a chunk size that is at most 1/divisor of it, at least 1."""
+    return max(d for d in range(1, max(1, chunk_size // divisor) + 1) if chunk_size % d == 0)
+
+
+def split_batch(recipe: Recipe, num_processes: int) -> int:
+    """Rows in a forward pass of one process. Raises ValueError when the batch cannot be split evenly."""
+    batch_size, micro = recipe.training.batch_size, recipe.training.micro_batch_size
+    if batch_size % num_processes:
+        raise ValueError(
+            f"--training.batch-size {batch_size} must be a multiple of the number of processes, {num_processes}; "
+            f"use {num_processes * max(1, round(batch_size / num_processes))}"
+        )
+    share = batch_size // num_processes
+    if micro is not None and share % micro:
+        raise ValueError(
+            f"--training.micro-batch-size {micro} must divide the {share} rows of a step that each of {num_processes} "
+            f"process{'es' if num_processes > 1 else ''} gets; use "
+            f"{max(d for d in range(1, share + 1) if share % d == 0 and d <= max(1, micro))}"
+        )
+    return micro or share
+
+
+# --------------------------------------------------------------------------------------------------------- other rules
+
+
+def _find_missing_packages(recipe: Recipe) -> list[str]:
+    needed = {name: ["tensorboard", "tensorboardX"] if name == "tensorboard" else [name] for name in
+              recipe.output.trackers}  # fmt: skip
+    problems = [
+        f"--output.trackers {name} needs the package of that name, which is not installed; pip install {name}"
+        for name, modules in needed.items()
+        if not any(importlib.util.find_spec(module) for module in modules)
+    ]
+    if any(stage.trainable == "lora" for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
+        problems.append("a stage with trainable: lora needs the package peft, which is not installed; pip install peft")
+    return problems
+
+
+def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
+    """What stands in the way in the output folder."""
+    if recipe.output.overwrite or not folder.holds_run():
+        return []
+    if not recipe.output.resume:
+        return [
+            f"--output.dir {folder.root} holds another run; give another folder, --output.resume to go on with it, or "
+            "--output.overwrite to replace it"
+        ]
+    if not folder.recipe_file.exists():
+        return [f"--output.resume: {folder.root} has no {folder.recipe_file.name}; give another folder"]
+    saved = recipe_from_mapping(yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), str(folder.recipe_file))
+    return [
+        f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or another "
+        "--output.dir"
+        for path, old, new in _differences(saved, recipe)
+    ]
+
+
+def _differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    old = {leaf.path: leaf.value for leaf in leaves(saved)}
+    new = {leaf.path: leaf.value for leaf in leaves(recipe)}
+    return [
+        (path, to_mapping(old.get(path)), to_mapping(new.get(path)))
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path) and (path in FIXED_OUTPUT or not path.startswith(FREE_TO_CHANGE))
+    ]

@@ -12,20 +12,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from .state import Score
+
 HEALTH_PANELS = {
-    "inner_grad_norm": "inner gradient norm",
-    "state_norm": "state norm / initial norm",
     "step_size": "inner step size",
+    "state_norm": "state norm / initial norm",
+    "inner_grad_norm": "inner gradient norm",
 }
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
-def save_plot(path: Path, log: list[dict[str, Any]], scores: list[tuple[str, str, float]]) -> None:
+def save_plot(path: Path, log: list[dict[str, Any]], scores: list[Score]) -> None:
     """Draw a PNG to `path`.
 
     Args:
         log: the records of log.jsonl: `event` is "step", "memory_health" or "validation".
-        scores: key, label and value in bits per byte of the final validation scores.
+        scores: the validation scores that are part of the results.
     """
     # Figure and canvas without pyplot: nothing global is changed, and no display is looked for.
     figure = Figure(figsize=(9, 7.5), layout="constrained")
@@ -53,7 +55,7 @@ def _swap_positions(log: list[dict[str, Any]]) -> list[int]:
     return list(last.values())[:-1]
 
 
-def _draw_loss(axes: Axes, steps: list[dict[str, Any]], scores: list[tuple[str, str, float]]) -> None:
+def _draw_loss(axes: Axes, steps: list[dict[str, Any]], scores: list[Score]) -> None:
     tokens = np.array([r["tokens"] for r in steps])
     values = np.array([r["bits_per_byte"] for r in steps])
     axes.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -63,7 +65,7 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], scores: list[tuple[str, 
         ends[record["stage"]] = record["tokens"]
     markers = iter("ovs^D")
     for i, (key, label, value) in enumerate(scores):
-        if key == "byte_bigram":
+        if key == "bigram":
             axes.axhline(value, color="tab:gray", linestyle="--", label=f"{label}: {value:.3f}")
             continue
         stage = key.removeprefix("after_").partition("_at_")[0]

@@ -3,126 +3,183 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import accelerate
 import torch
 import transformers
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .checkpoint import atomic_file
-from .plan import Run
+from .options import to_mapping
+from .plan import Run, Stage
 from .plot import save_plot
-
-
-class Score(NamedTuple):
-    """Validation bits per byte: the key in metrics.json, the words in the summary, the value."""
-
-    key: str
-    label: str
-    bits_per_byte: float
+from .state import Score, State
 
 
 class Log:
-    """One JSON object a line, written as it happens. NaN and infinities, which JSON lacks, are written as null."""
+    """One JSON object a line, written as it happens. NaN and infinities, which JSON lacks, are written as null.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        keep_bytes: how much of a log that is there is kept: what a run had written when it saved the checkpoint that it
+            now goes on from.
+        active: False in processes other than the main one, which write nothing.
+    """
+
+    def __init__(self, path: Path, *, keep_bytes: int = 0, active: bool = True):
+        self.path, self.keep_bytes, self.active = path, keep_bytes, active
 
     def __enter__(self) -> Log:
-        self.file = self.path.open("w", encoding="utf-8", buffering=1)
+        if self.active:
+            self.file = self.path.open("ab")
+            # What a crash of the machine took from the end cannot be kept, and must not become zeros.
+            self.file.truncate(min(self.keep_bytes, self.path.stat().st_size))
+            self.file.seek(0, os.SEEK_END)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.active:
+            self.file.close()
 
     def write(self, **record: Any) -> None:
         finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write((json.dumps(finite) + "\n").encode())
+        self.file.flush()
+
+    def size(self) -> int:
+        """Bytes written so far, on the disk."""
+        if not self.active:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def progress_bar(total: int, name: str, unit: str, leave: bool = True) -> tqdm:
+def progress_bar(
+    total: int, name: str, unit: str, *, leave: bool = True, initial: int = 0, active: bool = True
+) -> tqdm:
     """A bar on a terminal; in a log file a line every 20 seconds."""
     interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(total=total, desc=name, unit=unit, leave=leave, mininterval=interval, dynamic_ncols=True)
+    return tqdm(
+        total=total, desc=name, unit=unit, leave=leave, initial=initial, disable=not active, mininterval=interval,
+        dynamic_ncols=True,
+    )  # fmt: skip
 
 
-def print_start(run: Run, model: PreTrainedModel) -> None:
+class Progress:
+    """The bar of a stage: loss, tokens/s, and on a known GPU the model FLOPs utilisation; tqdm adds the time left."""
+
+    def __init__(self, stage: Stage, state: State, *, active: bool):
+        self.bar = progress_bar(stage.steps, stage.name, "step", initial=state.step, active=active)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+
+    def show(self, state: State, gradient_norm: float, utilisation: float | None) -> None:
+        used = "" if utilisation is None else f", MFU {utilisation:.1%}"
+        self.bar.set_postfix_str(
+            f"{state.recent_loss:.3f} bits/byte, {state.tokens_per_second:,.0f} tokens/s{used}, "
+            f"gradient {gradient_norm:.2f}",
+            refresh=False,
+        )
+        self.bar.update()
+
+
+def print_start(run: Run, model: PreTrainedModel, accelerator: Accelerator, resumed_from: Path | None) -> None:
     """Say what is trained on what, before the first step."""
-    train, held_out = run.documents
-    stages = ", then ".join(f"{s.steps} steps with local chunks {s.local_chunk_sizes}" for s in run.stages)
-    print(
-        f"data     {run.description}\n"
-        f"         {_megabytes(train)} to train on, {_megabytes(held_out)} held out\n"
-        f"model    {run.arguments.preset}, {model.num_parameters() / 1e6:.2f} M parameters, on {model.device}\n"
-        f"plan     {stages}; {run.arguments.batch_size} x {run.arguments.seq_len} tokens a step\n"
-        f"results  {run.arguments.output_dir}\n",
-        flush=True,
-    )
+    train, held_out = run.data.train, run.data.validation
+    stages = ", then ".join(f"{s.steps} steps{_describe(s)}" for s in run.stages)
+    training, model_options = run.recipe.training, run.recipe.model
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = model_options.start_from or model_options.preset
+    name = name if model_options.architecture == "tnt" else f"{model_options.architecture} of the size of {name}"
+    some = "" if trained == total else f", {trained / 1e6:.2f} M trained"
+    lines = [
+        f"data     {run.data.description}",
+        f"         {_size(train)} to train on, {_size(held_out)} held out",
+        f"model    {name}, {total / 1e6:.2f} M parameters{some}, on {accelerator.device}{processes}",
+        f"plan     {stages}; {training.batch_size} x {run.stages[0].seq_len} tokens a step",
+        f"results  {run.folder.root}",
+    ]
+    if resumed_from is not None:
+        lines.append(f"resumed  from {resumed_from}")
+    print("\n".join(lines) + "\n", flush=True)
 
 
-def save_results(
-    run: Run,
-    model: PreTrainedModel,
-    scores: list[Score],
-    stages: list[dict[str, Any]],
-    sample: tuple[str, str],
-    *,
-    seconds: float,
-) -> dict[str, Any]:
+def _describe(stage: Stage) -> str:
+    chunks = f" with local chunks {stage.local_chunk_sizes}" if stage.local_chunk_sizes else ""
+    return chunks + ("" if stage.trainable == "all" else f" ({stage.trainable})")
+
+
+def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: float) -> dict[str, Any]:
     """Write metrics.json, loss.png and sample.txt, print the summary, and return what metrics.json holds."""
-    output_dir = run.arguments.output_dir
+    folder = run.folder
     prompt, continuation = sample
+    train, held_out = run.data.train, run.data.validation
     metrics = {
-        "validation_bits_per_byte": {score.key: score.bits_per_byte for score in scores},
-        "validation_tokens": run.validation.tokens.numel(),
-        "stages": stages,
+        "validation_bits_per_byte": {score.key: score.bits_per_byte for score in state.scores},
+        "best_validation_bits_per_byte": state.best,
+        "validation_tokens": len(run.validation) * run.validation.seq_len,
+        "stages": state.stages,
         "seconds": seconds,
-        "parameters": model.num_parameters(),
-        "data": run.description,
-        "train_bytes": sum(len(d.text.encode()) for d in run.documents.train),
-        "documents": {"train": len(run.documents.train), "validation": len(run.documents.validation)},
-        "model": str(output_dir / run.stages[-1].name),
+        "parameters": _count_parameters(run),
+        "data": run.data.description,
+        "train_bytes": train.num_bytes,
+        "documents": {"train": train.num_documents, "validation": held_out.num_documents},
+        "model": str(folder.stage(run.stages[-1].name)),
         "sample": {"prompt": prompt, "continuation": continuation},
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(run.arguments).items()},
+        "recipe": to_mapping(run.recipe),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "accelerate": accelerate.__version__,
         },
     }  # fmt: skip
-    with atomic_file(output_dir / "metrics.json") as path:
+    with atomic_file(folder.metrics_file) as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    with atomic_file(output_dir / "sample.txt") as path:
-        path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
-    with atomic_file(output_dir / "loss.png") as path:
-        save_plot(path, read_log(output_dir / "log.jsonl"), [(s.key, s.label, s.bits_per_byte) for s in scores])
-    _print_summary(metrics, scores)
+    if continuation:
+        with atomic_file(folder.sample_file) as path:
+            path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
+    with atomic_file(folder.plot_file) as path:
+        save_plot(path, read_log(folder.log_file), state.scores)
+    _print_summary(run, metrics, state.scores)
     return metrics
 
 
-def _print_summary(metrics: dict[str, Any], scores: list[Score]) -> None:
+def _count_parameters(run: Run) -> int:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(run.config).num_parameters()
+
+
+def _print_summary(run: Run, metrics: dict[str, Any], scores: list[Score]) -> None:
     sample = metrics["sample"]
     width = max(len(score.label) for score in scores)
     lines = [f"\nvalidation bits per byte, on {metrics['validation_tokens']:,} tokens of held-out documents"]
     for score in scores:
-        remark = "   the mismatch that stage 2 is to cure" if "_at_" in score.key else ""
+        remark = "   the mismatch that the next stage is to cure" if "_at_" in score.key else ""
         lines.append(f"  {score.label:<{width}}  {score.bits_per_byte:.3f}{remark}")
-    lines += ["\nsample: a validation prompt, and after >>> the model's continuation", "-" * 60]
-    lines += [f"{sample['prompt']}>>>{sample['continuation']}", "-" * 60]
-    lines += [f"model    {metrics['model']}", f"figures  {Path(metrics['model']).parent / 'metrics.json'}, loss.png"]
+    if sample["continuation"]:
+        lines += ["\nsample: a validation prompt, and after >>> the model's continuation", "-" * 60]
+        lines += [f"{sample['prompt']}>>>{sample['continuation']}", "-" * 60]
+    lines += [f"model    {metrics['model']}", f"figures  {run.folder.metrics_file}, {run.folder.plot_file.name}"]
     lines += [f"took     {metrics['seconds']:.0f} seconds"]
     print("\n".join(lines), flush=True)
 
 
-def _megabytes(documents: list) -> str:
-    size = sum(len(d.text.encode()) for d in documents)
-    return f"{size / 1e6:.2f} MB in {len(documents)} document{'s' if len(documents) != 1 else ''}"
+def _size(side: Any) -> str:
+    documents = f"{side.num_documents:,} document{'s' if side.num_documents != 1 else ''}"
+    return f"{side.num_bytes / 1e6:.2f} MB in {documents}"

@@ -1,227 +1,293 @@
-"""Two-stage training (TNT, arXiv 2511.07343, section 4), from a checked plan to a folder of results.
+"""Training in stages (TNT, arXiv 2511.07343, section 4), from a checked plan to a folder of results.
 
-Stage 1 trains with large chunks, which is fast; stage 2 loads its checkpoint with smaller local chunks, which are
-accurate, and goes on for a few steps. Read `train`, then `train_stage`.
+Stage 1 trains with large chunks, which is fast; stage 2 goes on from its model with smaller local chunks, which are
+accurate. Read `train`, then `Session.train_stage` and `Session.take_step`. Everything that a resumed run needs to go on
+as if it had never stopped is in `State` and in the tensors saved beside it (`saving`).
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections import deque
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from modeling_tnt import TNTForCausalLM
+from modeling_tnt import TNTPreTrainedModel
 from modeling_tnt.health import memory_health
 
-from .checkpoint import save_checkpoint
-from .data import RowDataset, ShuffledRows
-from .evaluate import bigram_bits_per_byte, bits_per_byte, generate_sample
-from .plan import RESULT_FILES, STAGE_FOLDERS, Run, Stage
-from .report import Log, Score, print_start, progress_bar, save_results
+from .batches import StepBatches
+from .data import RowOrder
+from .distributed import clip_gradients, sum_over_processes, unsharded, without_gradient_sync, wrap
+from .errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of_memory
+from .optim import learning_rate_at, parameter_groups
+from .options import leaves, to_mapping
+from .plan import Run, Stage
+from .report import Log, Progress, print_start, save_results
+from .saving import Checkpoint, Saver
+from .scoring import generate_final_sample, score_bigrams, score_validation
+from .signals import Stopper
+from .stage_model import build_model, choose_trained
+from .state import Score, State
+from .utilisation import operations_per_token, peak_operations
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient norm is infinite or not a number."""
+def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
+    """Train all stages, evaluate, and save everything under `output.dir`. Returns what `metrics.json` holds.
 
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """The keyboard interrupted training; the message says where, and what is left."""
-
-
-@dataclass
-class State:
-    """Where a run stands; saved with each checkpoint. `rows` is the position in the data."""
-
-    stage: str = ""
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    checkpoint: str | None = None
-    checkpoint_step: int = 0
-
-    def kept(self) -> str:
-        """What is left when training stops here, as words."""
-        if self.checkpoint is None:
-            return "no checkpoint had been saved yet (--checkpoint-every)"
-        return f"the last good checkpoint, of step {self.checkpoint_step}, is kept in {self.checkpoint}"
-
-
-def train(run: Run) -> dict[str, Any]:
-    """Train all stages, evaluate, and save everything under `output_dir`. Returns what `metrics.json` holds.
+    With `output.resume` a run goes on from its newest readable checkpoint, or begins when there is none.
 
     Raises:
         NonFiniteError: names the step and the last checkpoint, which is kept.
-        TrainingInterrupted: on Ctrl-C, with the same.
-        OSError: when something cannot be saved; the last checkpoint is kept.
+        OutOfMemory: says what to lower.
+        TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint of the last whole step is saved.
+        OSError: when something cannot be saved or loaded; what was saved before is kept.
     """
-    began, arguments, state = time.perf_counter(), run.arguments, State()
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    set_seed(arguments.seed)
-    _clear(arguments.output_dir)
-    scores, stage_results = [_score_bigrams(run)], []
-    with Log(arguments.output_dir / "log.jsonl") as log:
-        try:
-            for stage in run.stages:
-                model = _start_model(run, stage, state).to(accelerator.device)
-                if state.checkpoint is None:
-                    print_start(run, model)
-                else:
-                    key = f"after_{state.stage}_at_{stage.name}_chunks"
-                    scores.append(_score(run, model, key, f"after {state.stage}", log))
-                stage_results.append(train_stage(run, stage, model, state, accelerator, log))
-                scores.append(_score(run, model, f"after_{stage.name}", f"after {stage.name}", log))
-            # From the middle: the first held-out file of the default data is a list of constants.
-            prompt = run.validation.tokens[len(run.validation.tokens) // 2, : arguments.prompt_tokens]
-            sample = generate_sample(
-                model, run.tokenizer, prompt, new_tokens=arguments.sample_tokens, seed=arguments.seed
+    try:
+        with Stopper() as stopper:
+            return Session(run, accelerator, stopper).run_stages()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        message = explain_out_of_memory(error, run)
+        if message is None:
+            raise
+        raise OutOfMemory(message) from error
+
+
+class Session:
+    """One process's part in a run: the plan, where it stands, and where it writes."""
+
+    def __init__(self, run: Run, accelerator: Accelerator, stopper: Stopper):
+        self.run, self.accelerator, self.stopper = run, accelerator, stopper
+        self.recipe = run.recipe
+        self.began = time.perf_counter()
+        self.saver = Saver(run, accelerator)
+        self.state, self.stop_requested = State(), False
+        self.autocast = torch.bfloat16 if self.recipe.training.mixed_precision == "bf16" else None
+        self.tokens_per_byte = run.data.train.num_tokens / max(1, run.data.train.num_bytes)
+
+    def run_stages(self) -> dict[str, Any]:
+        checkpoint = self.saver.open_run()
+        if checkpoint is not None:
+            self.state = checkpoint.state
+        if self.recipe.output.trackers:
+            flat = {leaf.path: to_mapping(leaf.value) for leaf in leaves(self.recipe)}
+            self.accelerator.init_trackers(
+                "tnt", {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
             )
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(f"interrupted in {state.stage} at step {state.step}; {state.kept()}") from None
-    return save_results(run, model, scores, stage_results, sample, seconds=time.perf_counter() - began)
+        with Log(self.run.folder.log_file, keep_bytes=self.state.log_bytes, active=self.is_main) as self.log:
+            if not self.state.scores:
+                self.state.scores += score_bigrams(self.run)
+            for index in range(self.state.stage, len(self.run.stages)):
+                resumed = checkpoint if checkpoint is not None and index == self.state.stage else None
+                model = self.start_stage(index, resumed)
+                self.train_stage(self.run.stages[index], model, resumed)
+        self.accelerator.wait_for_everyone()
+        results = None
+        if self.is_main:
+            sample = generate_final_sample(self.run, self.accelerator.device)
+            seconds = self.state.earlier_seconds + time.perf_counter() - self.began
+            results = save_results(self.run, self.state, sample, seconds=seconds)
+        self.accelerator.end_training()
+        return results or {}
 
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
 
-def train_stage(
-    run: Run, stage: Stage, model: PreTrainedModel, state: State, accelerator: Accelerator, log: Log
-) -> dict[str, Any]:
-    """Train `model` in place for one stage, with checkpoints; returns the stage's figures for `metrics.json`."""
-    arguments, folder = run.arguments, run.arguments.output_dir / stage.name
-    state.stage, state.step = stage.name, 0
-    batch_size, seq_len = arguments.batch_size, arguments.seq_len
-    order = ShuffledRows(len(run.train.tokens), seed=arguments.seed, start=state.rows, count=stage.steps * batch_size)
-    loader = DataLoader(RowDataset(run.train.tokens), batch_size=batch_size, sampler=order)
-    optimizer = AdamW(parameter_groups(model, arguments.weight_decay), lr=stage.learning_rate, betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, stage.steps, arguments.warmup_share))
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    wrapped.train()
-    tokens_per_byte = run.train.token_bytes.numel() / run.train.token_bytes.double().sum().item()
-    began, losses = time.perf_counter(), deque(maxlen=20)
-    with progress_bar(stage.steps, stage.name, "step") as bar:
-        for step, batch in enumerate(loader, start=1):
-            state.step = step
-            loss = wrapped(**batch, use_cache=False).loss
-            nats = _finite(loss, "loss", state)
-            accelerator.backward(loss)
-            gradient_norm = _finite(
-                accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm), "gradient norm", state
+    # ---------------------------------------------------------------------------------------------------------- stages
+
+    def start_stage(self, index: int, resumed: Checkpoint | None) -> PreTrainedModel:
+        """The stage's model on this process's device."""
+        # The same everywhere: adapters are drawn here, and each process keeps its own part of them under FSDP.
+        set_seed(self.recipe.training.seed + index)
+        if resumed is None:
+            if index > self.state.stage:
+                self.state.begin_stage(index)
+            model = choose_trained(self.run, index, build_model(self.run, index))
+        else:
+            model = resumed.load_model()
+        if self.recipe.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model = model.to(self.accelerator.device)
+        if self.recipe.training.compile:
+            model.compile()
+        if self.is_main and (resumed is not None or index == 0):
+            print_start(self.run, model, self.accelerator, None if resumed is None else resumed.path)
+        return model
+
+    def train_stage(self, stage: Stage, model: PreTrainedModel, resumed: Checkpoint | None) -> None:
+        """Train `model` to the end of the stage, with checkpoints, and score it."""
+        state, training = self.state, self.recipe.training
+        wrapped = wrap(model, self.accelerator, training.sharding)
+        optimizer = self._make_optimizer(wrapped, stage)
+        if resumed is not None:
+            resumed.load_training_state(model, optimizer)
+        if state.stage > 0 and state.step == 0:
+            before = self.run.stages[state.stage - 1].name
+            self.score(wrapped, f"after_{before}_at_{stage.name}_chunks", f"after {before}", stage)
+        wrapped.train()
+        steps = self._read_steps(stage)
+        utilisation = self._utilisation(model, stage)
+        with Progress(stage, state, active=self.is_main) as progress:
+            while state.step < stage.steps:
+                began = time.perf_counter()
+                batches = next(steps)
+                nats, gradient_norm = self.take_step(wrapped, optimizer, stage, batches)
+                state.count_step(training.batch_size * stage.seq_len, time.perf_counter() - began)
+                state.losses = [*state.losses[-19:], nats / math.log(2) * self.tokens_per_byte]
+                self._report_step(stage, progress, nats, gradient_norm, utilisation)
+                self._look_around(stage, wrapped, model, optimizer, batches)
+        self.finish_stage(stage, wrapped, model)
+
+    def finish_stage(self, stage: Stage, wrapped: nn.Module, model: PreTrainedModel) -> None:
+        """Score the stage's model and keep it."""
+        score = self.score(wrapped, f"after_{stage.name}", f"after {stage.name}", stage)
+        self.saver.save_best(self.state, model, score)
+        self.state.stages.append(self.state.figures(stage))
+        self.saver.save_stage(self.state, model)
+
+    def _make_optimizer(self, wrapped: nn.Module, stage: Stage) -> AdamW:
+        options = self.recipe.optimizer
+        groups = parameter_groups(wrapped, options.weight_decay)
+        return AdamW(groups, lr=stage.learning_rate, betas=(options.beta1, options.beta2))
+
+    def _read_steps(self, stage: Stage) -> Iterator[list[dict[str, Tensor]]]:
+        """For each step left in the stage this process's batches, in the order of the passes that they are for."""
+        training, tokens = self.recipe.training, self.run.data.train
+        rows = tokens.rows(stage.seq_len, self.recipe.data.boundaries)
+        done = self.state.step * training.batch_size
+        order = RowOrder(
+            tokens.num_tokens, seq_len=stage.seq_len, block_len=self.run.block_len, seed=training.seed,
+            start_tokens=stage.start_tokens + done * stage.seq_len, num_rows=stage.steps * training.batch_size - done,
+        )  # fmt: skip
+        passes = training.batch_size // (self.run.micro_batch_size * self.accelerator.num_processes)
+        batches = StepBatches(
+            order, batch_size=training.batch_size, micro_batch_size=self.run.micro_batch_size,
+            process=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
+        )  # fmt: skip
+        on_gpu = self.accelerator.device.type == "cuda"
+        loader = iter(DataLoader(rows, batch_sampler=batches, num_workers=training.data_workers, pin_memory=on_gpu))
+        for _ in range(self.state.step, stage.steps):
+            taken = [next(loader) for _ in range(passes)]
+            yield [{k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()} for batch in taken]
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def take_step(
+        self, wrapped: nn.Module, optimizer: AdamW, stage: Stage, batches: list[dict[str, Tensor]]
+    ) -> tuple[float, float]:
+        """One step of the optimizer. Returns the loss in nats per predicted token, over all processes, and the norm of
+        its gradient before clipping."""
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        own = float(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        (predicted,) = sum_over_processes([own], device)
+        nats = 0.0
+        for i, batch in enumerate(batches):
+            # DDP and FSDP average gradients over processes, so each one's loss counts that many times.
+            if i + 1 < len(batches):
+                with without_gradient_sync(wrapped):
+                    nats += self._backward(wrapped, batch, predicted / processes)
+            else:
+                nats += self._backward(wrapped, batch, predicted / processes)
+        total, stop = sum_over_processes([nats, float(self.stopper.signal is not None)], device)
+        loss = self._finite(total / processes, "loss", stage)
+        parameters = [p for p in wrapped.parameters() if p.requires_grad]
+        norm = clip_gradients(parameters, self.recipe.optimizer.max_grad_norm)
+        norm = self._finite(float(norm), "gradient norm", stage)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(stage, self.state.step)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.stop_requested = stop > 0
+        return loss, norm
+
+    def _backward(self, wrapped: nn.Module, batch: dict[str, Tensor], predicted: float) -> float:
+        with torch.autocast(self.accelerator.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            loss = wrapped(**batch, num_items_in_batch=predicted, use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def _finite(self, number: float, name: str, stage: Stage) -> float:
+        if not math.isfinite(number):
+            raise NonFiniteError(
+                f"the {name} is {number} at step {self.state.step + 1} of {stage.name}, before the weights were "
+                f"changed; {self.saver.kept()}. Try a smaller --optimizer.learning-rate"
             )
-            optimizer.step()
-            learning_rate = schedule.get_last_lr()[0]
-            schedule.step()
-            optimizer.zero_grad()
+        return number
 
-            state.rows += batch_size
-            state.tokens += batch_size * seq_len
-            losses.append(nats / math.log(2) * tokens_per_byte)
-            seconds = time.perf_counter() - began
-            speed = step * batch_size * seq_len / seconds
-            bar.set_postfix_str(
-                f"{sum(losses) / len(losses):.3f} bits/byte, {speed:,.0f} tokens/s, gradient {gradient_norm:.2f}",
-                refresh=False,
+    def _report_step(
+        self, stage: Stage, progress: Progress, nats: float, gradient_norm: float, utilisation: tuple[float, float]
+    ) -> None:
+        state, (operations, peak) = self.state, utilisation
+        speed = state.tokens_per_second
+        used = speed * operations / peak if peak else None
+        rate = learning_rate_at(stage, state.step - 1)
+        progress.show(state, gradient_norm, used)
+        values = {
+            "loss_nats_per_token": nats, "bits_per_byte": state.losses[-1], "gradient_norm": gradient_norm,
+            "learning_rate": rate, "tokens_per_second": speed,
+        } | ({} if used is None else {"model_flops_utilisation": used})  # fmt: skip
+        self.record("step", stage, values | {"seconds": state.stage_seconds})
+
+    def _look_around(
+        self, stage: Stage, wrapped: nn.Module, model: PreTrainedModel, optimizer: AdamW,
+        batches: list[dict[str, Tensor]],
+    ) -> None:  # fmt: skip
+        """What is done between steps: health, validation, checkpoints, and a stop that was asked for."""
+        state, output = self.state, self.recipe.output
+        last = state.step == stage.steps
+        if state.step % output.health_every == 0 or last:
+            self._look_at_health(stage, wrapped, model, batches[0]["input_ids"][:1])
+        if output.eval_every is not None and state.step % output.eval_every == 0 and not last:
+            self.saver.save_best(state, model, self.score(wrapped, None, f"step {state.step}", stage))
+        if state.step % output.checkpoint_every == 0 or last or self.stop_requested:
+            seconds = time.perf_counter() - self.began
+            state.log_bytes = self.log.size()
+            self.saver.save_checkpoint(state, model, optimizer, seconds=seconds)
+        if self.stop_requested:
+            raise TrainingStopped(
+                f"stopped in {stage.name} at step {state.step}; {self.saver.kept()}. --output.resume goes on from it",
+                self.stopper.signal,
             )
-            bar.update()
-            log.write(
-                event="step", stage=stage.name, step=step, tokens=state.tokens, loss_nats_per_token=nats,
-                bits_per_byte=losses[-1], gradient_norm=gradient_norm, learning_rate=learning_rate,
-                tokens_per_second=speed, seconds=seconds,
-            )  # fmt: skip
-            if step % arguments.health_every == 0 or step == stage.steps:
-                health = memory_health(model, batch["input_ids"][:1])
-                log.write(event="memory_health", stage=stage.name, step=step, tokens=state.tokens, **health)
-            if step % arguments.checkpoint_every == 0 or step == stage.steps:
-                _save(run, accelerator.unwrap_model(wrapped), folder, state)
-    return {
-        "name": stage.name, "local_chunk_sizes": stage.local_chunk_sizes, "steps": stage.steps,
-        "tokens": stage.steps * batch_size * seq_len, "train_seconds": seconds, "tokens_per_second": speed,
-        "train_bits_per_byte_of_last_20_steps": sum(losses) / len(losses),
-    }  # fmt: skip
 
+    def _look_at_health(self, stage: Stage, wrapped: nn.Module, model: PreTrainedModel, input_ids: Tensor) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(inner, TNTPreTrainedModel):
+            return
+        with unsharded(wrapped):
+            health = memory_health(inner, input_ids)
+        self.record("memory_health", stage, health)
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: the matrices of linear layers decay; everything else does not.
+    def _utilisation(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
+        """Operations per token, and what all devices together could do in a second (0: not known)."""
+        peak = peak_operations(self.accelerator.device)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return operations_per_token(inner, stage.seq_len), (peak or 0.0) * self.accelerator.num_processes
 
-    What does not decay: embeddings (and an output head tied to them), norms, biases, convolutions, the linear maps of
-    the step size, momentum and forget gates, and the memories' learned initial states: those are where the inner
-    optimisation starts, and their scale sets the size of its first gradients.
-    """
-    decayed = {}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings and not name.endswith("_gate"):
-            decayed[id(module.weight)] = module.weight
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in decayed]
-    return [
-        {"params": [p for p in decayed.values() if p.requires_grad], "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    # ------------------------------------------------------------------------------------------------------ other parts
 
+    def score(self, wrapped: nn.Module, key: str | None, label: str, stage: Stage) -> Score:
+        """Bits per byte of the validation rows. With a key it is part of the results."""
+        value = score_validation(self.run, wrapped, self.accelerator, self.autocast)
+        shown = f"{label}, local chunks {stage.local_chunk_sizes}" if stage.local_chunk_sizes else label
+        score = Score(key or f"{stage.name}_step_{self.state.step}", shown, value)
+        if key is not None:
+            self.state.scores.append(score)
+        self.record("validation", stage, {"name": score.key, "bits_per_byte": value})
+        return score
 
-def learning_rate_factor(step: int, steps: int, warmup_share: float) -> float:
-    """Share of the peak learning rate at `step`, counted from 0: a linear rise that ends at 1, then a cosine to 0.1."""
-    warmup = math.ceil(warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup + 1) / max(1, steps - warmup)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-# ------------------------------------------------------------------------------------------------------------- steps
-
-
-def _start_model(run: Run, stage: Stage, state: State) -> PreTrainedModel:
-    """A new model, or the checkpoint of the stage before with this stage's chunk sizes."""
-    if state.checkpoint is None:
-        return TNTForCausalLM(run.config)
-    return TNTForCausalLM.from_pretrained(state.checkpoint, local_chunk_sizes=stage.local_chunk_sizes)
-
-
-def _score_bigrams(run: Run) -> Score:
-    """The baseline, on the text that the model is scored on."""
-    scored = int(run.validation.token_bytes.sum().item())
-    value = bigram_bits_per_byte(run.documents.train, run.documents.validation, limit_bytes=scored)
-    return Score("byte_bigram", "byte bigram model", value)
-
-
-def _score(run: Run, model: PreTrainedModel, key: str, label: str, log: Log) -> Score:
-    rows = run.validation
-    with progress_bar(len(rows.tokens), "validation", "row", leave=False) as bar:
-        value = bits_per_byte(model, rows, batch_size=run.arguments.batch_size, on_batch=bar.update)
-    log.write(event="validation", name=key, bits_per_byte=value, tokens=rows.tokens.numel())
-    return Score(key, f"{label}, local chunks {model.config.local_chunk_sizes}", value)
-
-
-def _finite(value: torch.Tensor, name: str, state: State) -> float:
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise NonFiniteError(
-            f"the {name} is {number} at step {state.step} of {state.stage}, before the weights were changed; "
-            f"{state.kept()}. Try a smaller --learning-rate"
-        )
-    return number
-
-
-def _save(run: Run, model: PreTrainedModel, folder: Path, state: State) -> None:
-    saved = State(**{**asdict(state), "checkpoint": str(folder), "checkpoint_step": state.step})
-    save_checkpoint(folder, model, run.tokenizer, asdict(saved))
-    state.checkpoint, state.checkpoint_step = saved.checkpoint, saved.checkpoint_step
-
-
-def _clear(output_dir: Path) -> None:
-    """Remove an earlier run's results, which `prepare` has made sure that the user wants, and nothing else."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in STAGE_FOLDERS:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in RESULT_FILES:
-        (output_dir / name).unlink(missing_ok=True)
+    def record(self, event: str, stage: Stage, values: dict[str, Any]) -> None:
+        """To the log, and to the trackers that were asked for."""
+        state = self.state
+        if self.is_main:
+            self.log.write(event=event, stage=stage.name, step=state.step, tokens=state.tokens, **values)
+        if self.recipe.output.trackers:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.accelerator.log(numbers, step=state.total_steps)

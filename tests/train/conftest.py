@@ -16,8 +16,9 @@ TINY_MODEL = {
     "global_chunk_size": 32, "local_chunk_sizes": "[8]", "local_shard_lengths": 32,
 }  # fmt: skip
 TINY_RUN = {
-    "--max-steps": 6, "--batch-size": 2, "--seq-len": 64, "--checkpoint-every": 2, "--health-every": 3,
-    "--eval-tokens": 256, "--prompt-tokens": 24, "--sample-tokens": 20, "--validation-share": 0.2,
+    "--stages.stage1.steps": 6, "--training.batch-size": 2, "--training.seq-len": 64, "--output.checkpoint-every": 2,
+    "--output.health-every": 3, "--output.eval-tokens": 256, "--output.prompt-tokens": 24, "--output.sample-tokens": 20,
+    "--data.validation-share": 0.2,
 }  # fmt: skip
 
 
@@ -35,9 +36,11 @@ def text_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def flags(text_folder: Path, tmp_path: Path) -> list[str]:
     """The command line of a run of 6 + 1 steps of a model with 20,000 parameters; a later flag replaces its value."""
-    files = {"--data": text_folder, "--output-dir": tmp_path / "run"}
+    files = {
+        "--data.sources": text_folder, "--output.dir": tmp_path / "run", "--data.cache-dir": tmp_path / "cache"
+    }  # fmt: skip
     given = [str(part) for pair in (files | TINY_RUN).items() for part in pair]
-    return ["train", *given, "--override", *(f"{k}={v}" for k, v in TINY_MODEL.items())]
+    return ["train", *given, "--model.override", *(f"{k}={v}" for k, v in TINY_MODEL.items())]
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +50,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process; a test with other ones starts and leaves it without."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import random
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
 
 from modeling_tnt.train import checkpoint
-from modeling_tnt.train.checkpoint import atomic_file, atomic_folder, recover, save_checkpoint
+from modeling_tnt.train.checkpoint import (
+    atomic_file,
+    atomic_folder,
+    random_state,
+    read_state,
+    read_tensors,
+    recover,
+    restore_random_state,
+    save_folder,
+    write_state,
+)
 
 
 def _write(folder: Path, text: str) -> None:
@@ -103,35 +114,32 @@ def test_a_failure_while_writing_a_file_keeps_the_old_file(tmp_path: Path):
     assert path.read_text() == "old" and _only(path)
 
 
-@pytest.fixture
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    return LlamaForCausalLM(config)
-
-
-def test_a_checkpoint_loads_and_carries_tokenizer_and_state(tmp_path: Path, model):
-    save_checkpoint(tmp_path / "stage1", model, ByT5Tokenizer(), {"step": 3})
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stage1")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name])
-    assert ByT5Tokenizer.from_pretrained(tmp_path / "stage1")("a").input_ids == [100, 1]
-    assert json.loads((tmp_path / "stage1" / checkpoint.STATE_FILE).read_text()) == {"step": 3}
-
-
-def test_a_disk_that_is_full_is_an_oserror_and_keeps_the_old_checkpoint(tmp_path: Path, model):
-    """The system refuses to write more than 20 kB to a file, in the middle of the weights (28 kB)."""
+def test_a_disk_that_is_full_is_an_oserror_and_keeps_the_old_folder(tmp_path: Path):
+    """The system refuses to write more than 20 kB to a file, in the middle of the tensors."""
     path = tmp_path / "stage1"
-    save_checkpoint(path, model, ByT5Tokenizer(), {"step": 1})
+
+    def write(value: float):
+        return lambda folder: save_file({"weight": torch.full((10_000,), value)}, folder / "model.safetensors")
+
+    save_folder(path, write(1.0))
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    with torch.no_grad():
-        model.lm_head.weight.add_(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match=f"stage1 could not be saved .*; the one saved before is kept in {path}"):
-            save_checkpoint(path, model, ByT5Tokenizer(), {"step": 2})
+            save_folder(path, write(2.0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before and _only(path)
+
+
+def test_random_numbers_go_on_where_they_were_saved(tmp_path: Path):
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    draw()
+    state, tensors = random_state()
+    write_state(tmp_path, {"random": state}, tensors)
+    expected = draw()
+    restore_random_state(read_state(tmp_path)["random"], read_tensors(tmp_path))
+    assert draw() == expected

@@ -1,0 +1,178 @@
+"""One process or many: how the model is wrapped, and how its state becomes whole tensors in one process and back.
+
+FSDP2 is applied here rather than by Accelerate, which knows it on accelerators only: the same code runs with gloo on
+CPUs, where it is tested, and with NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+_SUPPORTED = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU, DistributedType.FSDP,
+)  # fmt: skip
+
+
+def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:
+    """What of Accelerate's configuration cannot be used."""
+    kind = accelerator.distributed_type
+    if kind not in _SUPPORTED:
+        yield f"accelerate is configured for {kind.value}; use no distribution, MULTI_GPU, MULTI_CPU or FSDP version 2"
+    elif kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        yield "accelerate is configured for FSDP version 1; set fsdp_version: 2 in its configuration"
+    if sharding == "fsdp2" and accelerator.num_processes == 1:
+        yield "--training.sharding fsdp2 needs several processes; start it with accelerate launch --num-processes N"
+
+
+def uses_fsdp2(accelerator: Accelerator, sharding: str) -> bool:
+    return accelerator.num_processes > 1 and (sharding == "fsdp2" or accelerator.is_fsdp2)
+
+
+def wrap(model: nn.Module, accelerator: Accelerator, sharding: str) -> nn.Module:
+    """The model, which is on its device, for training: itself, in DistributedDataParallel, or sharded in place."""
+    if accelerator.num_processes == 1:
+        return model
+    if not uses_fsdp2(accelerator, sharding):
+        on_device = accelerator.device.type != "cpu"
+        return DistributedDataParallel(model, device_ids=[accelerator.device.index] if on_device else None)
+    plugin = accelerator.state.fsdp_plugin
+    offload = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    blocks = set(getattr(model, "_no_split_modules", None) or [])
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+@contextmanager
+def without_gradient_sync(wrapped: nn.Module) -> Iterator[None]:
+    """Backward passes inside only add to the gradients of their own process."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)
+    else:
+        with getattr(wrapped, "no_sync", nullcontext)():
+            yield
+
+
+@contextmanager
+def unsharded(wrapped: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights of a sharded model, as plain tensors, also after a forward pass."""
+    parts = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not wrapped, recurse=False)
+            part.reshard()
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to an L2 norm of at most `max_norm` over all of them; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_over_processes(values: list[float], device: torch.device) -> list[float]:
+    """The sum of each value over all processes, in every process."""
+    if not _is_distributed():
+        return values
+    # Metal and some others have no float64; sums of losses and counts need it where it exists.
+    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The model's state dict as whole tensors on the CPU, tied ones being one tensor.
+
+    Every process must call it; those with `keep=False` hold one tensor at a time and get an empty dict.
+    """
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first_name.setdefault(id(parameter), name)
+    tied_to = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    gathered = {}
+    for name, tensor in model.state_dict().items():
+        first = tied_to.get(name, name)
+        whole = gathered[first] if first in gathered else _whole(tensor) if keep or first == name else None
+        if keep:
+            gathered[name] = whole
+    return gathered
+
+
+def gather_optimizer(model: nn.Module, optimizer: Optimizer, *, keep: bool) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>/<entry>`, whole and on the CPU. Every process must call it, as above."""
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            full = _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+            if keep:
+                gathered[f"{name}/{entry}"] = full
+    return gathered
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = tensor.detach()
+    full = full.full_tensor() if isinstance(full, DTensor) else full
+    return full.cpu().clone()
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
+    """Put back what `gather_optimizer` returned, whatever the number of processes now.
+
+    Raises ValueError when it belongs to other parameters.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in saved.items():
+        name, _, entry = key.rpartition("/")
+        if name not in states:
+            raise ValueError(f"the optimizer's state has an entry for {name}, which is no parameter that is trained")
+        states[name][entry] = _placed_like(value, parameters[name])
+    without = [name for name, state in states.items() if not state]
+    if without and saved:
+        raise ValueError(f"the optimizer's state lacks {len(without)} parameters that are trained, e.g. {without[0]}")
+    for name, state in states.items():
+        if state:
+            optimizer.state[parameters[name]] = state
+
+
+def _placed_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Scalars (AdamW's step counts) stay on the CPU, where AdamW keeps them."""
+    if value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)

@@ -1,0 +1,310 @@
+"""The recipe of a training run: what `tnt train --config recipe.yaml` reads, every field of which is also a flag.
+
+A recipe has sections (model, data, optimizer, training, output) and a list of stages. Read `Recipe`, `load_recipe`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .data import DataOptions
+from .options import find_blocked_folder, flag_of, from_mapping, option
+
+ARCHITECTURES = ("tnt", "llama")
+SCHEDULES = ("cosine", "wsd", "constant")
+TRAINABLE = ("all", "local", "lora")
+SHARDINGS = ("none", "fsdp2")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+PRECISIONS = ("no", "bf16")
+UNNAMED = "stage"
+
+
+@dataclass
+class ModelOptions:
+    """Which model is trained, and from which weights."""
+
+    preset: str = option("tiny", "model", "name of the model's preset")
+    override: dict[str, Any] = option({}, "model", "TNTConfig fields to replace, e.g. num_heads=2 qk_projection=none")
+    architecture: str = option(
+        "tnt", "model", "tnt, or llama: transformers' Llama of the preset's width, depth, heads and vocabulary and of "
+        "about as many parameters",
+    )  # fmt: skip
+    start_from: str | None = option(
+        None, "model", "folder or Hub name of a TNT checkpoint whose weights and configuration the first stage starts "
+        "from, instead of a preset",
+    )  # fmt: skip
+
+
+@dataclass
+class OptimizerOptions:
+    """AdamW, as in the papers: matrices of the projections decay, and nothing else does (`optim.parameter_groups`)."""
+
+    learning_rate: float = option(3e-3, "optimizer", "peak learning rate of the first stage")
+    beta1: float = option(0.9, "optimizer", "decay of the mean of the gradients, a step")
+    beta2: float = option(0.95, "optimizer", "decay of the mean of the squared gradients, a step")
+    weight_decay: float = option(0.1, "optimizer", "decay of the projections' matrices, and of no others")
+    max_grad_norm: float = option(1.0, "optimizer", "L2 norm that gradients are clipped to")
+
+
+@dataclass
+class StageOptions:
+    """One stretch of training. Its length is given as one of `steps`, `tokens` and `share`."""
+
+    name: str = UNNAMED
+    steps: int | None = option(None, "stages", "optimizer steps")
+    tokens: float | None = option(None, "stages", "tokens, rounded up to whole steps")
+    share: float | None = option(None, "stages", "steps as a share of the first stage's, at least one step")
+    local_chunk_sizes: list[int] | None = option(
+        None, "stages", "tokens in a chunk, one number for each local memory; none: as they are"
+    )
+    chunk_divisor: int | None = option(
+        None, "stages", "instead of local_chunk_sizes: the largest divisor of each chunk size that is at most this "
+        "part of it, at least 1",
+    )  # fmt: skip
+    local_shard_lengths: list[int | None] | None = option(
+        None, "stages", "tokens after which a local memory is reset, one for each (none: never); without: as they are"
+    )
+    seq_len: int | None = option(None, "stages", "tokens in a row; none: training.seq_len")
+    learning_rate: float | None = option(
+        None, "stages", "peak; none: the optimizer's in the first stage, a tenth of it later, where a cosine has ended"
+    )
+    schedule: str = option(
+        "cosine", "stages", "cosine, wsd (warm-up, stable, decay in a straight line) or constant, each after a warm-up"
+    )
+    warmup_share: float = option(0.1, "stages", "share of the steps with a rising learning rate")
+    decay_share: float = option(0.2, "stages", "wsd: share of the steps with a falling learning rate")
+    final_share: float = option(0.1, "stages", "share of the peak learning rate that cosine and wsd end with")
+    trainable: str = option(
+        "all", "stages", "all, local (the local memories alone) or lora (adapters on the projections, and the local "
+        "memories; needs peft), merged at the end of the stage",
+    )  # fmt: skip
+    lora_rank: int = option(8, "stages", "rank of the adapters")
+
+
+@dataclass
+class TrainingOptions:
+    """How a step is taken."""
+
+    seq_len: int = option(1024, "training", "tokens in a row")
+    batch_size: int = option(1, "training", "rows in a step, over all processes")
+    micro_batch_size: int | None = option(
+        None, "training", "rows in a forward pass of one process; none: as many as batch_size and the processes allow. "
+        "Gradients are accumulated over the passes of a step",
+    )  # fmt: skip
+    seed: int = option(0, "training", "of the initial weights, the order of the data and the sample")
+    mixed_precision: str = option("no", "training", "no (float32) or bf16 (autocast; weights stay float32)")
+    gradient_checkpointing: bool = option(False, "training", "keep one activation a block, compute the others again")
+    compile: bool = option(False, "training", "torch.compile the model")
+    sharding: str = option(
+        "none", "training", "none (each process has the whole model, DDP) or fsdp2 (weights, gradients and optimizer "
+        "in parts); fsdp2 is also chosen by an accelerate configuration with FSDP",
+    )  # fmt: skip
+    data_workers: int = option(0, "training", "processes that read rows; 0: the training process")
+
+
+@dataclass
+class OutputOptions:
+    """What is kept, shown and measured on the way."""
+
+    dir: Path = option(Path("runs/quickstart"), "output", "folder for checkpoints, models, metrics and plots")
+    overwrite: bool = option(False, "output", "replace the run that output.dir holds", alias="--overwrite")
+    resume: bool = option(
+        False, "output", "go on with the run that output.dir holds, from its newest checkpoint, or begin if there is "
+        "none", alias="--resume",
+    )  # fmt: skip
+    checkpoint_every: int = option(200, "output", "steps between checkpoints")
+    keep_checkpoints: int = option(2, "output", "newest checkpoints to keep; the best model is kept besides")
+    eval_every: int | None = option(None, "output", "steps between validations; none: at the end of each stage")
+    health_every: int = option(50, "output", "steps between looks at the memories' inner loops")
+    eval_tokens: int = option(
+        131072, "output", "validation tokens to score, rounded down to whole rows; never more than a quarter of the "
+        "tokens that the first stage trains on",
+    )  # fmt: skip
+    prompt_tokens: int = option(256, "output", "validation tokens that the sample continues")
+    sample_tokens: int = option(256, "output", "tokens of the sample; 0: none")
+    trackers: list[str] = option([], "output", f"report to these as well: {', '.join(TRACKERS)}")
+
+
+def _default_stages() -> list[StageOptions]:
+    return [StageOptions(name="stage1", steps=1200), StageOptions(name="stage2", share=0.05, chunk_divisor=4)]
+
+
+@dataclass
+class Recipe:
+    """Everything that `tnt train` needs to know. The defaults are the README's first command."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    stages: list[StageOptions] = field(default_factory=_default_stages)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def problems(self) -> list[str]:
+        """Every rule that a value breaks by itself, as texts with the flag, the rule, the value and the remedy."""
+        return [
+            *_find_wrong_numbers(self), *_find_wrong_choices(self), *self.data.problems(), *_find_wrong_stages(self),
+            *find_blocked_folder(self.output.dir, "output.dir"),
+        ]  # fmt: skip
+
+
+def available_recipes() -> list[str]:
+    """The names that `load_recipe` accepts besides files, sorted."""
+    files = resources.files("modeling_tnt.configuration").joinpath("recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe in a YAML file, or one that is shipped, by its name.
+
+    Raises:
+        OSError: when there is no such file and no such recipe.
+        ValueError: for a file that is no YAML, and for all unknown keys and values of a wrong type at once.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif name in available_recipes():
+        text = resources.files("modeling_tnt.configuration").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+    else:
+        raise FileNotFoundError(
+            f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
+            f"{', '.join(available_recipes())}"
+        )
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {name} is not valid YAML: {error}") from error
+    return recipe_from_mapping({} if mapping is None else mapping, f"--config {name}")
+
+
+def recipe_from_mapping(mapping: Any, name: str) -> Recipe:
+    """A recipe from nested mappings. Raises one ValueError with all unknown keys and values of a wrong type."""
+    problems: list[str] = []
+    recipe = from_mapping(Recipe, mapping, name, problems)
+    for i, stage in enumerate(recipe.stages):
+        if stage.name == UNNAMED:
+            stage.name = f"stage{i + 1}"
+    if problems:
+        raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
+    return recipe
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+def _find_wrong_numbers(recipe: Recipe) -> Iterator[str]:
+    training, output, optimizer = recipe.training, recipe.output, recipe.optimizer
+    least = {
+        "training.seq_len": (training.seq_len, 2), "training.batch_size": (training.batch_size, 1),
+        "training.micro_batch_size": (training.micro_batch_size, 1), "training.seed": (training.seed, 0),
+        "training.data_workers": (training.data_workers, 0), "output.checkpoint_every": (output.checkpoint_every, 1),
+        "output.keep_checkpoints": (output.keep_checkpoints, 1), "output.eval_every": (output.eval_every, 1),
+        "output.health_every": (output.health_every, 1), "output.eval_tokens": (output.eval_tokens, 1),
+        "output.prompt_tokens": (output.prompt_tokens, 1), "output.sample_tokens": (output.sample_tokens, 0),
+    }  # fmt: skip
+    yield from _below(least)
+    positive = {
+        "optimizer.learning_rate": optimizer.learning_rate, "optimizer.max_grad_norm": optimizer.max_grad_norm,
+    }  # fmt: skip
+    yield from _not_positive(positive)
+    yield from _outside({"optimizer.weight_decay": optimizer.weight_decay}, 0, 10)
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"--optimizer.{name} must be at least 0 and below 1, got {getattr(optimizer, name)}"
+
+
+def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
+    choices = {
+        "model.architecture": (recipe.model.architecture, ARCHITECTURES),
+        "training.mixed_precision": (recipe.training.mixed_precision, PRECISIONS),
+        "training.sharding": (recipe.training.sharding, SHARDINGS),
+    }
+    yield from _not_among(choices)
+    for name in recipe.output.trackers:
+        yield from _not_among({"output.trackers": (name, TRACKERS)})
+    if recipe.model.architecture == "llama" and recipe.data.boundaries == "marked":
+        yield (
+            "--data.boundaries marked resets memories at the start of a document, which a Llama does not have; use "
+            "--data.boundaries joined"
+        )
+    if recipe.model.architecture == "llama" and recipe.model.start_from is not None:
+        yield "--model.start-from takes a TNT checkpoint, and --model.architecture is llama; leave one of them out"
+    if recipe.output.resume and recipe.output.overwrite:
+        yield "--output.resume goes on with a run and --output.overwrite replaces it; use one of them"
+
+
+def _find_wrong_stages(recipe: Recipe) -> Iterator[str]:
+    if not recipe.stages:
+        yield "stages must hold at least one stage, got []"
+    names = [stage.name for stage in recipe.stages]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"stages: the name {name!r} is given to {names.count(name)} stages; give each its own"
+    for i, stage in enumerate(recipe.stages):
+        yield from _find_wrong_stage(recipe, stage, first=i == 0)
+
+
+def _find_wrong_stage(recipe: Recipe, stage: StageOptions, *, first: bool) -> Iterator[str]:
+    at = f"stages.{stage.name}"
+    if not stage.name.replace("-", "").replace("_", "").isalnum():
+        yield f"stages: a name may hold letters, digits, - and _, since a folder gets it, got {stage.name!r}"
+    lengths = {name: getattr(stage, name) for name in ("steps", "tokens", "share") if getattr(stage, name) is not None}
+    if len(lengths) != 1:
+        given = " and ".join(f"{name}={value}" for name, value in lengths.items()) or "none of them"
+        yield (
+            f"--{at} takes exactly one of steps, tokens and share, got {given}"
+            + (f"; use {flag_of(f'{at}.{next(iter(lengths))}')} none to leave one out" if lengths else "")
+        )
+    if first and stage.share is not None:
+        yield f"--{at}.share is a share of the first stage's steps, which this one is; give steps or tokens"
+    yield from _below({f"{at}.{n}": (getattr(stage, n), m) for n, m in
+                       (("steps", 1), ("seq_len", 2), ("chunk_divisor", 1), ("lora_rank", 1))})  # fmt: skip
+    yield from _not_positive({f"{at}.{n}": getattr(stage, n) for n in ("tokens", "share", "learning_rate")})
+    yield from _outside({f"{at}.{n}": getattr(stage, n) for n in ("warmup_share", "decay_share", "final_share")}, 0, 1)
+    if stage.warmup_share + (stage.decay_share if stage.schedule == "wsd" else 0) > 1:
+        yield (
+            f"{flag_of(f'{at}.warmup_share')}={stage.warmup_share} and {flag_of(f'{at}.decay_share')}="
+            f"{stage.decay_share} are shares of the same steps and must not exceed 1 together"
+        )
+    yield from _not_among(
+        {f"{at}.schedule": (stage.schedule, SCHEDULES), f"{at}.trainable": (stage.trainable, TRAINABLE)}
+    )
+    if stage.local_chunk_sizes is not None and stage.chunk_divisor is not None:
+        yield f"--{at} takes local_chunk_sizes or chunk_divisor, got both; set one of them to none"
+    swaps = any(x is not None for x in (stage.local_chunk_sizes, stage.chunk_divisor, stage.local_shard_lengths))
+    if recipe.model.architecture == "llama" and (swaps or stage.trainable != "all"):
+        yield (
+            f"--{at}: a Llama has no local memories whose chunks could be swapped; use a recipe with one stage, "
+            "e.g. --config llama-150m"
+        )
+
+
+def _below(least: dict[str, tuple[int | None, int]]) -> Iterable[str]:
+    for name, (value, minimum) in least.items():
+        if value is not None and value < minimum:
+            yield f"{flag_of(name)} must be at least {minimum}, got {value}"
+
+
+def _not_positive(values: dict[str, float | None]) -> Iterable[str]:
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield f"{flag_of(name)} must be positive and finite, got {value}"
+
+
+def _outside(values: dict[str, float], low: float, high: float) -> Iterable[str]:
+    for name, value in values.items():
+        if not low <= value <= high:
+            yield f"{flag_of(name)} must lie between {low} and {high}, got {value}"
+
+
+def _not_among(choices: dict[str, tuple[str, tuple[str, ...]]]) -> Iterable[str]:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {value!r}"
