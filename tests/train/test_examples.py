@@ -1,0 +1,73 @@
+"""The example scripts, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.train import load_lora
+
+SCRIPT = Path(__file__).parents[2] / "train" / "examples" / "finetune_stage2.py"
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    """Eight steps, the last four of stage 2, on a model of 30,000 parameters and 4,000 bytes."""
+    torch.manual_seed(0)
+    config = TNTConfig(
+        vocab_size=384, hidden_size=32, num_hidden_layers=1, num_heads=2, head_dim=16, intermediate_size=32,
+        global_chunk_size=32, local_chunk_sizes=[8], local_shard_lengths=32, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    TNTForCausalLM(config).save_pretrained(tmp_path / "stage1")
+    ByT5Tokenizer().save_pretrained(tmp_path / "stage1")
+    (tmp_path / "book.txt").write_text("the memory reads one token and then another. " * 90)
+    given = {
+        "--model": tmp_path / "stage1", "--text": tmp_path / "book.txt", "--output": tmp_path / "stage2",
+        "--chunks": 2, "--stage1-steps": 4, "--steps": 8, "--context": 64, "--learning-rate": 1e-2,
+    }  # fmt: skip
+    return [str(part) for pair in given.items() for part in pair]
+
+
+def run_here(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_is_short():
+    assert len(SCRIPT.read_text().splitlines()) < 60
+
+
+def test_finetunes_and_saves(arguments, tmp_path):
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "step 4: stage 2 begins; local chunks [2], shard lengths 32" in done.stdout
+    for folder, chunks in (("checkpoint-4", [8]), ("checkpoint-8", [2]), (".", [2])):
+        assert TNTForCausalLM.from_pretrained(tmp_path / "stage2" / folder).config.local_chunk_sizes == chunks
+    state = json.loads((tmp_path / "stage2" / "checkpoint-8" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+
+
+def test_lora_and_resuming(arguments, tmp_path, monkeypatch):
+    run_here(monkeypatch, *arguments, "--lora")
+    loaded = load_lora(tmp_path / "stage2")
+    assert loaded.config.local_chunk_sizes == [2]
+    run_here(monkeypatch, *arguments, "--lora", "--steps", "10", "--resume")
+    state = json.loads((tmp_path / "stage2" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "stage" in entry] == [4]
+    resumed = load_lora(tmp_path / "stage2")
+    assert any(not torch.equal(p, q) for p, q in zip(resumed.parameters(), loaded.parameters(), strict=True))
+
+
+def test_too_little_text(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *arguments, "--context", "5000")
+    assert "book.txt has 4050 tokens, less than one row of --context 5000" in capsys.readouterr().err
