@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_tnt.train import checkpoint
 from modeling_tnt.train.checkpoint import (
     atomic_file,
     atomic_folder,
