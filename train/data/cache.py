@@ -81,7 +81,7 @@ def _tokenise(source: Source, options: DataOptions, encoder: Encoder, folder: Pa
             position, text.num_bytes = Position(**writer.progress["position"]), writer.progress["text_bytes"]
         committed = text.num_bytes
         batches = place_documents(
-            text.read(source.read(position)), options.validation_share, both_sides_seen=writer.progress is not None
+            text.read(source.read(position)), options.validation_share, begun=writer.progress is not None
         )
         try:
             with _progress_bar(source, text) as bar:

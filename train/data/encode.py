@@ -26,8 +26,8 @@ class Encoder:
         self.tokenizer = tokenizer
         special, ids = set(tokenizer.all_special_ids), set(tokenizer.get_vocab().values())
         self.vocabulary = Vocabulary(size=max(ids | special) + 1, num_symbols=len(ids - special) + 1)
-        # ByT5's tokens are the bytes shifted, which its own code finds a thousand times more slowly than numpy.
-        self._is_bytes = type(tokenizer) is ByT5Tokenizer and set(tokenizer.added_tokens_decoder) == special
+        # ByT5's tokens are the bytes shifted, which its own code finds far more slowly than numpy.
+        self._is_bytes = type(tokenizer) is ByT5Tokenizer
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """For each text its ids and the end-of-sequence token, [tokens + 1] of the vocabulary's dtype."""

@@ -95,8 +95,9 @@ class SavedDataset:
 
     def read(self, done: int, state: Any) -> Iterator[Document]:
         _check_column(self.text_column, self.records.column_names, str(self.path))
-        records = self.records.select_columns([self.text_column]).skip(done)
-        yield from _to_documents(records, self.text_column, str(self.path))
+        records = self.records.select_columns([self.text_column])
+        if done < len(records):
+            yield from _to_documents(records.skip(done), self.text_column, str(self.path))
 
     def state(self) -> None:
         return None

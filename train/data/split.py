@@ -20,15 +20,18 @@ class Placed(NamedTuple):
     text: str
 
 
-def place_documents(
-    documents: Iterable[Document], share: float, *, both_sides_seen: bool = False
-) -> Iterator[list[Placed]]:
+def place_documents(documents: Iterable[Document], share: float, *, begun: bool = False) -> Iterator[list[Placed]]:
     """Hold out about `share` of the documents. When a batch is given, all that has been read is in it or before it.
 
     A document is held out when the hash of its key, as a number from 0 to 1, is below `share`; that depends on nothing
     else, so equal documents are never separated, and neither order nor number of documents matters. Of a few documents
     (those read before both sides have one) at least one is held out, that of the lowest hash, and one is not. A single
     document is cut in two, its end being held out.
+
+    Args:
+        documents: read one at a time.
+        share: between 0 and 1.
+        begun: these documents continue others that have been placed.
 
     Raises ValueError for several documents that are all equal.
     """
@@ -37,11 +40,12 @@ def place_documents(
     for batch in _batches(documents):
         waiting += batch
         size += sum(len(d.text) for d in batch)
-        if not both_sides_seen:
-            both_sides_seen = len({hash_of(d.key) < share for d in waiting}) == 2
-            some = len(waiting) > 1 and size > WAITING_BYTES or len(waiting) > WAITING_DOCUMENTS
-            if not both_sides_seen and not some:
-                continue
+        if not begun:
+            both = len({hash_of(d.key) < share for d in waiting}) == 2
+            many = len(waiting) > 1 and size > WAITING_BYTES or len(waiting) > WAITING_DOCUMENTS
+            begun = both or many
+        if not begun:
+            continue
         yield [Placed(SIDES[hash_of(d.key) < share], d.text) for d in waiting]
         waiting, size = [], 0
     if waiting:

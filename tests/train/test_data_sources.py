@@ -1,0 +1,152 @@
+"""Which documents come from files, folders, saved datasets and the Hub, and what is said about those that cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_tnt.train.data import DataOptions
+from modeling_tnt.train.data import sources as sources_module
+from modeling_tnt.train.data.sources import Position, find_source
+
+
+def _read(*sources: object, **options: object) -> list[str]:
+    source = find_source(DataOptions(sources=[str(s) for s in sources], **options))
+    return [document.text for document in source.read(Position())]
+
+
+def _write_arrow(path: Path, table: pa.Table, opener: object) -> None:
+    with opener(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_text_jsonl_parquet_arrow_and_folders_of_them(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a text\r\nof two lines", encoding="utf-8", newline="")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "zwei ü"}\n', encoding="utf-8")
+    pq.write_table(pa.table({"text": ["in a table"]}), tmp_path / "c.parquet")
+    _write_arrow(tmp_path / "d.arrow", pa.table({"text": ["streamed"]}), pa.ipc.new_stream)
+    _write_arrow(tmp_path / "e.arrow", pa.table({"text": ["at random"]}), pa.ipc.new_file)
+    (tmp_path / "picture.bin").write_bytes(b"\xff\x00")
+    assert _read(tmp_path / "b.jsonl") == ["one", "zwei ü"]
+    assert _read(tmp_path / "c.parquet", tmp_path / "a.txt") == ["in a table", "a text\r\nof two lines"]
+    assert _read(tmp_path) == ["a text\r\nof two lines", "one", "zwei ü", "in a table", "streamed", "at random"]
+
+
+def test_a_folder_written_by_save_to_disk(tmp_path: Path):
+    dataset = datasets.Dataset.from_dict({"body": ["one", "two"], "id": [1, 2]})
+    dataset.save_to_disk(tmp_path / "single")
+    datasets.DatasetDict(train=dataset, extra=dataset.select([1])).save_to_disk(tmp_path / "many")
+    assert _read(tmp_path / "single", text_column="body") == ["one", "two"]
+    assert _read(tmp_path / "many", text_column="body", split="extra") == ["two"]
+    with pytest.raises(ValueError, match=r"--data.split test is no split of .*\['extra', 'train'\]"):
+        _read(tmp_path / "many", text_column="body", split="test")
+    with pytest.raises(ValueError, match="one dataset without splits"):
+        _read(tmp_path / "single", text_column="body", split="test")
+    with pytest.raises(ValueError, match=r"--data.text-column text is no column of .*\['body', 'id'\]"):
+        _read(tmp_path / "single")
+
+
+def test_another_text_column(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "here", "id": 3}) + "\n")
+    assert _read(tmp_path / "a.jsonl", text_column="body") == ["here"]
+    with pytest.raises(ValueError, match=r"--data.text-column text is no column of .*\['body', 'id'\]"):
+        _read(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="holds int, not text"):
+        _read(tmp_path / "a.jsonl", text_column="id")
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name goes to `datasets.load_dataset`; here to a dataset in a folder, as there is no network."""
+    pq.write_table(pa.table({"text": ["row one", "row two"]}), tmp_path / "valid-00000.parquet")
+    asked = []
+
+    def load(name: str, config: str | None, **options: object):
+        asked.append((name, config, options))
+        return real(str(tmp_path), **options)
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources_module, "find_hub_revision", lambda name: "abc")
+    assert _read("owner/name", config="english", split="validation") == ["row one", "row two"]
+    assert asked == [("owner/name", "english", {"split": "validation", "streaming": True})]
+
+
+def test_an_unreachable_dataset_is_an_oserror(monkeypatch: pytest.MonkeyPatch):
+    def load(*_: object, **__: object):
+        raise RuntimeError("no route")  # the HTTP clients' errors are no OSErrors
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources_module, "find_hub_revision", lambda name: None)
+    with pytest.raises(OSError, match="'nosuch' is no file or folder here, and `datasets` could not read it.*no route"):
+        _read("nosuch")
+
+
+def test_unreadable_data(tmp_path: Path):
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text("{nope\n")
+    (tmp_path / "bad.parquet").write_text("nope")
+    (tmp_path / "bad.arrow").write_text("nope")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="latin.txt' is not UTF-8"):
+        _read(tmp_path / "latin.txt")
+    for suffix, kind in (("jsonl", "json"), ("parquet", "parquet"), ("arrow", "arrow")):
+        with pytest.raises(ValueError, match=f"bad.{suffix}' cannot be read as {kind}"):
+            _read(tmp_path / f"bad.{suffix}")
+    with pytest.raises(ValueError, match="folder without files of a known kind"):
+        _read(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="missing.txt' does not exist"):
+        _read(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match="'owner/name' does not exist; give files, folders, or one dataset"):
+        _read(tmp_path / "latin.txt", "owner/name")
+
+
+def test_options_of_the_hub_are_refused_for_files(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="--data.config english is for a dataset of the Hub"):
+        _read(tmp_path / "a.txt", config="english")
+    with pytest.raises(ValueError, match="--data.split test .* files have no splits"):
+        _read(tmp_path / "a.txt", split="test")
+    with pytest.raises(ValueError, match="files have no splits"):
+        _read(split="test")
+
+
+def test_the_version_changes_with_the_files(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    options = DataOptions(sources=[str(file)])
+    first = find_source(options)
+    assert find_source(options).revision == first.revision and first.num_bytes == 4
+    file.write_text("longer text")
+    assert find_source(options).revision != first.revision
+
+
+def test_every_kind_of_source_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [f"text {i}" for i in range(5)]
+    (tmp_path / "mixed").mkdir()
+    for name in names[:2]:
+        (tmp_path / "mixed" / f"{name}.txt").write_text(name)
+    pq.write_table(pa.table({"text": names[2:]}), tmp_path / "mixed" / "z.parquet")
+    datasets.Dataset.from_dict({"text": names}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub").mkdir()
+    for part in (names[:3], names[3:]):
+        pq.write_table(pa.table({"text": part}), tmp_path / "hub" / f"train-{part[0][-1]}.parquet", row_group_size=1)
+    real = datasets.load_dataset
+
+    def load(name: str, *args: object, **options: object):
+        return real(str(tmp_path / "hub"), **options) if name == "owner/name" else real(name, *args, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources_module, "find_hub_revision", lambda name: "abc")
+    for given in (tmp_path / "mixed", tmp_path / "saved", "owner/name"):
+        for done in range(1, 6):
+            source, position = find_source(DataOptions(sources=[str(given)])), Position()
+            stream = source.read(position)
+            assert [next(stream).text for _ in range(done)] == names[:done]
+            kept = json.loads(json.dumps(source.save_position(position)))
+            again = find_source(DataOptions(sources=[str(given)]))
+            assert [d.text for d in again.read(Position(**kept))] == names[done:]
