@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..checkpoint import atomic_file
 from ..data import Rows, load_data
 from ..options import to_mapping
 from ..report import progress_bar
-from .arguments import DTYPES, RETRIEVAL_LENGTHS, TASKS, EvalArguments
-from .chunks import default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks, scale_chunks
-from .needles import Needle, NeedleFactory
+from .arguments import DTYPES, EvalArguments
+from .choice import choose_tasks, make_needles
+from .chunks import default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks
+from .needles import Needle
 from .perplexity import describe_perplexity, draw_perplexity, report_perplexity
 from .position import collect_positions, describe_positions, draw_positions, report_positions
 from .retrieval import describe_retrieval, draw_retrieval, measure_retrieval, report_retrieval
@@ -38,7 +39,6 @@ class Evaluation:
     remarks: list[str]
     subjects: list[Subject]
     models: dict[str, PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
     rows: Rows
     description: str
     needles: dict[int, list[Needle]]
@@ -52,7 +52,7 @@ def run_eval(arguments: EvalArguments) -> int:
     """
     try:
         evaluation = prepare(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return _fail(error, status=2)
     except KeyboardInterrupt:
         return _fail("interrupted before the evaluation began", status=130)
@@ -71,18 +71,17 @@ def prepare(arguments: EvalArguments) -> Evaluation:
     """Check the arguments, load models and data, and make the documents. Nothing is computed or written.
 
     Raises:
-        ValueError, TypeError: for arguments that cannot be used, all of them at once, or data that does not fit them.
+        ValueError: for arguments that cannot be used, all of them at once, or data that does not fit them.
         OSError: for models or data that cannot be read.
     """
     problems = arguments.problems()
     subjects = find_subjects([arguments.model, *arguments.compare], problems) if arguments.model else []
     complete = len(subjects) == 1 + len(arguments.compare)
     tokenizer = find_tokenizer(arguments.data.tokenizer, subjects, problems) if complete else None
-    tasks, remarks = _choose_tasks(arguments, subjects, problems)
-    lengths = _choose_lengths(arguments, tasks, subjects, problems, remarks)
+    choice = choose_tasks(arguments, subjects, problems)
     needles: dict[int, list[Needle]] = {}
-    if tokenizer is not None and "retrieval" in tasks and not problems:
-        needles = _make_needles(arguments, tokenizer, lengths, problems)
+    if tokenizer is not None:
+        needles = make_needles(arguments, choice.retrieval_lengths, tokenizer, problems)
     if problems:
         raise ValueError("\n  ".join(["this evaluation cannot be done:", *problems]))
 
@@ -97,7 +96,7 @@ def prepare(arguments: EvalArguments) -> Evaluation:
             "use a smaller one, more text, or a larger --data.validation-share"
         )
     rows = rows.head(max(1, arguments.eval_tokens // arguments.seq_len))
-    return Evaluation(arguments, tasks, remarks, subjects, models, tokenizer, rows, data.description, needles)
+    return Evaluation(arguments, choice.tasks, choice.remarks, subjects, models, rows, data.description, needles)
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
@@ -177,74 +176,6 @@ _DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 _DRAWINGS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "perplexity": draw_perplexity, "position": draw_positions, "chunks": draw_chunks, "retrieval": draw_retrieval,
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------- checking
-
-
-def _choose_tasks(
-    arguments: EvalArguments, subjects: list[Subject], problems: list[str]
-) -> tuple[list[str], list[str]]:
-    """The tasks in the order of `TASKS`, and a remark for each that is left out."""
-    tasks, remarks = [task for task in TASKS if task in (arguments.tasks or TASKS)], []
-    without = [subject for subject in subjects if not subject.has_local_memories]
-    if "chunks" in tasks and without:
-        subject = without[0]
-        kind = "has no local memory" if subject.is_tnt else f"is a {subject.config.model_type} model and has no chunks"
-        if "chunks" in arguments.tasks:
-            problems.append(f"--tasks chunks needs TNT models with local memories, and {subject.source} {kind}")
-        else:
-            remarks.append(f"the task chunks is left out: {subject.source} {kind}")
-        tasks.remove("chunks")
-    if "chunks" in tasks:
-        for subject in subjects:
-            problems += _find_wrong_chunks(arguments, subject)
-    return tasks, remarks
-
-
-def _find_wrong_chunks(arguments: EvalArguments, subject: Subject) -> list[str]:
-    problems = []
-    for size in arguments.chunk_sizes:
-        try:
-            if size >= 1:
-                scale_chunks(subject.config, size)
-        except ValueError as error:
-            problems.append(f"--chunk-sizes with {subject.source}: {error}")
-    return problems
-
-
-def _choose_lengths(
-    arguments: EvalArguments, tasks: list[str], subjects: list[Subject], problems: list[str], remarks: list[str]
-) -> list[int]:
-    """The lengths of the retrieval's documents; those that a model has no positions for are a problem if they were
-    named, and left out with a remark if not."""
-    lengths = arguments.retrieval_lengths or RETRIEVAL_LENGTHS
-    for subject in subjects:
-        problems += subject.find_excess("--seq-len", arguments.seq_len)
-        if "retrieval" in tasks:
-            # The answer follows the document.
-            too_long = [length for length in lengths if any(subject.find_excess("", length + 16))]
-            if too_long and arguments.retrieval_lengths:
-                problems += subject.find_excess("--retrieval-lengths", max(too_long) + 16)
-            elif too_long:
-                remarks.append(f"retrieval without {', '.join(map(str, too_long))} tokens: {subject.source} is shorter")
-                lengths = [length for length in lengths if length not in too_long]
-        longest = max([arguments.seq_len, *(lengths if "retrieval" in tasks else [])])
-        if subject.longest is not None and longest > subject.longest:
-            remarks.append(f"{subject.source} was made for {subject.longest:,} tokens and reads up to {longest:,} here")
-    return sorted(set(lengths))
-
-
-def _make_needles(
-    arguments: EvalArguments, tokenizer: PreTrainedTokenizerBase, lengths: list[int], problems: list[str]
-) -> dict[int, list[Needle]]:
-    factory, needles = NeedleFactory(tokenizer, arguments.seed), {}
-    for length in lengths:
-        try:
-            needles[length] = factory.make(length, arguments.retrieval_documents)
-        except ValueError as error:
-            problems.append(f"--retrieval-lengths: {error}")
-    return needles
 
 
 # ----------------------------------------------------------------------------------------------------------- printing

@@ -15,7 +15,7 @@ from modeling_tnt import TNTConfig
 from ..data import load_tokenizer
 from .arguments import OWN_TOKENIZER
 
-# What a configuration of rotary positions is recognised by: those can be read beyond the length of training.
+# What a configuration of rotary positions is recognised by.
 ROTARY_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
 
 
@@ -45,14 +45,12 @@ class Subject:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
-    def is_rotary(self) -> bool:
+    def limit(self) -> int | None:
+        """Tokens that the model cannot read more of, as it has a table of positions; None: rotary positions, or none
+        at all, with which it can be read beyond what it was made for."""
         text_config = self.config.get_text_config()
-        return any(getattr(text_config, name, None) for name in ROTARY_FIELDS)
-
-    def find_excess(self, flag: str, length: int) -> Iterator[str]:
-        """The problem that rows of so many tokens are longer than the model's table of positions."""
-        if self.longest is not None and length > self.longest and not self.is_rotary:
-            yield f"{flag} {length} is more than the {self.longest} positions of {self.source}; use at most that"
+        rotary = any(getattr(text_config, name, None) for name in ROTARY_FIELDS)
+        return None if rotary else self.longest
 
 
 def find_subjects(sources: list[str], problems: list[str]) -> list[Subject]:
