@@ -136,5 +136,6 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft, which is not installed; use pip install peft") from error
+        remedy = "use pip install 'modeling-tnt[lora]'"
+        raise ImportError(f"LoRA needs the package peft, which is not installed; {remedy}") from error
     return peft

@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
@@ -216,6 +218,11 @@ def test_the_model_is_found_inside_of_wrappers(tmp_path):
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         for wrapped in (model, torch.compile(model), torch.nn.DataParallel(model), parallel, torch.compile(parallel)):
             assert find_tnt_model(wrapped) is model, "with its head, and not the base model in it"
+        sharded = make_model()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        find_tnt_model(sharded).set_local_chunks([2])
+        sharded(torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+        assert sharded.config.local_chunk_sizes == [2] and type(sharded) is not TNTForCausalLM
     finally:
         torch.distributed.destroy_process_group()
     base = model.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
@@ -54,6 +56,23 @@ def test_finetunes_and_saves(arguments, tmp_path):
     state = json.loads((tmp_path / "stage2" / "checkpoint-8" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+
+
+def test_two_processes_equal_one(arguments, tmp_path, monkeypatch):
+    """DDP over gloo on half the rows each: the swap at the same step, and the same weights but for float32 rounding."""
+    run_here(monkeypatch, *arguments, "--batch-size", "4")
+    expected = load_file(tmp_path / "stage2" / "model.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [*arguments, "--batch-size", "2", "--output", str(tmp_path / "both")]
+    done = subprocess.run([*command, *both], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4: stage 2 begins") == 1, "one process reports"
+    assert TNTForCausalLM.from_pretrained(tmp_path / "both").config.local_chunk_sizes == [2]
+    got = load_file(tmp_path / "both" / "model.safetensors")
+    # Adam divides by the gradient's size: what differs in the last digit may differ by a part of a step of 1e-2.
+    differences = {name: (tensor - got[name]).abs().max().item() for name, tensor in expected.items()}
+    assert max(differences.values()) < 1e-4, differences
 
 
 def test_lora_and_resuming(arguments, tmp_path, monkeypatch):

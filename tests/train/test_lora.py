@@ -202,5 +202,5 @@ def test_an_adapter_without_its_chunks_is_refused(trained, tmp_path):
 
 def test_without_peft_the_error_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="needs the package peft, which is not installed; use pip install peft"):
+    with pytest.raises(ImportError, match=r"peft, which is not installed; use pip install 'modeling-tnt\[lora\]'"):
         lora_config(make_model())
