@@ -6,6 +6,7 @@ CPUs, where it is tested, and with NCCL on GPUs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,7 +35,14 @@ def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:
         yield f"accelerate is configured for {kind.value}; use no distribution, MULTI_GPU, MULTI_CPU or FSDP version 2"
     elif kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "accelerate is configured for FSDP version 1; set fsdp_version: 2 in its configuration"
-    if sharding == "fsdp2" and accelerator.num_processes == 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        # Otherwise each of them would train the whole run by itself, into the same folder.
+        yield (
+            f"{launched} processes were started, and accelerate takes each for the only one, as it does without a GPU; "
+            "set the environment variable ACCELERATE_USE_CPU=true"
+        )
+    elif sharding == "fsdp2" and accelerator.num_processes == 1:
         yield "--training.sharding fsdp2 needs several processes; start it with accelerate launch --num-processes N"
 
 
@@ -49,8 +57,7 @@ def wrap(model: nn.Module, accelerator: Accelerator, sharding: str) -> nn.Module
     if not uses_fsdp2(accelerator, sharding):
         on_device = accelerator.device.type != "cpu"
         return DistributedDataParallel(model, device_ids=[accelerator.device.index] if on_device else None)
-    plugin = accelerator.state.fsdp_plugin
-    offload = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    offload = accelerator.is_fsdp2 and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
