@@ -242,6 +242,12 @@ def test_a_write_that_fails_says_what_to_do_and_leaves_nothing(options: DataOpti
     assert load_data(options, ByT5Tokenizer()).train.num_documents > 200
 
 
+def test_a_cache_that_cannot_be_made(options: DataOptions):
+    options.cache_dir = Path("/proc/tnt")  # where not even root can make a folder
+    with pytest.raises(OSError, match="in /proc/tnt; give a folder that can be written with --data.cache-dir"):
+        load_data(options, ByT5Tokenizer())
+
+
 def test_a_damaged_corpus_is_made_again(options: DataOptions):
     texts = _texts(load_data(options, ByT5Tokenizer()))
     folder = options.cache_dir / _entries(options)[0]

@@ -37,6 +37,11 @@ def test_text_jsonl_parquet_arrow_and_folders_of_them(tmp_path: Path):
     assert _read(tmp_path) == ["a text\r\nof two lines", "one", "zwei ü", "in a table", "streamed", "at random"]
 
 
+def test_a_name_with_the_signs_of_patterns(tmp_path: Path):
+    (tmp_path / "part [1]*.jsonl").write_text('{"text": "one"}\n')
+    assert _read(tmp_path / "part [1]*.jsonl") == ["one"]
+
+
 def test_a_folder_written_by_save_to_disk(tmp_path: Path):
     dataset = datasets.Dataset.from_dict({"body": ["one", "two"], "id": [1, 2]})
     dataset.save_to_disk(tmp_path / "single")
@@ -73,7 +78,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(sources_module, "find_hub_revision", lambda name: "abc")
     assert _read("owner/name", config="english", split="validation") == ["row one", "row two"]
-    assert asked == [("owner/name", "english", {"split": "validation", "streaming": True})]
+    assert asked == [("owner/name", "english", {"split": "validation", "revision": "abc", "streaming": True})]
 
 
 def test_an_unreachable_dataset_is_an_oserror(monkeypatch: pytest.MonkeyPatch):

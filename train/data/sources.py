@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ class TableFile:
         kind = TABLE_FORMATS[self.path.suffix]
         try:
             # Streaming reads the file itself; without it `datasets` would write a copy to its cache.
-            records = load_dataset(kind, data_files=[str(self.path)], split="train", streaming=True)
+            name = glob.escape(str(self.path))  # `datasets` takes file names for patterns
+            records = load_dataset(kind, data_files=[name], split="train", streaming=True)
             yield from _to_documents(islice(records, done, None), self.text_column, str(self.path))
         except ColumnError:
             raise
@@ -105,19 +107,23 @@ class SavedDataset:
 
 @dataclass
 class HubDataset:
-    """A split of a dataset of the Hub, which is streamed. Its state lets a second reading skip files already read."""
+    """A split of a dataset of the Hub, which is streamed. Its state lets a second reading skip files already read.
+    `revision`: commit to read, so that a reading goes on in the same version; None: the newest."""
 
     name: str
     config: str | None
     split: str
     text_column: str
+    revision: str | None
     records: Any = field(default=None, repr=False)
 
     def read(self, done: int, state: Any) -> Iterator[Document]:
         from datasets import load_dataset
 
         try:
-            self.records = load_dataset(self.name, self.config, split=self.split, streaming=True)
+            self.records = load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
             if state is not None:
                 self.records.load_state_dict(state)
             yield from _to_documents(self.records, self.text_column, self.name)
@@ -208,12 +214,14 @@ def find_source(options: DataOptions) -> Source:
     if not sources:
         return _stdlib_source(options)
     if len(sources) == 1 and not Path(sources[0]).expanduser().exists() and _may_be_dataset_name(sources[0]):
-        part = HubDataset(sources[0], options.config, options.split, options.text_column)
+        revision = find_hub_revision(sources[0])
+        part = HubDataset(sources[0], options.config, options.split, options.text_column, revision)
         names = ["hub", sources[0], options.config, options.split]
-        return Source(f"the dataset {sources[0]}, {options.split}", names, find_hub_revision(sources[0]), [part])
-    _refuse_hub_options(options, split_has_meaning=any(_is_saved(Path(name).expanduser()) for name in sources))
+        return Source(f"the dataset {sources[0]}, {options.split}", names, revision, [part])
+    paths = [Path(name).expanduser() for name in sources]
+    _refuse_hub_options(options, split_has_meaning=any(_is_saved(path) for path in paths))
     parts, versions = [], []
-    for path in (Path(name).expanduser() for name in sources):
+    for path in paths:
         if _is_saved(path):
             part = _open_saved(path, options)
             parts.append(part)
@@ -225,7 +233,9 @@ def find_source(options: DataOptions) -> Source:
     size = None
     if all(isinstance(part, TextFile) for part in parts):
         size = sum(version[1] for version in versions)
-    return Source(", ".join(sources), ["files", sources], hash_json(versions), parts, size)
+    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    names = ["files", [str(path.resolve()) for path in paths]]
+    return Source(", ".join(sources[:3]) + more, names, hash_json(versions), parts, size)
 
 
 def hash_json(value: Any) -> str:

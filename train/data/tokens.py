@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ class Tokens:
     def open(cls, folder: Path, side: str, vocabulary: Vocabulary) -> Tokens:
         """Map the files `{side}.tokens`, `{side}.starts` and `{side}.bytes` of a folder into memory."""
         kinds = {"tokens": vocabulary.dtype, "starts": np.dtype("int64"), "bytes": np.dtype("int64")}
-        arrays = (np.memmap(folder / f"{side}.{name}", kind, mode="r") for name, kind in kinds.items())
+        # As plain arrays over the mapped files: slicing np.memmap costs several times more.
+        arrays = (np.asarray(np.memmap(folder / f"{side}.{name}", kind, mode="r")) for name, kind in kinds.items())
         opened = cls(*arrays, vocabulary)
         opened._files = folder, side
         return opened
@@ -65,7 +67,7 @@ class Tokens:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text."""
         return int(self.document_bytes.sum())
