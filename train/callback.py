@@ -119,6 +119,7 @@ class TwoStageCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        # Trainer has saved the config of a whole model; of an adapter's model it saves none.
         if args.should_save and (folder / "adapter_config.json").exists():
             save_base_config(model, folder)
 
