@@ -16,8 +16,8 @@ from .bench.kernels import run_kernels
 from .bench.model import run_model
 from .errors import NonFiniteError, OutOfMemory, TrainingStopped
 from .options import Parser, add_flags, to_arguments
-from .plan import prepare
-from .recipe import Recipe, available_recipes, load_recipe
+from .plan import find_missing_trackers, prepare
+from .recipe import PRECISIONS, Recipe, available_recipes, load_recipe
 from .trainer import train
 
 
@@ -49,9 +49,14 @@ def _read_recipe(argv: list[str]) -> Recipe:
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate as the launcher configured it, with the recipe's precision and trackers."""
+    """Accelerate as the launcher configured it, with the recipe's precision and trackers.
+
+    Where those break a rule the defaults are taken: `prepare` reports them, together with everything else.
+    """
+    precision = recipe.training.mixed_precision
+    trackers = [] if find_missing_trackers(recipe) else recipe.output.trackers
     return Accelerator(
-        mixed_precision=recipe.training.mixed_precision, log_with=recipe.output.trackers or None,
+        mixed_precision=precision if precision in PRECISIONS else "no", log_with=trackers or None,
         project_dir=recipe.output.dir,
     )  # fmt: skip
 

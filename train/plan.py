@@ -17,7 +17,7 @@ from .bench.models import make_llama_config
 from .data import Rows, TokenizedData, load_data, load_tokenizer
 from .distributed import find_wrong_setup
 from .options import flag_of, leaves, to_mapping
-from .recipe import ModelOptions, Recipe, StageOptions, recipe_from_mapping
+from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
 from .run_folder import RunFolder
 
 # What may differ between a run and its resumption: none of it changes what is computed.
@@ -104,7 +104,7 @@ def _check(
     """Everything that can be wrong before the data is read; one ValueError with all of it."""
     problems = recipe.problems()
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
-    problems += _find_missing_packages(recipe)
+    problems += find_missing_trackers(recipe) + _find_missing_peft(recipe)
     problems += _find_other_run(recipe, folder)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     if tokenizer.eos_token_id is None:
@@ -289,17 +289,24 @@ def split_batch(recipe: Recipe, num_processes: int) -> int:
 # --------------------------------------------------------------------------------------------------------- other rules
 
 
-def _find_missing_packages(recipe: Recipe) -> list[str]:
-    needed = {name: ["tensorboard", "tensorboardX"] if name == "tensorboard" else [name] for name in
-              recipe.output.trackers}  # fmt: skip
-    problems = [
-        f"--output.trackers {name} needs the package of that name, which is not installed; pip install {name}"
-        for name, modules in needed.items()
-        if not any(importlib.util.find_spec(module) for module in modules)
-    ]
-    if any(stage.trainable == "lora" for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
-        problems.append("a stage with trainable: lora needs the package peft, which is not installed; pip install peft")
+def find_missing_trackers(recipe: Recipe) -> list[str]:
+    """Trackers that are unknown or not installed, as problems."""
+    problems = []
+    for name in recipe.output.trackers:
+        modules = ["tensorboard", "tensorboardX"] if name == "tensorboard" else [name]
+        if name not in TRACKERS:
+            problems.append(f"--output.trackers must be one of {', '.join(TRACKERS)}, got {name!r}")
+        elif not any(importlib.util.find_spec(module) for module in modules):
+            problems.append(
+                f"--output.trackers {name} needs the package of that name, which is not installed; pip install {name}"
+            )
     return problems
+
+
+def _find_missing_peft(recipe: Recipe) -> list[str]:
+    if any(stage.trainable == "lora" for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
+        return ["a stage with trainable: lora needs the package peft, which is not installed; pip install peft"]
+    return []
 
 
 def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:

@@ -228,8 +228,6 @@ def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
         "training.sharding": (recipe.training.sharding, SHARDINGS),
     }
     yield from _not_among(choices)
-    for name in recipe.output.trackers:
-        yield from _not_among({"output.trackers": (name, TRACKERS)})
     if recipe.model.architecture == "llama" and recipe.data.boundaries == "marked":
         yield (
             "--data.boundaries marked resets memories at the start of a document, which a Llama does not have; use "
