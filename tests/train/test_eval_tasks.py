@@ -33,10 +33,11 @@ from modeling_tnt.train.evaluation.perplexity import (
     report_perplexity,
 )
 from modeling_tnt.train.evaluation.position import (
-    collect_positions,
+    bin_positions,
     compare_positions,
     describe_positions,
     draw_positions,
+    join_positions,
     position_edges,
     report_positions,
 )
@@ -129,7 +130,7 @@ def test_position_edges(seq_len):
 
 def test_the_curve_averages_back_to_the_loss(tnt):
     rows = StubRows()
-    curve = collect_positions(iterate_losses(tnt, rows, batch_size=3), SEQ_LEN)
+    curve = join_positions([bin_positions(x, position_edges(SEQ_LEN)) for x in iterate_losses(tnt, rows, batch_size=3)])
     scores = score_rows(tnt, rows, batch_size=3)
     bins = report_positions({"a": curve})["models"]["a"]["bins"]
     total = sum(b["tokens"] for b in bins)
@@ -155,7 +156,7 @@ def made_up_losses(rows: int, slope: float, generator: torch.Generator) -> Token
 
 def test_the_slope_is_found_and_its_error_is_what_the_slope_varies_by():
     generator = torch.Generator().manual_seed(0)
-    found = [collect_positions([made_up_losses(40, -0.1, generator)], 1024).slope() for _ in range(300)]
+    found = [bin_positions(made_up_losses(40, -0.1, generator), position_edges(1024)).slope() for _ in range(300)]
     slopes = torch.tensor([estimate.value for estimate, *_ in found])
     errors = torch.tensor([estimate.standard_error for estimate, *_ in found])
     assert found[0][1:] == (256, 1023)
@@ -169,7 +170,7 @@ def test_positions_of_marked_documents_count_from_their_starts():
     context = torch.tensor([[1, 2, 0, 1, 2, 3]])
     nats = torch.tensor([[1.0, 2.0, 0.0, 4.0, 8.0, 16.0]])
     losses = TokenLosses(nats, context > 0, context, torch.ones(1, 6))
-    curve = collect_positions([losses], 7)
+    curve = bin_positions(losses, position_edges(7))
     by_first = {
         curve.edges[k]: (curve.nats[0, k].item(), curve.labels[0, k].item()) for k in range(len(curve.edges) - 1)
     }
@@ -179,7 +180,7 @@ def test_positions_of_marked_documents_count_from_their_starts():
 
 def test_position_report_of_two_models(tmp_path):
     generator = torch.Generator().manual_seed(1)
-    flat, falling = (collect_positions([made_up_losses(60, s, generator)], 1024) for s in (0.0, -0.2))
+    flat, falling = (bin_positions(made_up_losses(60, s, generator), position_edges(1024)) for s in (0.0, -0.2))
     curves = {"flat": flat, "falling": falling}
     report = report_positions(curves)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -189,7 +190,7 @@ def test_position_report_of_two_models(tmp_path):
     assert "falling: -0." in words and "more context helps" in words
     draw_positions(tmp_path / "p.png", curves)
     assert is_png(tmp_path / "p.png")
-    short = collect_positions([TokenLosses(*(torch.ones(2, 2).to(d) for d in (float, bool, int, float)))], 3)
+    short = bin_positions(TokenLosses(*(torch.ones(2, 2).to(d) for d in (float, bool, int, float))), position_edges(3))
     assert short.slope() is None and "too short" in describe_positions({"a": short})[0]
     draw_positions(tmp_path / "short.png", {"a": short})
 
@@ -244,6 +245,9 @@ def test_the_curve_at_the_own_chunk_is_the_perplexity_and_the_chunks_are_restore
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["models"]["stage1"]["curve"][2]["minus_own_chunk_size"]["nats_per_token"]["value"] == 0
     assert [d["chunk_size"] for d in report["minus_first_model"]["stage2"]] == [1, 2, 4]
+    # The two models have the same weights: read at equal chunks, they are the same model.
+    same = report["models"]["stage2"]["curve"][2]["minus_first_model_as_configured"]["nats_per_token"]
+    assert same["value"] == pytest.approx(0, abs=1e-6)
     assert "own" in "\n".join(describe_chunks(curves))
     draw_chunks(tmp_path / "c.png", curves)
     assert is_png(tmp_path / "c.png")

@@ -15,7 +15,7 @@ from typing import Any
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 
-from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .perplexity import compare_scores
 from .scores import Scores
 
@@ -118,6 +118,7 @@ def report_chunks(curves: dict[str, ChunkCurve]) -> dict[str, Any]:
                     {
                         "chunk_size": size, "local_chunk_sizes": curve.chunks[size], **curve.scores[size].to_json(),
                         "minus_own_chunk_size": differences(curve.scores[curve.own], curve.scores[size]),
+                        "minus_first_model_as_configured": differences(base.scores[base.own], curve.scores[size]),
                     }
                     for size in curve.chunks
                 ],
@@ -148,38 +149,35 @@ def describe_chunks(curves: dict[str, ChunkCurve]) -> list[str]:
 
 
 def draw_chunks(path: Path, curves: dict[str, ChunkCurve]) -> None:
-    """Perplexity by chunk size, and the loss beside that at the model's own chunk size; standard errors as bars.
+    """Perplexity by chunk size, and the loss beside that of the first model at its own chunks, with standard errors.
 
-    The errors on the left are mostly how rows differ from one another, which is the same at each chunk size; those on
-    the right are paired, without it.
+    The errors on the left are mostly how rows differ from one another, which is the same at each chunk size and for
+    each model; those on the right are paired, without it.
     """
     figure = new_figure(10.5, 4.6)
     left, right = figure.subplots(1, 2)
+    (first, base), *_ = curves.items()
     for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
-        sizes = list(curve.scores)
+        sizes, own = list(curve.scores), "/".join(map(str, curve.chunks[curve.own]))
         perplexities = [s.perplexity for s in curve.scores.values()]
-        differences = [compare_scores(curve.scores[curve.own], s)["nats_per_token"] for s in curve.scores.values()]
-        style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.3, "capsize": 2}
+        differences = [compare_scores(base.scores[base.own], s)["nats_per_token"] for s in curve.scores.values()]
+        # A little apart, so that the bars of several models do not cover each other.
+        x = [size * 1.04 ** (i - (len(curves) - 1) / 2) for size in sizes]
+        at = sizes.index(curve.own)
         for axes, values in ((left, perplexities), (right, differences)):
-            # A little apart, so that the bars of several models do not cover each other.
-            x = [size * 1.03 ** (i - (len(curves) - 1) / 2) for size in sizes]
-            axes.errorbar(x, [v.value for v in values], yerr=[v.standard_error for v in values], label=name, **style)
-            at = sizes.index(curve.own)
-            own = f"{name} as configured, chunks {'/'.join(map(str, curve.chunks[curve.own]))}"
-            axes.plot(
-                x[at], values[at].value, "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=1.8,
-                label=own if axes is left else None,
-            )  # fmt: skip
+            draw_curve(axes, x, values, color=color, label=f"{name} (circled: as configured, {own})")
+            ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
+            axes.plot(x[at], values[at].value, "o", color=color, **ring)
     ticks = sorted({size for curve in curves.values() for size in curve.scores})
+    several = any(len(chunks) > 1 for curve in curves.values() for chunks in curve.chunks.values())
     for axes in (left, right):
         count_in_doublings(axes, ticks)
-        several = any(len(c) > 1 for curve in curves.values() for c in curve.chunks.values())
         axes.set_xlabel("local chunk size, in tokens" + (" (of the smallest; all scaled alike)" if several else ""))
         axes.grid(alpha=0.3)
-    left.set_ylabel("perplexity")
+    left.set_ylabel("perplexity (± standard error)")
     left.set_title("Perplexity by chunk size at inference", fontsize=11)
-    left.legend(fontsize=9)
+    add_legend(left)
     right.axhline(0, color="black", linewidth=0.8)
-    right.set_ylabel("nats per token above the own chunk size")
-    right.set_title("Loss beside that at the model's own chunk size (paired)", fontsize=11)
+    right.set_ylabel("nats per token")
+    right.set_title(f"Loss minus that of {first} as configured (paired errors)", fontsize=11)
     save_figure(figure, path)

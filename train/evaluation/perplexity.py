@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.axes import Axes
+from torch import Tensor
 
 from .estimates import Estimate, mean_error, ratio_influence
 from .figures import COLORS, new_figure, save_figure
@@ -48,24 +52,43 @@ def describe_perplexity(scores: dict[str, Scores]) -> list[str]:
 
 
 def draw_perplexity(path: Path, scores: dict[str, Scores]) -> None:
-    """A histogram of the rows' losses, with the mean over all tokens and its standard error."""
-    figure = new_figure(7.5, 4.2)
-    axes = figure.subplots()
-    losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0].numpy() for name, s in scores.items()}
-    low, high = min(map(min, losses.values())), max(map(max, losses.values()))
-    margin = 0.02 * (high - low) or 0.05
-    bins = min(40, max(8, max(map(len, losses.values())) // 4))
-    for color, (name, values) in zip(COLORS, losses.items(), strict=False):
-        mean = scores[name].nats_per_token
-        axes.hist(values, bins=bins, range=(low - margin, high + margin), color=color, alpha=0.35)
-        label = f"{name}: {mean} nats per token, perplexity {scores[name].perplexity}"
-        axes.axvline(mean.value, color=color, label=label)
-        axes.axvspan(mean.value - mean.standard_error, mean.value + mean.standard_error, color=color, alpha=0.2)
-    axes.set_xlabel("nats per token of a row")
-    axes.set_ylabel("rows")
-    axes.set_title("Held-out loss: rows, and the mean of all tokens ± its standard error", fontsize=11)
-    # Above the bars, which may be anywhere.
-    axes.set_ylim(top=axes.get_ylim()[1] * (1.12 + 0.08 * len(scores)))
-    axes.legend(loc="upper left", fontsize=9)
-    axes.grid(alpha=0.3)
+    """A histogram of the rows' losses with the mean over all tokens and its standard error; beside it, for several
+    models, the same of the rows' differences to the first."""
+    several = len(scores) > 1
+    figure = new_figure(10.5 if several else 7, 4.2)
+    axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0] for name, s in scores.items()}
+    labels = {name: f"{name}: {s.nats_per_token}, perplexity {s.perplexity}" for name, s in scores.items()}
+    _draw_histogram(axes[0], losses, {name: s.nats_per_token for name, s in scores.items()}, labels, COLORS)
+    axes[0].set_xlabel("nats per token of a row")
+    axes[0].set_title("Rows, and the mean over all tokens ± its standard error", fontsize=11)
+    if several:
+        (first, base), *others = scores.items()
+        differences = {name: losses[name] - losses[first] for name, _ in others}
+        means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
+        labels = {name: f"{name} minus {first}: {mean}" for name, mean in means.items()}
+        _draw_histogram(axes[1], differences, means, labels, COLORS[1:])
+        axes[1].axvline(0, color="black", linewidth=0.8)
+        axes[1].set_xlabel(f"nats per token of a row, minus those of {first}")
+        axes[1].set_title("Differences on the same rows", fontsize=11)
     save_figure(figure, path)
+
+
+def _draw_histogram(
+    axes: Axes, values: dict[str, Tensor], means: dict[str, Estimate], labels: dict[str, str], colors: Sequence[str]
+) -> None:
+    low, high = min(v.min().item() for v in values.values()), max(v.max().item() for v in values.values())
+    margin = 0.02 * (high - low) or 0.05
+    bins = min(40, max(10, max(map(len, values.values())) // 4))
+    for color, (name, row_values) in zip(colors, values.items(), strict=False):
+        style = {"bins": bins, "range": (low - margin, high + margin), "color": color}
+        axes.hist(row_values.numpy(), histtype="stepfilled", alpha=0.2, **style)
+        axes.hist(row_values.numpy(), histtype="step", linewidth=1.3, **style)
+        mean, error = means[name]
+        axes.axvline(mean, color=color, linestyle="--", label=labels[name])
+        axes.axvspan(mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    axes.set_ylabel("rows")
+    # Room for the legend above the bars, which may be anywhere.
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.08 + 0.09 * len(values)))
+    axes.legend(loc="upper left", fontsize=8.5)
+    axes.grid(alpha=0.3)

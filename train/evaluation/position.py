@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimates import Estimate, fit_slope, mean_error, ratio_influence
-from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .scores import TokenLosses
 
 BINS_PER_DOUBLING = 2
@@ -89,19 +88,20 @@ def position_edges(seq_len: int) -> list[int]:
     return edges[::-1]
 
 
-def collect_positions(losses: Iterable[TokenLosses], seq_len: int) -> PositionCurve:
-    """Sum the losses of rows of `seq_len` tokens in bins of positions. In rows of marked documents a position is
-    counted from the document's start, or from the row's if the document began before it: what the model has read.
-    """
-    edges = position_edges(seq_len)
-    nats, labels = [], []
-    for batch in losses:
-        index = torch.bucketize(batch.context.contiguous(), torch.tensor(edges), right=True) - 1
-        index = index.clamp(min=0)  # the first tokens of documents, which are not predicted
-        empty = torch.zeros(len(index), len(edges) - 1, dtype=torch.float64)
-        nats.append(empty.scatter_add(1, index, batch.nats.double()))
-        labels.append(empty.scatter_add(1, index, batch.scored.double()).long())
-    return PositionCurve(edges, torch.cat(nats), torch.cat(labels))
+def bin_positions(losses: TokenLosses, edges: list[int]) -> PositionCurve:
+    """Sum the losses of a batch in bins of positions. In rows of marked documents a position is counted from the
+    document's start, or from the row's if the document began before it: it is what the model has read."""
+    index = torch.bucketize(losses.context.contiguous(), torch.tensor(edges), right=True) - 1
+    index = index.clamp(min=0)  # the first tokens of documents, which are not predicted
+    empty = torch.zeros(len(index), len(edges) - 1, dtype=torch.float64)
+    nats = empty.scatter_add(1, index, losses.nats.double())
+    labels = empty.scatter_add(1, index, losses.scored.double()).long()
+    return PositionCurve(edges, nats, labels)
+
+
+def join_positions(curves: list[PositionCurve]) -> PositionCurve:
+    """The curve of the rows of several, whose edges are the same."""
+    return PositionCurve(curves[0].edges, torch.cat([c.nats for c in curves]), torch.cat([c.labels for c in curves]))
 
 
 def compare_positions(first: PositionCurve, second: PositionCurve) -> dict[int, Estimate]:
@@ -148,27 +148,32 @@ def describe_positions(curves: dict[str, PositionCurve]) -> list[str]:
 
 
 def draw_positions(path: Path, curves: dict[str, PositionCurve]) -> None:
-    """The curves with their standard errors, and the fitted slopes of the last bins."""
-    figure = new_figure(7.5, 4.6)
-    axes = figure.subplots()
-    for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
-        losses = curve.losses()
-        x, y = [curve.centre(k) for k in losses], [loss.value for loss in losses.values()]
-        errors = [loss.standard_error for loss in losses.values()]
-        axes.errorbar(x, y, yerr=errors, color=color, marker="o", markersize=3.5, linewidth=1.2, capsize=2, label=name)
-        slope = curve.slope()
-        if slope is not None:
-            ends = x[-SLOPE_BINS:]
-            middle = sum(math.log2(v) for v in ends) / len(ends)
-            level = sum(y[-SLOPE_BINS:]) / len(ends)
-            fitted = [level + slope[0].value * (math.log2(v) - middle) for v in ends]
-            axes.plot(ends, fitted, color="black", linewidth=1, linestyle="--", zorder=3)
-            axes.plot([], [], color="black", linestyle="--", linewidth=1, label=f"{slope[0]} nats a doubling")
+    """The curves with their standard errors; beside them the last four doublings, with the fitted slopes."""
+    figure = new_figure(10.5, 4.4)
+    whole, end = figure.subplots(1, 2)
     longest = max(curve.edges[-1] for curve in curves.values())
-    count_in_doublings(axes, [2**i for i in range(longest.bit_length()) if 2**i <= longest])
-    axes.set_xlabel("tokens read before the predicted one")
-    axes.set_ylabel("nats per token")
-    axes.set_title("Loss by position: does more context keep helping?", fontsize=11)
-    axes.legend(fontsize=9)
-    axes.grid(alpha=0.3)
+    begin = longest / 16
+    for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
+        losses = {curve.centre(k): loss for k, loss in curve.losses().items()}
+        draw_curve(whole, list(losses), list(losses.values()), color=color, label=name)
+        late = {x: loss for x, loss in losses.items() if x >= begin}
+        slope = curve.slope()
+        label = name if slope is None else f"{name}: {slope[0]} nats a doubling"
+        draw_curve(end, list(late), list(late.values()), color=color, label=label)
+        if slope is not None:
+            ends = [x for x in losses if slope[1] <= x <= slope[2]]
+            middle = sum(map(math.log2, ends)) / len(ends)
+            level = sum(losses[x].value for x in ends) / len(ends)
+            fitted = [level + slope[0].value * (math.log2(x) - middle) for x in ends]
+            end.plot(ends, fitted, color=color, linewidth=2.5, alpha=0.4)
+    powers = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
+    count_in_doublings(whole, powers)
+    count_in_doublings(end, [x for x in powers if x >= begin])
+    whole.set_title("Loss by position", fontsize=11)
+    end.set_title("The last doublings: does more context keep helping?", fontsize=11)
+    for axes in (whole, end):
+        axes.set_xlabel("tokens read before the predicted one")
+        axes.set_ylabel("nats per token (± standard error)")
+        axes.grid(alpha=0.3)
+        add_legend(axes)
     save_figure(figure, path)

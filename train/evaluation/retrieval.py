@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modeling_tnt import TNTForCausalLM
 
 from .estimates import Estimate, Proportion, mean
-from .figures import COLORS, count_in_doublings, new_figure, save_figure
+from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .needles import DEPTH_BINS, Needle, digits_for
 
 PIECE = 1024  # tokens that a TNT model reads at a time
@@ -161,28 +161,36 @@ def draw_retrieval(path: Path, results: dict[str, list[Retrieval]]) -> None:
     first = next(iter(results.values()))
     lengths = [r.length for r in first]
     for color, (name, of_lengths) in zip(COLORS, results.items(), strict=False):
-        style = {"color": color, "marker": "o", "markersize": 4, "capsize": 2, "label": name}
         accuracy = [r.accuracy for r in of_lengths]
         bars = [[p.value - p.interval()[0] for p in accuracy], [p.interval()[1] - p.value for p in accuracy]]
-        axes["accuracy"].errorbar(lengths, [p.value for p in accuracy], yerr=bars, **style)
-        nats = [r.answer_nats for r in of_lengths]
-        axes["nats"].errorbar(lengths, [e.value for e in nats], yerr=[e.standard_error for e in nats], **style)
+        axes["accuracy"].errorbar(
+            lengths,
+            [p.value for p in accuracy],
+            yerr=bars,
+            color=color,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+        draw_curve(axes["nats"], lengths, [r.answer_nats for r in of_lengths], color=color, label=name)
     dashed = {"color": "black", "linestyle": "--", "linewidth": 1}
     axes["accuracy"].plot(lengths, [r.chance for r in first], label="chance: any value of the document", **dashed)
     axes["nats"].plot(lengths, [r.chance_nats for r in first], label="chance: any value of the document", **dashed)
     guess = [math.log(10) * digits_for(r.pairs) for r in first]
-    axes["nats"].plot(lengths, guess, color="black", linestyle=":", linewidth=1, label="any digits")
+    axes["nats"].plot(lengths, guess, color="black", linestyle=":", linewidth=1, label="chance: any digits")
     axes["accuracy"].set_ylim(-0.03, 1.03)
     axes["accuracy"].set_ylabel("share of exact answers")
     axes["accuracy"].set_title("Values found again (±1 Wilson standard error)", fontsize=11)
-    axes["nats"].set_ylim(bottom=0)
+    axes["nats"].set_ylim(0, 1.35 * axes["nats"].get_ylim()[1])  # with room for the legend
     axes["nats"].set_ylabel("nats of the answer")
     axes["nats"].set_title("How surprising the right value is", fontsize=11)
     for name in ("accuracy", "nats"):
         count_in_doublings(axes[name], lengths)
         axes[name].set_xlabel("tokens in the document")
-        axes[name].legend(fontsize=8)
         axes[name].grid(alpha=0.3)
+    add_legend(axes["accuracy"])
+    add_legend(axes["nats"], loc="upper left")
     for panel, (name, of_lengths) in zip(maps, results.items(), strict=True):
         _draw_depths(axes[panel], name, of_lengths)
     save_figure(figure, path)

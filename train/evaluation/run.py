@@ -6,8 +6,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,26 @@ from ..options import to_mapping
 from ..report import progress_bar
 from .arguments import DTYPES, EvalArguments
 from .choice import choose_tasks, make_needles
-from .chunks import default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks
+from .chunks import ChunkCurve, default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks
 from .needles import Needle
 from .perplexity import describe_perplexity, draw_perplexity, report_perplexity
-from .position import collect_positions, describe_positions, draw_positions, report_positions
-from .retrieval import describe_retrieval, draw_retrieval, measure_retrieval, report_retrieval
-from .scores import iterate_losses, score_rows
+from .position import (
+    PositionCurve,
+    bin_positions,
+    describe_positions,
+    draw_positions,
+    join_positions,
+    position_edges,
+    report_positions,
+)
+from .retrieval import Retrieval, describe_retrieval, draw_retrieval, measure_retrieval, report_retrieval
+from .scores import Scores, TokenLosses, iterate_losses, join_scores
 from .subjects import Subject, find_subjects, find_tokenizer, load_model
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that the tasks need, checked and loaded."""
+    """Everything that the tasks need, checked and loaded. `read` keeps what has been measured for several tasks."""
 
     arguments: EvalArguments
     tasks: list[str]
@@ -42,6 +50,7 @@ class Evaluation:
     rows: Rows
     description: str
     needles: dict[int, list[Needle]]
+    read: dict[str, tuple[Scores, PositionCurve]] = field(default_factory=dict)
 
 
 def run_eval(arguments: EvalArguments) -> int:
@@ -120,45 +129,51 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure_perplexity(evaluation: Evaluation, label: str) -> Any:
-    return _score(evaluation, label, f"perplexity of {label}")
+def _read_rows(evaluation: Evaluation, label: str) -> tuple[Scores, PositionCurve]:
+    """Scores and positions of the model as configured, from one pass over the rows, which is made once."""
+    if label not in evaluation.read:
+        edges, scores, curves = position_edges(evaluation.arguments.seq_len), [], []
+        for losses in _iterate(evaluation, label, label):
+            scores.append(losses.sum_rows())
+            curves.append(bin_positions(losses, edges))
+        evaluation.read[label] = join_scores(scores), join_positions(curves)
+    return evaluation.read[label]
 
 
-def _measure_position(evaluation: Evaluation, label: str) -> Any:
-    with progress_bar(len(evaluation.rows), f"positions of {label}", "row", leave=False) as bar:
-        losses = iterate_losses(
+def _iterate(evaluation: Evaluation, label: str, name: str) -> Iterator[TokenLosses]:
+    with progress_bar(len(evaluation.rows), name, "row", leave=False) as bar:
+        yield from iterate_losses(
             evaluation.models[label], evaluation.rows, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
         )
-        return collect_positions(losses, evaluation.arguments.seq_len)
 
 
-def _measure_chunks(evaluation: Evaluation, label: str) -> Any:
+def _measure_perplexity(evaluation: Evaluation, label: str) -> Scores:
+    return _read_rows(evaluation, label)[0]
+
+
+def _measure_position(evaluation: Evaluation, label: str) -> PositionCurve:
+    return _read_rows(evaluation, label)[1]
+
+
+def _measure_chunks(evaluation: Evaluation, label: str) -> ChunkCurve:
     model, arguments = evaluation.models[label], evaluation.arguments
-    sizes = arguments.chunk_sizes or default_chunk_sizes(model.config, arguments.seq_len)
+    own = list(model.config.local_chunk_sizes)
 
-    def score(model: PreTrainedModel) -> Any:
-        return _score(evaluation, label, f"{label} at chunks {model.config.local_chunk_sizes}")
+    def score(model: PreTrainedModel) -> Scores:
+        chunks = model.config.local_chunk_sizes
+        if chunks == own:
+            return _read_rows(evaluation, label)[0]
+        return join_scores([x.sum_rows() for x in _iterate(evaluation, label, f"{label}, chunks {chunks}")])
 
-    return measure_chunks(model, sizes, score)
+    return measure_chunks(model, arguments.chunk_sizes or default_chunk_sizes(model.config, arguments.seq_len), score)
 
 
-def _measure_retrieval(evaluation: Evaluation, label: str) -> Any:
-    results = []
+def _measure_retrieval(evaluation: Evaluation, label: str) -> list[Retrieval]:
+    model, batch_size, results = evaluation.models[label], evaluation.arguments.batch_size, []
     for length, needles in evaluation.needles.items():
         with progress_bar(len(needles), f"{label}, {length} tokens", "document", leave=False) as bar:
-            results.append(
-                measure_retrieval(
-                    evaluation.models[label], needles, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
-                )
-            )
+            results.append(measure_retrieval(model, needles, batch_size=batch_size, on_batch=bar.update))
     return results
-
-
-def _score(evaluation: Evaluation, label: str, name: str) -> Any:
-    with progress_bar(len(evaluation.rows), name, "row", leave=False) as bar:
-        return score_rows(
-            evaluation.models[label], evaluation.rows, batch_size=evaluation.arguments.batch_size, on_batch=bar.update
-        )
 
 
 _MEASURES: dict[str, Callable[[Evaluation, str], Any]] = {

@@ -74,6 +74,16 @@ class TokenLosses(NamedTuple):
     context: Tensor
     bytes: Tensor
 
+    def sum_rows(self) -> Scores:
+        """The sums of each row."""
+        text_bytes = (self.bytes * self.scored).double().sum(1)
+        return Scores(self.nats.double().sum(1), text_bytes, self.scored.sum(1))
+
+
+def join_scores(parts: list[Scores]) -> Scores:
+    """The scores of the rows of all parts, in order."""
+    return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("nats", "bytes", "labels")))
+
 
 def score_rows(
     model: nn.Module,
@@ -89,13 +99,8 @@ def score_rows(
     Several processes may each score a share of the rows and join the tensors of their `Scores`. Under FSDP every
     forward is a collective operation: each process then needs the same number of batches.
     """
-    parts = []
-    for losses in iterate_losses(
-        model, rows, batch_size=batch_size, device=device, autocast=autocast, on_batch=on_batch
-    ):
-        scored = losses.scored
-        parts.append((losses.nats.double().sum(1), (losses.bytes * scored).double().sum(1), scored.sum(1)))
-    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    batches = iterate_losses(model, rows, batch_size=batch_size, device=device, autocast=autocast, on_batch=on_batch)
+    return join_scores([losses.sum_rows() for losses in batches])
 
 
 @torch.no_grad()
