@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from modeling_tnt import configuration
 from modeling_tnt.train import trainer
 from modeling_tnt.train.batches import StepBatches
 from modeling_tnt.train.checkpoint import read_state
@@ -149,3 +150,12 @@ def test_the_state_of_another_optimizer_is_refused():
         load_optimizer(model, optimizer, {"other/exp_avg": torch.zeros(2)})
     with pytest.raises(ValueError, match="lacks 1 parameters that are trained, e.g. bias"):
         load_optimizer(model, optimizer, {"weight/exp_avg": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("path", sorted((Path(configuration.__file__).parent / "accelerate").glob("*.yaml")))
+def test_shipped_accelerate_configurations_are_read_by_accelerate(path: Path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1 and config.mixed_precision == "no"
+    assert f"configuration/accelerate/{path.name}" in path.read_text() or "torchrun" in path.read_text()
