@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -42,6 +43,10 @@ class TNTConfig(PreTrainedConfig):
             None: TTT's 1.0 for linear memories and 0.1 for MLPs.
         global_memory_base_lr: the same for the global memory, which sums over a far larger chunk. None: a tenth of it.
         memory_initializer_range: standard deviation of the learned initial fast weights. None: 1/sqrt(fan_in).
+        memory_norm_init: initial value of gamma, the learned weight of the residual norm `f(x) = x + gamma * LN(y) +
+            beta`. LN(y) has the norm sqrt(D), far more than the v - k that it is to match, and the inner gradients grow
+            with it. None: 1.7/sqrt(D), with which gamma * LN(y) is as long as v - k of a fresh model (0.3 at D = 32); 1
+            is TTT's. Without the residual norm it stays None.
         global_chunk_size: tokens between two updates of the global memory (TNT eq. 5). None: no global memory.
         local_chunk_sizes: one local memory for each; may be empty (TNT eq. 6, 14).
         local_shard_lengths: tokens after which a local memory is reset to its learned initial state, a multiple of its
@@ -87,6 +92,7 @@ class TNTConfig(PreTrainedConfig):
     memory_base_lr: float | None = None
     global_memory_base_lr: float | None = None
     memory_initializer_range: float | None = None
+    memory_norm_init: float | None = None
 
     global_chunk_size: int | None = 2048
     local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
@@ -120,6 +126,8 @@ class TNTConfig(PreTrainedConfig):
             self.memory_base_lr = 1.0 if linear else 0.1
         if self.global_memory_base_lr is None:
             self.global_memory_base_lr = self.memory_base_lr / 10
+        if self.memory_norm_init is None and self.memory_residual_norm:
+            self.memory_norm_init = 1.7 / math.sqrt(self.head_dim)
 
     def validate(self) -> None:
         """Check all fields, e.g. after changing some. Raises one ValueError that lists every problem.

@@ -92,7 +92,7 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     for name in ("rms_norm_eps", "initializer_range"):
         if not _is_real(getattr(c, name), 0):
             yield f"{name} must be a finite number of at least 0, got {getattr(c, name)!r}"
-    for name in ("memory_base_lr", "global_memory_base_lr", "memory_initializer_range"):
+    for name in ("memory_base_lr", "global_memory_base_lr", "memory_initializer_range", "memory_norm_init"):
         if getattr(c, name) is not None and not _is_real(getattr(c, name), 0):
             yield f"{name} must be a finite number of at least 0, or None for the default, got {getattr(c, name)!r}"
     for name in (
@@ -172,6 +172,11 @@ def _find_contradictions(c: Any) -> Iterator[str]:
         yield f"a linear memory has no hidden layer, got memory_expansion={c.memory_expansion}; use 1 or None"
     if c.normalize_projection is True and c.qk_projection == "none":
         yield 'normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False'
+    if c.memory_norm_init is not None and c.memory_residual_norm is False:
+        yield (
+            f"memory_norm_init={c.memory_norm_init!r} needs the residual norm; use memory_residual_norm=True, or "
+            "memory_norm_init=None"
+        )
     if c.token_scale is True and (c.use_momentum is True or c.use_forget_gate is True):
         given = " and ".join(f"{n}=True" for n in ("use_momentum", "use_forget_gate") if getattr(c, n) is True)
         yield f"token_scale=True excludes {given}; use one or the other"

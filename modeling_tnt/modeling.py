@@ -138,9 +138,11 @@ class TNTPreTrainedModel(PreTrainedModel):
         for bias in (memory.b1, memory.b2, memory.norm_bias):
             if bias is not None:
                 init.zeros_(bias)
-        for one in (memory.norm_weight, memory.row_scale, memory.row_exponent):
+        for one in (memory.row_scale, memory.row_exponent):
             if one is not None:
                 init.ones_(one)
+        if memory.norm_weight is not None:
+            init.constant_(memory.norm_weight, self.config.memory_norm_init)
 
 
 class TNTModel(TNTPreTrainedModel):

@@ -23,6 +23,8 @@ def test_derived_defaults_are_stored():
     assert config.intermediate_size == 2048
     assert config.memory_expansion == 2
     assert (config.memory_base_lr, config.global_memory_base_lr) == (0.1, pytest.approx(0.01))
+    assert config.memory_norm_init == pytest.approx(1.7 / 8)
+    assert TNTConfig(memory_residual_norm=False).memory_norm_init is None
     linear = TNTConfig(memory_type="linear")
     assert linear.memory_expansion == 1
     assert (linear.memory_base_lr, linear.global_memory_base_lr) == (1.0, pytest.approx(0.1))
@@ -140,6 +142,14 @@ def test_all_problems_at_once():
         (
             {"memory_base_lr": -1.0},
             "memory_base_lr must be a finite number of at least 0, or None for the default, got -1.0",
+        ),
+        (
+            {"memory_norm_init": "small"},
+            "memory_norm_init must be a finite number of at least 0, or None for the default, got 'small'",
+        ),
+        (
+            {"memory_norm_init": 0.3, "memory_residual_norm": False},
+            "memory_norm_init=0.3 needs the residual norm; use memory_residual_norm=True, or memory_norm_init=None",
         ),
         ({"memory_bias": 1}, "memory_bias must be True or False, got 1"),
         ({"memory_type": "deep"}, "memory_type must be one of 'mlp', 'linear', got 'deep'"),
