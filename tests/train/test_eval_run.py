@@ -237,6 +237,19 @@ def test_checkpoints_that_cannot_be_used(arguments, models, tmp_path, capsys):
     assert f"--compare {other} has another tokenizer than" in capsys.readouterr().err
 
 
+def test_a_model_that_diverged_has_no_values(arguments, models, tmp_path, capsys):
+    model = TNTForCausalLM.from_pretrained(models / "stage1")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "diverged")
+    ByT5Tokenizer().save_pretrained(tmp_path / "diverged")
+    assert run_eval(arguments(tmp_path / "diverged", compare=[str(models / "stage2")], chunk_sizes=[8])) == 0
+    assert "diverged  perplexity nan" in capsys.readouterr().out
+    both = read(tmp_path / "eval", "perplexity")["models"]
+    assert both["diverged"]["perplexity"]["value"] is None and both["stage2"]["perplexity"]["value"] > 1
+    assert read(tmp_path / "eval", "retrieval")["models"]["diverged"][0]["exact_match"]["value"] == 0
+
+
 def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -77,7 +78,9 @@ def draw_perplexity(path: Path, scores: dict[str, Scores]) -> None:
 def _draw_histogram(
     axes: Axes, values: dict[str, Tensor], means: dict[str, Estimate], labels: dict[str, str], colors: Sequence[str]
 ) -> None:
-    low, high = min(v.min().item() for v in values.values()), max(v.max().item() for v in values.values())
+    values = {name: v[v.isfinite()] for name, v in values.items()}  # a model that diverged has others
+    every = torch.cat(list(values.values()))
+    low, high = (every.min().item(), every.max().item()) if len(every) else (0.0, 1.0)
     margin = 0.02 * (high - low) or 0.05
     bins = min(40, max(10, max(map(len, values.values())) // 4))
     for color, (name, row_values) in zip(colors, values.items(), strict=False):
