@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import FastWeights, MemoryParams, MemoryState
-from .memory_layer import TNTMemory
+from .kernels import FastWeights, MemoryState, global_memory, local_memory
+from .memory_layer import MemoryOptions, TNTMemory, TNTMemoryLayer
 from .modeling import TNTPreTrainedModel
 
 
@@ -18,9 +18,13 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
     step_size        mean of the step size η(x) over tokens and heads.
     inner_loss       mean of `½‖f(W_init, k) − v‖²` over tokens and heads: what a memory that learns nothing would have.
     inner_grad_norm  mean over tokens and heads of the norm of that loss's gradient with respect to the fast weights.
+    loss_before      mean of `½‖f(W, k) − v‖²` over the tokens of the last chunk (the last tokens, as many as a chunk
+                     has), W being the weights before the first of them.
+    loss_after       the same with the weights after the last of them: below loss_before where the update helps.
     state_norm       ‖W_T‖ / ‖W_init‖, mean over rows; 1 when nothing was learned, not finite when the loop diverged.
 
-    A small batch will do: each memory layer's input is recorded in one forward pass, the rest is per token.
+    A small batch will do: each memory layer's input is recorded in one forward pass, and all but the tokens of the last
+    chunk are read once more.
     """
     base = getattr(model, model.base_model_prefix, model)
     inputs: dict[int, Tensor] = {}
@@ -39,43 +43,76 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
 
     report = {}
     for i, layer in enumerate(base.layers):
-        _, k, v, _ = layer.memory.project(inputs[i])
-        for name, memory in layer.memory.memories().items():
-            loss, grad_norm = _inner_loss(memory, k.float(), v.float())
-            report |= {
-                f"layer{i}/{name}/step_size": memory.gates(inputs[i]).lr.mean().item(),
-                f"layer{i}/{name}/inner_loss": loss.mean().item(),
-                f"layer{i}/{name}/inner_grad_norm": grad_norm.mean().item(),
-                f"layer{i}/{name}/state_norm": _state_norm(memory, cache.layers[i].memories[name]),
-            }
+        states = cache.layers[i].memories
+        for name, memory, options in layer.memory.operations():
+            values = _look_at_memory(layer.memory, memory, options, inputs[i], states[name])
+            report |= {f"layer{i}/{name}/{quantity}": value for quantity, value in values.items()}
     return report
 
 
-def _state_norm(memory: TNTMemory, state: MemoryState) -> float:
-    def norm(weights: FastWeights, first_dim: int) -> Tensor:
-        return sum(t.float().square().flatten(first_dim).sum(-1) for t in weights if t is not None).sqrt()
+def _look_at_memory(
+    layer: TNTMemoryLayer, memory: TNTMemory, options: MemoryOptions, x: Tensor, state: MemoryState
+) -> dict[str, float]:
+    """What `memory_health` reports of one memory, which has read x [B, T, hidden_size] and is now in `state`."""
+    q, k, v, _ = layer.project(x)
+    rows, length = x.shape[:2]
+    initial = memory.params.fast_weights.map(lambda t: t.expand(rows, *t.shape))
+    loss, grad_norm = _inner_loss(memory, initial, k, v)
+    begin = max(0, length - options.options["chunk_size"])
+    shard_length = options.options.get("shard_length")
+    before = initial
+    if begin > 0 and not (shard_length and begin % shard_length == 0):
+        before = _read(memory, options, x, q, k, v, begin).weights
+    last_k, last_v = k[:, begin:], v[:, begin:]
+    return {
+        "step_size": memory.gates(x).lr.mean().item(),
+        "inner_loss": loss.mean().item(),
+        "inner_grad_norm": grad_norm.mean().item(),
+        "loss_before": _inner_loss(memory, before, last_k, last_v)[0].mean().item(),
+        "loss_after": _inner_loss(memory, state.weights, last_k, last_v)[0].mean().item(),
+        "state_norm": (_norm(state.weights) / _norm(initial)).mean().item(),
+    }
 
-    return (norm(state.weights, 1) / norm(memory.params.fast_weights, 0)).mean().item()
+
+def _read(
+    memory: TNTMemory, options: MemoryOptions, x: Tensor, q: Tensor, k: Tensor, v: Tensor, end: int
+) -> MemoryState:
+    """The state after the first `end` tokens."""
+    gates = memory.gates(x[:, :end])
+    operation = global_memory if options.is_global else local_memory
+    _, state = operation(
+        q[:, :end], k[:, :end], v[:, :end], gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
+        output_final_state=True, **options.options,
+    )  # fmt: skip
+    return state
 
 
-def _inner_loss(memory: TNTMemory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Inner loss and gradient norm at W_init of every token and head, [B, T, H] each; k, v [B, T, H, D].
+def _norm(weights: FastWeights) -> Tensor:
+    """The norm over all fast weights of a row, [B]."""
+    return sum(t.float().square().flatten(1).sum(-1) for t in weights if t is not None).sqrt()
+
+
+def _inner_loss(memory: TNTMemory, weights: FastWeights, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner loss and gradient norm at `weights` (with a leading batch dimension) of every token and head, [B, T, H]
+    each; k, v [B, T, H, D].
 
     The gradient of a layer's weights is the outer product of its input a and its output's gradient δ (and δ itself for
     the bias), so its squared norm is (‖a‖² + 1)‖δ‖².
     """
-    p = MemoryParams(*(None if t is None else t.detach().float() for t in memory.params))
+    w = weights.map(lambda t: t.detach().float())
+    k, v = k.detach().float(), v.detach().float()
     with torch.enable_grad():
         x, layers = k.requires_grad_(), []
-        for weight, bias in ((p.w1, p.b1), (p.w2, p.b2)):
+        for weight, bias in ((w.w1, w.b1), (w.w2, w.b2)):
             if weight is not None:
                 x = F.gelu(x, approximate="tanh") if layers else x
-                y = torch.einsum("bthd,hdm->bthm", x, weight)
-                y = y if bias is None else y + bias
+                y = torch.einsum("bthd,bhdm->bthm", x, weight)
+                y = y if bias is None else y + bias[:, None]
                 layers.append((x, y, bias is not None))
                 x = y
-        if p.norm_weight is not None:
-            x = k + F.layer_norm(x, x.shape[-1:], eps=1e-6) * p.norm_weight + p.norm_bias
+        if memory.norm_weight is not None:
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = k + normed * memory.norm_weight.detach().float() + memory.norm_bias.detach().float()
         loss = 0.5 * (x - v).square().sum(-1)
         deltas = torch.autograd.grad(loss.sum(), [y for _, y, _ in layers])
     squares = sum(

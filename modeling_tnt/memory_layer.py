@@ -170,7 +170,7 @@ class TNTMemoryLayer(nn.Module):
         outputs, new_states = [], {}
         # Triton's kernels are operators that torch.compile sees, but boundaries and positions are read by the host.
         in_graph = packing is None and not states and self.steps()
-        for name, memory, (is_global, options) in self._operations():
+        for name, memory, (is_global, options) in self.operations():
             gates = memory.gates(x)
             operation = global_memory if is_global else local_memory
             o, new_states[name] = (operation if in_graph else _apart_from_graphs[operation])(
@@ -190,7 +190,7 @@ class TNTMemoryLayer(nn.Module):
         if not cache_layer.is_stacked(names):
             cache_layer.stack_memories(names, lambda: self._initial_states(x), tail, cache_signature(self.config))
         memories = []
-        for _, memory, (is_global, options) in self._operations():
+        for _, memory, (is_global, options) in self.operations():
             lr, momentum, decay = (None if g is None else g.squeeze(1) for g in memory.gates(x))
             memories.append(
                 StepMemory(memory.params, lr, momentum=momentum, decay=decay, is_global=is_global, **options)
@@ -211,10 +211,10 @@ class TNTMemoryLayer(nn.Module):
                 with_projection=not is_global and self.config.qk_projection != "none",
                 dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
             )
-            for name, memory, (is_global, _) in self._operations()
+            for name, memory, (is_global, _) in self.operations()
         }  # fmt: skip
 
-    def _operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
+    def operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
         """Name, parameters and options of each memory. Sizes are read from the config each time: they may change."""
         config = self.config
         if len(config.local_chunk_sizes) != len(self.local_memories):

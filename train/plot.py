@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from matplotlib.ticker import EngFormatter
 
 from .state import Score
 
+# Title and formula of each panel; the names are those of `memory_health`.
 HEALTH_PANELS = {
-    "step_size": "inner step size",
-    "state_norm": "state norm / initial norm",
-    "inner_grad_norm": "inner gradient norm",
+    "step": ("inner step size", lambda h: h["step_size"]),
+    "norm": ("state norm / initial norm", lambda h: h["state_norm"]),
+    "loss": ("inner loss after / before update", lambda h: h["loss_after"] / h["loss_before"]),
 }
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
@@ -32,11 +34,11 @@ def save_plot(path: Path, log: list[dict[str, Any]], scores: list[Score]) -> Non
     # Figure and canvas without pyplot: nothing global is changed, and no display is looked for.
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, *health = figure.subplot_mosaic([["loss"] * 3, [*HEALTH_PANELS]], height_ratios=[3, 2]).values()
+    loss, *health = figure.subplot_mosaic([["training"] * 3, [*HEALTH_PANELS]], height_ratios=[3, 2]).values()
     swaps = _swap_positions(log)
     _draw_loss(loss, [r for r in log if r["event"] == "step"], scores)
-    for axes, (quantity, title) in zip(health, HEALTH_PANELS.items(), strict=True):
-        _draw_health(axes, [r for r in log if r["event"] == "memory_health"], quantity, title)
+    for axes, (title, formula) in zip(health, HEALTH_PANELS.values(), strict=True):
+        _draw_health(axes, [r for r in log if r["event"] == "memory_health"], formula, title)
     for axes in (loss, *health):
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -81,17 +83,23 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], scores: list[Score]) -> 
     axes.legend(loc="upper right", fontsize=9)
 
 
-def _draw_health(axes: Axes, records: list[dict[str, Any]], quantity: str, title: str) -> None:
+def _draw_health(
+    axes: Axes, records: list[dict[str, Any]], formula: Callable[[dict[str, float]], float], title: str
+) -> None:
     """One line for each layer and memory; the memories differ by colour, the layers by shade."""
     lines = defaultdict(list)
     for record in records:
+        memories: dict[str, dict[str, float]] = defaultdict(dict)
         for key, value in record.items():
-            if key.endswith(f"/{quantity}"):
-                lines[key].append((record["tokens"], np.nan if value is None else value))
+            memory, slash, quantity = key.rpartition("/")
+            if slash:
+                memories[memory][quantity] = np.nan if value is None else value
+        for memory, values in memories.items():
+            lines[memory].append((record["tokens"], formula(values)))
     memories = list(dict.fromkeys(key.split("/")[1] for key in lines))
     layers = list(dict.fromkeys(key.split("/")[0] for key in lines))
     for key, points in lines.items():
-        layer, memory, _ = key.split("/")
+        layer, memory = key.split("/")
         axes.plot(
             *zip(*points, strict=True), color=COLORS[memories.index(memory) % len(COLORS)],
             alpha=0.35 + 0.65 * (1 + layers.index(layer)) / len(layers), marker=".", markersize=3, linewidth=1,

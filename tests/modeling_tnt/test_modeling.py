@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
 from modeling_tnt.health import memory_health
+from modeling_tnt.kernels import local_memory
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64; the same sums in another order
 
@@ -263,7 +264,7 @@ def test_health_reports_what_the_inner_loop_does(variant):
     model, tokens = make_model(variant, torch.float32).train(), make_tokens(2, 8)
     report = memory_health(model, tokens)
     assert model.training
-    names = {"step_size", "inner_loss", "inner_grad_norm", "state_norm"}
+    names = {"step_size", "inner_loss", "inner_grad_norm", "loss_before", "loss_after", "state_norm"}
     memories = [f"layer{i}/{m}" for i in range(2) for m in model.model.layers[0].memory.memories()]
     assert set(report) == {f"{m}/{n}" for m in memories for n in names}
     assert all(0 < value < 1e4 for value in report.values())
@@ -285,6 +286,29 @@ def test_health_reports_what_the_inner_loop_does(variant):
         norms.append(sum(g.detach().square().flatten(1).sum(1) for g in gradients).sqrt())
     # Float32 sums of a few hundred numbers.
     assert report[f"layer0/{name}/inner_grad_norm"] == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+
+
+def test_health_tells_the_loss_of_a_chunk_before_and_after_its_update():
+    """With reset at the last chunk the weights before it are W_init; with no step they are W_init after it, too."""
+    tokens = make_tokens(2, 16)
+    model = make_model("linear", torch.float32, local_chunk_sizes=[4], local_shard_lengths=12, global_chunk_size=None)
+    layer = model.model.layers[0].memory
+    # W_init, over the last chunk, by the operation itself: what a memory that never learns answers at its keys.
+    x = model.model.layers[0].input_norm(model.model.embed_tokens(tokens)).detach()
+    _, k, v, _ = layer.project(x)
+    params, never = layer.local_memories[0].params, torch.zeros(2, 4, 2)
+    answer, _ = local_memory(k[:, 12:], k[:, 12:], v[:, 12:], never, params, chunk_size=4, qk_projection="none")
+    expected = 0.5 * (answer - v[:, 12:]).square().sum(-1).mean().item()
+    report = memory_health(model, tokens)
+    assert report["layer0/local0/loss_before"] == pytest.approx(expected, rel=1e-5)
+    assert report["layer0/local0/loss_after"] < 0.999 * expected
+    # Not reset there, the memory comes to the last chunk with what it has learned.
+    model.set_local_chunks([4], [None])
+    assert memory_health(model, tokens)["layer0/local0/loss_before"] != pytest.approx(expected, rel=1e-4)
+    for memory in (block.memory.local_memories[0] for block in model.model.layers):
+        torch.nn.init.constant_(memory.lr_gate.bias, -200.0)
+    still = memory_health(model, tokens)
+    assert still["layer0/local0/loss_after"] == pytest.approx(still["layer0/local0/loss_before"], rel=1e-6)
 
 
 def test_vocabulary_size_is_respected():

@@ -36,7 +36,7 @@ def _steps(output_dir: Path) -> list[dict]:
     return [r for r in read_log(output_dir / "log.jsonl") if r["event"] == "step"]
 
 
-HEALTH = ("inner_grad_norm", "state_norm", "step_size", "inner_loss")
+HEALTH = ("inner_grad_norm", "state_norm", "step_size", "inner_loss", "loss_before", "loss_after")
 
 
 def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path, tmp_path: Path, capsys):
