@@ -140,7 +140,7 @@ def add_flags(parser: argparse.ArgumentParser, arguments: Any) -> None:
         shown = "" if value in (None, [], {}) or metadata["positional"] else f" (default: {_as_words(value)})"
         options |= {"default": value, "help": metadata["help"].replace("%", "%%") + shown}
         if metadata["positional"]:
-            groups[group].add_argument(path, **options)
+            groups[group].add_argument(path, **options | {"metavar": path.upper()})
             continue
         names = [flag_of(path), *([metadata["alias"]] if metadata["alias"] else [])]
         known += names

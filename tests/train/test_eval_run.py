@@ -270,7 +270,7 @@ def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def test_the_command_line():
+def test_the_command_line(capsys):
     parser = Parser()
     add_flags(parser, EvalArguments())
     flags = "--tasks chunks position --compare other --data.validation-share 0.1 --chunk-sizes 1 8".split()
@@ -278,7 +278,8 @@ def test_the_command_line():
     assert given.model == "some/model" and given.tasks == ["chunks", "position"] and given.compare == ["other"]
     assert given.data.validation_share == 0.1 and given.data.tokenizer == "model" and given.chunk_sizes == [1, 8]
     with pytest.raises(SystemExit):
-        parser.parse_args(["--tasks", "chunks"])  # no model
+        parser.parse_args(["--tasks", "chunks"])
+    assert "the following arguments are required: MODEL" in capsys.readouterr().err
 
 
 def test_short_names_of_models():
