@@ -15,6 +15,8 @@ from .bench.arguments import KernelBenchArguments, ModelBenchArguments
 from .bench.kernels import run_kernels
 from .bench.model import run_model
 from .errors import NonFiniteError, OutOfMemory, TrainingStopped
+from .evaluation.arguments import EvalArguments
+from .evaluation.run import run_eval
 from .options import Parser, add_flags, to_arguments
 from .plan import find_missing_trackers, prepare
 from .recipe import PRECISIONS, Recipe, available_recipes, load_recipe
@@ -119,6 +121,15 @@ def _build_parser(recipe: Recipe) -> Parser:
         "--config", metavar="RECIPE", help=f"a YAML file, or one of {', '.join(available_recipes())}; its stages are "
         "the ones that have flags below",
     )  # fmt: skip
+    _add_command(
+        commands,
+        "eval",
+        run_eval,
+        EvalArguments(),
+        help="measure a saved model on held-out text",
+        description="Perplexity and bits per byte, loss by position, sensitivity to the local chunk size and retrieval "
+        "of values from text, each as JSON and PNG with standard errors, for any causal language model.",
+    )
     bench = commands.add_parser(
         "bench", help="measure speed and memory", description="Measure speed and memory.", allow_abbrev=False
     )

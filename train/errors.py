@@ -28,11 +28,15 @@ class TrainingStopped(KeyboardInterrupt):
 _CPU_ALLOCATOR = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
-def explain_out_of_memory(error: BaseException, run: Run) -> str | None:
-    """What to lower, if memory is what was lacking; None for another error."""
-    exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if not exhausted and not any(words in str(error).lower() for words in _CPU_ALLOCATOR):
-        return None
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was lacking, on a GPU or on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_ALLOCATOR)
+
+
+def explain_out_of_memory(error: BaseException, run: Run) -> str:
+    """What to lower when memory was lacking."""
     training, advice = run.recipe.training, []
     if run.micro_batch_size > 1:
         advice.append(

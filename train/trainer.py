@@ -26,7 +26,7 @@ from modeling_tnt.health import memory_health
 from .batches import StepBatches
 from .data import RowOrder
 from .distributed import clip_gradients, sum_over_processes, unsharded, without_gradient_sync, wrap
-from .errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of_memory
+from .errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of_memory, is_out_of_memory
 from .optim import learning_rate_at, parameter_groups
 from .options import leaves, to_mapping
 from .plan import Run, Stage
@@ -54,10 +54,9 @@ def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
         with Stopper() as stopper:
             return Session(run, accelerator, stopper).run_stages()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        message = explain_out_of_memory(error, run)
-        if message is None:
+        if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(message) from error
+        raise OutOfMemory(explain_out_of_memory(error, run)) from error
 
 
 class Session:

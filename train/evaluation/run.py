@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import atomic_file
 from ..data import Rows, load_data
+from ..errors import is_out_of_memory
 from ..options import to_mapping
 from ..report import progress_bar
 from .arguments import DTYPES, EvalArguments
@@ -67,7 +68,9 @@ def run_eval(arguments: EvalArguments) -> int:
         return _fail("interrupted before the evaluation began", status=130)
     try:
         evaluate(evaluation)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return _fail(f"out of memory; lower --batch-size, or --seq-len and --retrieval-lengths ({error})", status=1)
     except OSError as error:
         return _fail(error, status=1)
