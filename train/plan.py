@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate import Accelerator
@@ -26,6 +27,8 @@ FREE_TO_CHANGE = (
     "training.gradient_checkpointing", "data.cache_dir",
 )  # fmt: skip
 FIXED_OUTPUT = ("output.eval_tokens", "output.eval_every")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,27 +109,30 @@ def _check(
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
     problems += find_missing_trackers(recipe) + _find_missing_peft(recipe)
     problems += _find_other_run(recipe, folder)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    if tokenizer.eos_token_id is None:
-        problems.append(
-            f"--data.tokenizer {recipe.data.tokenizer} has no end-of-sequence token, which separates documents"
-        )
-    config, stages, micro_batch_size = None, [], 0
-    try:
-        config = make_config(recipe.model, tokenizer)
-        stages = plan_stages(recipe, config)
-        config = _model_config(recipe, config, stages)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        micro_batch_size = split_batch(recipe, accelerator.num_processes)
-    except ValueError as error:
-        problems.append(str(error))
+    tokenizer = _attempt(problems, lambda: load_tokenizer(recipe.data.tokenizer))
+    config = stages = None
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is None:
+            problems.append(
+                f"--data.tokenizer {recipe.data.tokenizer} has no end-of-sequence token, which separates documents"
+            )
+        config = _attempt(problems, lambda: make_config(recipe.model, tokenizer))
     if config is not None:
         problems += _find_wrong_vocabulary(recipe, config, tokenizer)
+        stages = _attempt(problems, lambda: plan_stages(recipe, config))
+    micro_batch_size = _attempt(problems, lambda: split_batch(recipe, accelerator.num_processes))
     if problems:
         raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
-    return config, tokenizer, stages, micro_batch_size
+    return _model_config(recipe, config, stages), tokenizer, stages, micro_batch_size
+
+
+def _attempt(problems: list[str], build: Callable[[], T]) -> T | None:
+    """What `build` returns, or None when it cannot, the reason being added to the problems."""
+    try:
+        return build()
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------- model
