@@ -136,7 +136,7 @@ def test_all_problems_of_the_flags_at_once(flags, tmp_path: Path, capsys):
         (["--model.override", "vocab_size=300"], "has 384 tokens, more than vocab_size=300"),
         (["--model.override", "num_head=3"], "did you mean num_heads?"),
         (["--model.override", "local_chunk_sizes=[]"], "no local memory to swap chunks of"),
-        (["--data.tokenizer", "./nothing-here", "--training.batch-size", "0"], "--data.tokenizer ./nothing-here could not"),
+        (["--data.tokenizer", "./nothing-here", "--training.batch-size", "0"], "./nothing-here could not be loaded"),
         (["--training.seq-len", "9000"], "the training side of the data has"),
         (["--training.seq-len", "3000"], "the validation side of the data has"),
         (["--data.sources", "missing.txt"], "missing.txt"),
