@@ -20,6 +20,8 @@ from .evaluation.run import run_eval
 from .options import Parser, add_flags, to_arguments
 from .plan import find_missing_trackers, prepare
 from .recipe import PRECISIONS, Recipe, available_recipes, load_recipe
+from .reproduce.arguments import Table3Arguments
+from .reproduce.run import run_table3
 from .trainer import train
 
 
@@ -152,6 +154,22 @@ def _build_parser(recipe: Recipe) -> Parser:
         help="training steps of TNT, Titans and Llama",
         description="Time whole training steps (forward, backward, AdamW) of TNT at several chunk sizes beside Titans "
         "and a Llama of the same size, and say from which length on TNT is faster. On a CPU: small sizes.",
+    )
+    reproduce = commands.add_parser(
+        "reproduce", help="repeat an experiment of the paper", description="Repeat an experiment of the paper.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    experiments = reproduce.add_subparsers(dest="experiment", required=True, metavar="experiment")
+    _add_command(
+        experiments,
+        "table3",
+        run_table3,
+        Table3Arguments(),
+        help="the ablations of TNT and its baselines, trained side by side",
+        description="Train the rows of the paper's table 3 (0 to 4 local memories, without the global memory, without "
+        "the projection, with stage 2) and the baselines Titans, TTT and Llama on equal tokens with about as many "
+        "parameters, with several seeds, and say which of the paper's orderings hold. Can be stopped: the same command "
+        "goes on.",
     )
     return parser
 

@@ -1,0 +1,172 @@
+"""`tnt reproduce table3` from its arguments to table3.md, table3.png and table3.json. Read `run_table3`."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..bench.machine import describe_machine
+from ..bench.timing import Deadline
+from ..data import TokenizedData, load_data, load_tokenizer
+from ..signals import Stopper
+from .arguments import Table3Arguments
+from .jobs import Job, find_other_settings, make_jobs
+from .picture import draw_table
+from .report import Table, to_markdown, write_json, write_markdown
+from .results import bytes_per_token, collect, judge, read_score
+from .runner import Runner
+from .scales import SCALES
+from .speed import measure_speeds, read_speeds
+
+RUNS, SPEED = "runs", "speed.json"
+MARKDOWN, PICTURE, JSON = "table3.md", "table3.png", "table3.json"
+
+
+def run_table3(arguments: Table3Arguments) -> int:
+    """The command `tnt reproduce table3`: returns its exit status, and prints errors to stderr.
+
+    0: done, or the time limit was reached; 1: a run failed, or a result could not be written; 2: arguments or data that
+    cannot be used; 130: interrupted from the keyboard; 143: by SIGTERM. What was finished is kept and reported, and the
+    same command goes on.
+    """
+    try:
+        resolved = arguments.resolve()
+        with _hold(resolved.output_dir) as lock:
+            reproduction = _prepare(resolved, lock)
+            try:
+                return reproduction.run()
+            except OSError as error:
+                return _fail(f"{error}; the same command goes on", status=1)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, status=2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", status=130)
+
+
+def _prepare(arguments: Table3Arguments, lock: int) -> Reproduction:
+    """Check the recipes of all runs and read the data. Nothing is trained.
+
+    Raises ValueError for settings that cannot be used, and OSError for data or a tokenizer that cannot be read.
+    """
+    if arguments.overwrite:
+        _clear(arguments.output_dir)
+    jobs = make_jobs(arguments)
+    others = find_other_settings(jobs)
+    if others:
+        more = [f"and {len(others) - 5} more"] if len(others) > 5 else []
+        head = f"--output-dir {arguments.output_dir} holds other runs; give another folder, or --overwrite:"
+        raise ValueError("\n  ".join([head, *others[:5], *more]))
+    # Tokenised here, once: the runs find it in the cache.
+    options = jobs[0].recipe.data
+    return Reproduction(arguments, jobs, load_data(options, load_tokenizer(options.tokenizer)), lock)
+
+
+class Reproduction:
+    """All runs, then the speed of their steps, then the reports."""
+
+    def __init__(self, arguments: Table3Arguments, jobs: list[Job], data: TokenizedData, lock: int):
+        self.arguments, self.jobs, self.data, self.lock = arguments, jobs, data, lock
+        self.folder, self.deadline = arguments.output_dir, Deadline(arguments.time_limit)
+
+    def run(self) -> int:
+        """Returns the exit status. Raises OSError for a result that cannot be written."""
+        self._print_start()
+        with Stopper() as stopper:
+            runner = Runner(
+                self.jobs, workers=self.arguments.workers, device=self.arguments.device, stopper=stopper,
+                deadline=self.deadline, lock=self.lock,
+            )  # fmt: skip
+            runner.run()
+        self._report(runner.failures)
+        if stopper.signal is None and self.arguments.speed and any(job.finished for job in self.jobs):
+            self._measure_speed()
+            self._report(runner.failures)
+        table = self._make_table(runner.failures)
+        print(f"\n{to_markdown(table)}\nresults  {self.folder}: {MARKDOWN}, {PICTURE}, {JSON}", flush=True)
+        return self._status(table, runner.failures, stopper.signal)
+
+    def _status(self, table: Table, failures: dict[str, str], stop: int | None) -> int:
+        left = f"{len(table.missing)} of {len(self.jobs)} runs are left; the same command goes on"
+        if stop is not None:
+            return _fail(f"stopped; {left}", status=143 if stop == signal.SIGTERM else 130)
+        if failures:
+            return _fail(f"{len(failures)} runs failed, see {self.folder / MARKDOWN}; {left}", status=1)
+        if table.missing:
+            print(f"\nthe time limit of {self.arguments.time_limit:g} s is over; {left}", flush=True)
+        return 0
+
+    def _print_start(self) -> None:
+        args, steps = self.arguments, sum(job.steps for job in self.jobs)
+        done = sum(job.finished for job in self.jobs)
+        at_once = f"{args.workers} at once, one thread each" if args.device == "cpu" else "one after the other"
+        print(
+            f"scale    {args.scale}: {SCALES[args.scale].help}\n"
+            f"data     {self.data.description}\n"
+            f"runs     {len(self.jobs)} of {steps:,} steps in all, on {args.device}, {at_once}"
+            f"{f'; {done} are finished' if done else ''}\n"
+            f"results  {self.folder}; each run has its log in {self.folder / RUNS}\n",
+            flush=True,
+        )
+
+    def _measure_speed(self) -> None:
+        """Once for all rows that are here; what was measured is kept when the command is run again."""
+        first = [job for job in self.jobs if job.seed == 0]
+        path = self.folder / SPEED
+        if {job.row for job in first} <= read_speeds(path)[1].keys():
+            return
+        rounds = SCALES[self.arguments.scale].speed_rounds
+        measure_speeds(first, rounds=rounds, device=self.arguments.device, path=path, deadline=self.deadline)
+
+    def _report(self, failures: dict[str, str]) -> None:
+        table = self._make_table(failures)
+        write_json(table, self.folder / JSON)
+        write_markdown(table, self.folder / MARKDOWN)
+        draw_table(self.folder / PICTURE, table.results, scale=self.arguments.scale)
+
+    def _make_table(self, failures: dict[str, str]) -> Table:
+        results = collect(self.arguments.rows, self.jobs, failures)
+        speed_machine, speeds = read_speeds(self.folder / SPEED)
+        some = next((job for job in self.jobs if job.finished), None)
+        scored = 0 if some is None else read_score(some).validation_tokens
+        return Table(
+            arguments=self.arguments, jobs=self.jobs, results=results, verdicts=judge(results), speeds=speeds,
+            speed_machine=speed_machine, description=self.data.description,
+            machine=describe_machine(torch.device(self.arguments.device)), validation_tokens=scored,
+            bytes_per_token=None if some is None else bytes_per_token(self.data, some.recipe, scored),
+        )  # fmt: skip
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier reproduction, and nothing else."""
+    shutil.rmtree(folder / RUNS, ignore_errors=True)
+    for name in (MARKDOWN, PICTURE, JSON, SPEED):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[int]:
+    """Hold the folder against a second reproduction; yields a file descriptor that the runs inherit, so that those of a
+    process that was killed hold it, too, until they end. Raises OSError when it is held already."""
+    import fcntl  # not on Windows, where the other commands should work
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                f"--output-dir {folder} is in use by another reproduction, or by runs of one that was killed; wait for "
+                "them, end them, or give another folder"
+            ) from error
+        yield file.fileno()
+
+
+def _fail(error: BaseException | str, status: int) -> int:
+    print(f"\ntnt reproduce table3: error: {error}", file=sys.stderr)
+    return status
