@@ -59,18 +59,23 @@ class Table3Arguments:
 
     def _complete_rows(self) -> list[str]:
         """The chosen rows and those whose runs they need, in the order of the table."""
-        wanted = list(self.rows or SCALES[self.scale].rows | dict.fromkeys(k for k, r in ROWS.items() if r.read_from))
+        wanted = list(self.rows or self._known_rows())
         for row in wanted:
             needed = (ROWS[row].begins_with, ROWS[row].read_from)
             wanted += [key for key in needed if key is not None and key not in wanted]
         return [key for key in ROWS if key in wanted]
 
+    def _known_rows(self) -> list[str]:
+        """Those that the scale trains, and those that are read from their runs."""
+        scale = SCALES.get(self.scale)
+        return [key for key, row in ROWS.items() if scale is None or row.read_from or key in scale.rows]
+
     def _find_problems(self) -> Iterable[str]:
         if self.scale not in SCALES:
             yield f"--scale must be one of {', '.join(SCALES)}, got {self.scale!r}"
         for row in self.rows:
-            if row not in ROWS:
-                yield f"--rows must be of {', '.join(ROWS)}, got {row!r}"
+            if row not in self._known_rows():
+                yield f"--rows must be of {', '.join(self._known_rows())}, got {row!r}"
         for name in ("seeds", "workers"):
             if getattr(self, name) < 1:
                 yield f"--{name} must be at least 1, got {getattr(self, name)}"

@@ -31,7 +31,6 @@ class Scale:
 
 def _rows(
     *, tnt: dict[str, Any], local: list[list[int]], large: int, stages: list[dict[str, Any]], stage2: list[int],
-    no_projection: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The rows of a scale whose models are a preset with changes.
 
@@ -41,7 +40,9 @@ def _rows(
         large: chunk size of the Titans row with large chunks.
         stages: of all rows; the first one alone, but for the rows with a second.
         stage2: local chunk sizes of the second stage.
-        no_projection: what differs in the row without the projection.
+
+    Where the TNT rows have the Q-K projection, as in the paper, the ablation is the row without; where they read at raw
+    queries, it is the row with.
     """
     base = {**tnt, "local_chunk_sizes": local[1]}
     # As the presets of the papers have them: no global memory, no reset, no projection.
@@ -56,7 +57,11 @@ def _rows(
         "ttt-mlp": {**ttt, "memory_expansion": 4, "memory_base_lr": 0.1},
         **{f"tnt-{n}": {**base, "local_chunk_sizes": chunks} for n, chunks in enumerate(local)},
         "no-global": {**base, "global_chunk_size": None},
-        "no-projection": {**base, **(no_projection or {"qk_projection": "none", "normalize_projection": False})},
+        **(
+            {"projection": {**base, "qk_projection": "shard"}}
+            if tnt["qk_projection"] == "none"
+            else {"no-projection": {**base, "qk_projection": "none", "normalize_projection": False}}
+        ),
         "more-steps": base,
         "stage2": base,
     }
@@ -99,8 +104,8 @@ _SMALL = Scale(
         },
     },
     rows=_rows(
-        tnt={"num_hidden_layers": 2, "global_chunk_size": 64, "local_shard_lengths": 128, "qk_projection": "shard"},
-        local=[[], [16], [16, 32], [8, 16, 32], [8, 16, 32, 64]],
+        tnt={"num_hidden_layers": 2, "global_chunk_size": 64, "local_shard_lengths": 128, "qk_projection": "none"},
+        local=[[], [16], [8, 16], [8, 16, 32], [4, 8, 16, 32]],
         large=128,
         stages=[{"name": "stage1", "tokens": 400e3}, {"name": "stage2", "share": 0.05}],
         stage2=[4],
@@ -140,7 +145,8 @@ _MEDIUM = Scale(
     },
     rows=_rows(
         tnt={"hidden_size": 384, "num_hidden_layers": 6, "num_heads": 6, "intermediate_size": 1024,
-             "tie_word_embeddings": True, "global_chunk_size": 512, "local_shard_lengths": 1024},
+             "tie_word_embeddings": True, "global_chunk_size": 512, "local_shard_lengths": 1024,
+             "qk_projection": "shard"},
         local=[[], [8], [8, 16], [4, 8, 16], [4, 8, 16, 32]],
         large=256,
         stages=_MEDIUM_STAGES,
