@@ -77,27 +77,45 @@ def make_jobs(arguments: Table3Arguments) -> list[Job]:
         ValueError: for recipes that cannot be used, or runs in the output folder that were made with other settings.
         OSError: for a tokenizer that cannot be read.
     """
-    scale, problems, jobs = SCALES[arguments.scale], [], []
+    scale, problems = SCALES[arguments.scale], {}
     rows = [row for row in arguments.rows if ROWS[row].read_from is None]
-    tokenizer = load_tokenizer(_make_recipe(arguments, scale, BASE, 0).data.tokenizer)
-    wanted = None
-    if scale.width_step is not None:
-        base = make_config(_make_recipe(arguments, scale, BASE, 0).model, tokenizer)
-        wanted = count_parameters(base)
+    base = _make_recipe(arguments, scale, BASE, 0)
+    tokenizer = load_tokenizer(base.data.tokenizer)
     for row in rows:
-        recipe = _make_recipe(arguments, scale, row, 0)
-        problems += [f"{row}: {problem}" for problem in recipe.problems()]
-    if problems:
-        raise ValueError("\n  ".join(["these settings cannot be used:", *problems]))
+        for problem in _make_recipe(arguments, scale, row, 0).problems():
+            problems.setdefault(problem, []).append(row)
+    _raise_problems(problems, len(rows))
+    wanted = None if scale.width_step is None else count_parameters(make_config(base.model, tokenizer))
+    jobs = []
     for seed in range(arguments.seeds):
         for row in rows:
             recipe = _make_recipe(arguments, scale, row, seed)
-            if wanted is not None and recipe.model.architecture == "tnt":
-                recipe.model.override["intermediate_size"] = _fit_width(recipe, tokenizer, wanted, scale.width_step)
-            config = make_config(recipe.model, tokenizer)
-            parent = ROWS[row].begins_with
-            jobs.append(Job(row, seed, recipe, plan_stages(recipe, config), config, parent and name_of(parent, seed)))
+            try:
+                jobs.append(_make_job(row, seed, recipe, tokenizer, wanted, scale.width_step))
+            except ValueError as error:
+                problems.setdefault(str(error), []).append(row)
+        _raise_problems(problems, len(rows))
     return jobs
+
+
+def _make_job(
+    row: str, seed: int, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, wanted: int | None, step: int | None
+) -> Job:
+    """Raises ValueError for a configuration or stages that are no good."""
+    if wanted is not None and recipe.model.architecture == "tnt":
+        recipe.model.override["intermediate_size"] = _fit_width(recipe, tokenizer, wanted, step)
+    config, parent = make_config(recipe.model, tokenizer), ROWS[row].begins_with
+    return Job(row, seed, recipe, plan_stages(recipe, config), config, parent and name_of(parent, seed))
+
+
+def _raise_problems(problems: dict[str, list[str]], num_rows: int) -> None:
+    """One ValueError with every problem and the rows that have it, if there are any."""
+    if problems:
+        lines = [
+            f"{problem} ({'all rows' if len(rows) == num_rows else ', '.join(rows)})"
+            for problem, rows in problems.items()
+        ]  # fmt: skip
+        raise ValueError("\n  ".join(["these settings cannot be used:", *lines]))
 
 
 def _make_recipe(arguments: Table3Arguments, scale: Scale, row: str, seed: int) -> Recipe:

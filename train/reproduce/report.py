@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench.machine import describe_versions
+from ..bench.models import make_llama_config
 from ..checkpoint import atomic_file
 from ..evaluation.estimates import Estimate
 from .arguments import Table3Arguments
 from .jobs import Job
-from .paper import REMARKS, ROWS, SOURCE
+from .paper import BASE, REMARKS, ROWS, SOURCE
 from .results import (
     HOLDS,
     NOISE,
@@ -26,6 +27,7 @@ from .results import (
     nats_per_token,
     to_json,
 )
+from .scales import SCALES
 from .speed import Speed
 
 NOTHING = "–"
@@ -33,8 +35,10 @@ MEANINGS = {
     HOLDS: f"the difference has the paper's sign and is larger than {STANDARD_ERRORS:g} of its standard errors",
     NOISE: f"it is smaller than {STANDARD_ERRORS:g} standard errors, whatever its sign",
     REVERSED: f"it has the other sign and is larger than {STANDARD_ERRORS:g} standard errors",
-    UNKNOWN: "fewer than two seeds have both rows",
+    UNKNOWN: "fewer than two seeds have both rows, or a loss is not finite",
 }
+
+PLURALS = {HOLDS: "hold", NOISE: "are within noise", REVERSED: "do not hold", UNKNOWN: "have no verdict"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ def write_markdown(table: Table, path: Path) -> None:
         file.write_text(to_markdown(table), encoding="utf-8")
 
 
+def describe(table: Table) -> str:
+    """What is printed at the end: the table and the verdicts in short. table3.md has it all."""
+    parts = [_main_table(table), summarize(table.verdicts)]
+    problems = _problems(table)
+    return "\n\n".join(parts + ([problems] if problems else []))
+
+
 def to_markdown(table: Table) -> str:
     parts = [
         f"# Table 3 of TNT at the scale `{table.arguments.scale}`",
@@ -102,9 +113,9 @@ def _introduction(table: Table) -> str:
         f"Written by `{table.command}` on {table.machine}; {describe_versions()}.\n\n"
         f"Every row is trained on {tokens:,} tokens ({stage.steps} steps of {training.batch_size} x {stage.seq_len}) "
         f"of {table.description}, in the same order for one seed, with the same optimizer; stage 2 and its control "
-        f"take {_later_steps(table)} steps more. Scored on {table.validation_tokens:,} tokens of documents held out. Means "
-        f"and standard errors over {table.arguments.seeds} seeds, which draw the initial weights and the order of the "
-        "data."
+        f"take {_later_steps(table)} steps more. Scored on {table.validation_tokens:,} tokens of documents held out. "
+        f"Means and standard errors over {table.arguments.seeds} seeds, which draw the initial weights and the order "
+        "of the data."
     )
 
 
@@ -130,9 +141,9 @@ def _main_table(table: Table) -> str:
 def _main_notes(table: Table) -> str:
     notes = [
         "Bits per byte: mean ± standard error over seeds. \"To 1 local\": the row's bits per byte less those of the "
-        "row \"TNT, 1 local memory\", paired by seed, so that what a seed does to all rows cancels; negative is better. "
-        "Perplexity is exp(nats per token) of a token of this tokenizer, so it is not of the paper's unit: compare "
-        "the order of the rows, not the numbers.",
+        "row \"TNT, 1 local memory\", paired by seed, so that what a seed does to all rows cancels; negative is "
+        "better. Perplexity is exp(nats per token) of a token of this tokenizer, so it is not of the paper's unit: "
+        "compare the order of the rows, not the numbers.",
         f"Paper: {SOURCE}.",
     ]  # fmt: skip
     if table.speeds:
@@ -148,8 +159,9 @@ def _verdict_table(table: Table) -> str:
     lines = []
     for verdict in table.verdicts:
         claim = verdict.claim
-        numbers = [ROWS[key].c4_perplexity for key in (claim.better, claim.worse)]
-        paper = f"{numbers[0]:.2f} < {numbers[1]:.2f}" if claim.in_paper else "(a control, not in the paper)"
+        paper = "a control, not in the paper"
+        if claim.paper is not None:
+            paper = f"{claim.paper[0]:.2f} < {claim.paper[1]:.2f}"
         lines.append([
             ROWS[claim.better].title, ROWS[claim.worse].title, paper,
             _signed(verdict.difference), str(verdict.seeds), verdict.verdict,
@@ -160,51 +172,61 @@ def _verdict_table(table: Table) -> str:
 
 
 def summarize(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts on the paper's orderings, counted and named, and that on the control."""
-    if not verdicts:
+    """How many of the paper's orderings hold and which, and what chance alone would do."""
+    paper = [verdict for verdict in verdicts if verdict.claim.paper is not None]
+    if not paper:
         return "No two rows that the paper compares are both here."
-    parts = []
-    for name in (HOLDS, NOISE, REVERSED, UNKNOWN):
-        claims = [v.claim for v in verdicts if v.verdict == name and v.claim.in_paper]
-        if claims:
-            listed = "; ".join(f"{ROWS[c.better].title} < {ROWS[c.worse].title}" for c in claims)
-            parts.append(f"{name}: {len(claims)} ({listed})")
-    paper = [v for v in verdicts if v.claim.in_paper]
-    words = f"Of the paper's {len(paper)} orderings, " + ", ".join(parts) + "." if paper else ""
-    for verdict in verdicts:
-        if not verdict.claim.in_paper and verdict.difference is not None:
-            words += (
-                f" The control: {ROWS[verdict.claim.better].title} less {ROWS[verdict.claim.worse].title} is "
-                f"{_signed(_negative(verdict.difference))} bits per byte ({verdict.verdict})."
-            )
-    least = min(v.seeds for v in verdicts)
-    return words + (
-        f" With {least} seeds a standard error is itself uncertain: {STANDARD_ERRORS:g} of them are less than 95%."
-        if 2 <= least <= 5
-        else ""
-    )
+    counts = {name: [v.claim for v in paper if v.verdict == name] for name in MEANINGS}
+    parts = [f"{len(claims)} {PLURALS[name]}" for name, claims in counts.items() if claims]
+    lines = [f"Of {len(paper)} orderings of the paper that can be compared here, {', '.join(parts)}."]
+    fewest = min(verdict.seeds for verdict in paper)
+    if fewest >= 2:
+        lines.append(
+            f"With {fewest} seeds two rows that are equal differ by more than {STANDARD_ERRORS:g} standard errors in "
+            f"{chance_beyond(STANDARD_ERRORS, fewest - 1):.0%} of cases (Student's t)."
+        )
+    listed = [
+        f"- {name}: " + "; ".join(f"{ROWS[c.better].title} < {ROWS[c.worse].title}" for c in claims)
+        for name, claims in counts.items() if claims and name != UNKNOWN
+    ]  # fmt: skip
+    return "\n\n".join([" ".join(lines), *(["\n".join(listed)] if listed else [])])
+
+
+def chance_beyond(t: float, freedom: int) -> float:
+    """P(|T| > t) of Student's distribution with so many degrees of freedom, by Simpson's rule."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    steps = 200
+    points = [2 * t * i / steps - t for i in range(steps + 1)]
+    weights = [1, *([4, 2] * (steps // 2))[: steps - 1], 1]
+    within = sum(w * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for w, x in zip(weights, points, strict=True))
+    return 1 - scale * within * 2 * t / steps / 3
 
 
 def _settings_table(table: Table) -> str:
     lines = []
     for result in table.results:
         job = table.job_of(result.key)
-        config, stage = job.config, job.stages[-1]
-        if job.recipe.model.architecture == "llama":
-            lines.append(
-                [ROWS[result.key].title, "causal attention", NOTHING, NOTHING, NOTHING, _number(result.tokens)]
-            )
-            continue
+        config, stage, width = job.config, job.stages[-1], job.config.intermediate_size
         memory = f"{config.memory_type}, expansion {config.memory_expansion}"
         memory += ", momentum and forget gate" if config.use_momentum else ""
         memory += ", token scale" if config.token_scale else ""
+        memory += f"; projection {_projection(config)}" if config.local_chunk_sizes else ""
+        chunk, resets = config.global_chunk_size, _resets(stage.local_shard_lengths)
+        if job.recipe.model.architecture == "llama":
+            memory, chunk, resets = "causal attention", None, NOTHING
+            width = make_llama_config(config, stage.seq_len).intermediate_size
         lines.append([
-            ROWS[result.key].title, f"{memory}; projection {_projection(config)}",
-            NOTHING if config.global_chunk_size is None else str(config.global_chunk_size),
-            _resets(stage.local_shard_lengths), str(config.intermediate_size), _number(result.tokens),
+            ROWS[result.key].title, memory, NOTHING if chunk is None else str(chunk), resets, str(width),
+            _number(result.tokens),
         ])  # fmt: skip
-    head = ["row", "memory", "global chunk", "reset after", "feed-forward", "tokens trained on"]
-    return _markdown_table(head, lines, texts=2)
+    head = ["row", "memory", "global chunk", "reset after", "feed-forward width", "tokens trained on"]
+    table_lines = _markdown_table(head, lines, texts=2)
+    if SCALES[table.arguments.scale].width_step is None:
+        return table_lines
+    return (
+        f"{table_lines}\n\nFeed-forward widths are chosen so that all models have about as many parameters as the row "
+        f'"{ROWS[BASE].title}": what a memory adds is taken from there.'
+    )
 
 
 def _projection(config: object) -> str:
@@ -217,12 +239,17 @@ def _resets(lengths: Sequence[int | None]) -> str:
 
 
 def _problems(table: Table) -> str:
-    """Runs that failed and those that have not been made, as a list."""
+    """Runs that failed, each with its reason, and how many are not finished for no such reason."""
     reasons = {(r.key, seed): reason for r in table.results for seed, reason in r.failures.items()}
-    lines = []
+    lines, left = [], []
     for job in table.missing:
         reason = reasons.get((job.row, job.seed))
-        lines.append(f"- seed {job.seed}, {ROWS[job.row].title}: {'not yet run' if reason is None else reason}")
+        if reason is None:
+            left.append(job.name)
+        else:
+            lines.append(f"- {job.name} failed: {reason}")
+    if left:
+        lines.append(f"- not finished: {len(left)} of {len(table.jobs)} runs ({', '.join(left)})")
     return "\n".join(lines)
 
 
@@ -248,7 +275,7 @@ def write_json(table: Table, path: Path) -> None:
         "machine": table.machine, "versions": describe_versions(), "data": table.description,
         "validation_tokens": table.validation_tokens, "complete": not table.missing, "paper": SOURCE, "rows": rows,
         "orderings": [
-            {"better": v.claim.better, "worse": v.claim.worse, "in_paper": v.claim.in_paper, "seeds": v.seeds,
+            {"better": v.claim.better, "worse": v.claim.worse, "paper": v.claim.paper, "seeds": v.seeds,
              "bits_per_byte_gained": to_json(v.difference), "verdict": v.verdict}
             for v in table.verdicts
         ],
@@ -304,7 +331,3 @@ def _signed(estimate: Estimate | None) -> str:
         return NOTHING
     error = f" ± {estimate.standard_error:.4f}" if math.isfinite(estimate.standard_error) else ""
     return f"{estimate.value:+.4f}{error}"
-
-
-def _negative(estimate: Estimate) -> Estimate:
-    return estimate._replace(value=-estimate.value)

@@ -18,7 +18,7 @@ from ..signals import Stopper
 from .arguments import Table3Arguments
 from .jobs import Job, find_other_settings, make_jobs
 from .picture import draw_table
-from .report import Table, to_markdown, write_json, write_markdown
+from .report import Table, describe, write_json, write_markdown
 from .results import bytes_per_token, collect, judge, read_score
 from .runner import Runner
 from .scales import SCALES
@@ -88,7 +88,7 @@ class Reproduction:
             self._measure_speed()
             self._report(runner.failures)
         table = self._make_table(runner.failures)
-        print(f"\n{to_markdown(table)}\nresults  {self.folder}: {MARKDOWN}, {PICTURE}, {JSON}", flush=True)
+        print(f"\n{describe(table)}\n\nresults  {self.folder}: {MARKDOWN}, {PICTURE}, {JSON}", flush=True)
         return self._status(table, runner.failures, stopper.signal)
 
     def _status(self, table: Table, failures: dict[str, str], stop: int | None) -> int:

@@ -96,7 +96,7 @@ class Runner:
         log_start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             handle = subprocess.Popen(
-                [sys.executable, "-m", "modeling_tnt.train", "--config", str(recipe), "--resume"],
+                trainer_command(recipe),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=self._environment(),
                 pass_fds=[self.lock],
             )  # fmt: skip
@@ -157,6 +157,10 @@ class Runner:
     def _expected(self, job: Job) -> float:
         known = self.seconds.get(job.row) or [pair for pairs in self.seconds.values() for pair in pairs]
         return job.steps * sum(seconds for _, seconds in known) / sum(steps for steps, _ in known)
+
+
+def trainer_command(recipe: Path) -> list[str]:
+    return [sys.executable, "-m", "modeling_tnt.train", "--config", str(recipe), "--resume"]
 
 
 def describe_seconds(seconds: float) -> str:
