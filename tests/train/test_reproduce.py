@@ -311,7 +311,7 @@ def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):
         nats = math.log(2) * row["bits_per_byte"]["value"]
         assert 0.95 * nats < row["nats_per_token"]["value"] <= nats * (1 + 1e-9)
     text = (folder / "table3.md").read_text()
-    assert "TNT, 1 local memory" in text and "| 21.04 |" in text and "1 have no verdict" in text
+    assert "TNT, 1 local memory" in text and "| 21.04 |" in text and "compared here: 1; no verdict: 1." in text
     assert (folder / "table3.png").read_bytes().startswith(b"\x89PNG")
 
     times = {path: path.stat().st_mtime for path in folder.glob("runs/*/metrics.json")}
@@ -349,7 +349,7 @@ def test_verdicts_are_paired_by_seed():
     assert verdicts["llama", "tnt-1"].verdict == REVERSED
     assert difference_to_base(results[3], results).value == pytest.approx(0.2)
     text = summarize(list(verdicts.values()))
-    assert "Of 3 orderings of the paper that can be compared here, 1 hold, 1 are within noise, 1 do not hold" in text
+    assert "can be compared here: 3; holds: 1, within noise: 1, does not hold: 1." in text
     assert "18% of cases" in text
 
 

@@ -38,8 +38,6 @@ MEANINGS = {
     UNKNOWN: "fewer than two seeds have both rows, or a loss is not finite",
 }
 
-PLURALS = {HOLDS: "hold", NOISE: "are within noise", REVERSED: "do not hold", UNKNOWN: "have no verdict"}
-
 
 @dataclass(frozen=True)
 class Table:
@@ -177,8 +175,8 @@ def summarize(verdicts: Sequence[Verdict]) -> str:
     if not paper:
         return "No two rows that the paper compares are both here."
     counts = {name: [v.claim for v in paper if v.verdict == name] for name in MEANINGS}
-    parts = [f"{len(claims)} {PLURALS[name]}" for name, claims in counts.items() if claims]
-    lines = [f"Of {len(paper)} orderings of the paper that can be compared here, {', '.join(parts)}."]
+    parts = [f"{name}: {len(claims)}" for name, claims in counts.items() if claims]
+    lines = [f"Orderings of the paper that can be compared here: {len(paper)}; {', '.join(parts)}."]
     fewest = min(verdict.seeds for verdict in paper)
     if fewest >= 2:
         lines.append(
