@@ -55,9 +55,9 @@ class Table3Arguments:
         problems = [*filled._find_problems(), *find_blocked_folder(folder)]
         if problems:
             raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
-        return replace(filled, rows=filled._complete_rows())
+        return replace(filled, rows=filled.complete_rows())
 
-    def _complete_rows(self) -> list[str]:
+    def complete_rows(self) -> list[str]:
         """The chosen rows and those whose runs they need, in the order of the table."""
         wanted = list(self.rows or self._known_rows())
         for row in wanted:

@@ -53,11 +53,12 @@ ROWS = {
 REMARKS = [
     "The paper's base (23.53) has the same perplexity as its Titans with chunks of 256; here the global memory alone "
     "and Titans with large chunks are two rows, each beside that number.",
-    "The paper has one row for TTT, with chunks of 256, and does not say which memory; here both memories have TTT's "
-    "own chunks, of 16.",
+    "The paper has one row for TTT, with chunks of 256, and does not say which memory; here both memories have the small "
+    "chunks that the table shows.",
     "The paper also has a gated Transformer (19.82), which is not trained here.",
-    "Where there is a row with the Q-K projection, all other TNT rows read at raw queries; else all but one have it, "
-    "as in the paper.",
+    "Where there is a row with the Q-K projection, all other TNT rows read at raw queries, while the paper's numbers "
+    "beside them are of models with it (its model of one local memory has 22.01 without). Where there is a row without "
+    "it, all others have it, as in the paper.",
     "Small chunks of Titans are those of TNT's local memory.",
     "Chunks swapped only: the model of one local memory, read at the chunks of stage 2 without training at them. More "
     "steps only: it is trained for as many steps as stage 2 takes, in the same way, with its chunks kept.",

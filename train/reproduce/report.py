@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bench.machine import describe_versions
@@ -60,8 +60,16 @@ class Table:
 
     @property
     def command(self) -> str:
+        """What makes this table, paths left out."""
         args = self.arguments
-        return f"tnt reproduce table3 --scale {args.scale} --seeds {args.seeds}"
+        words = [f"tnt reproduce table3 --scale {args.scale} --seeds {args.seeds}"]
+        if args.rows != replace(args, rows=[]).complete_rows():
+            words.append(f"--rows {' '.join(args.rows)}")
+        if args.tokens is not None:
+            words.append(f"--tokens {args.tokens:g}")
+        if args.override:
+            words.append("--override " + " ".join(f"{k}={json.dumps(v)}" for k, v in args.override.items()))
+        return " ".join(words)
 
     def nats(self, result: RowResult) -> Estimate | None:
         mean = result.mean

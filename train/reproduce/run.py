@@ -22,7 +22,7 @@ from .report import Table, describe, write_json, write_markdown
 from .results import bytes_per_token, collect, judge, read_score
 from .runner import Runner
 from .scales import SCALES
-from .speed import measure_speeds, read_speeds
+from .speed import has_speeds, measure_speeds, read_speeds
 
 RUNS, SPEED = "runs", "speed.json"
 MARKDOWN, PICTURE, JSON = "table3.md", "table3.png", "table3.json"
@@ -118,7 +118,7 @@ class Reproduction:
         """Once for all rows that are here; what was measured is kept when the command is run again."""
         first = [job for job in self.jobs if job.seed == 0]
         path = self.folder / SPEED
-        if {job.row for job in first} <= read_speeds(path)[1].keys():
+        if has_speeds(path, [job.row for job in first]):
             return
         rounds = SCALES[self.arguments.scale].speed_rounds
         measure_speeds(first, rounds=rounds, device=self.arguments.device, path=path, deadline=self.deadline)

@@ -6,7 +6,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +53,18 @@ def measure_speeds(jobs: Sequence[Job], *, rounds: int, device: str, path: Path,
     with progress_bar(rounds * len(contenders), "speed", "model") as bar:
         for _ in range(rounds):
             for identity, job in contenders.items():
-                if deadline.refuse() is not None:
+                if identity in reasons:
+                    continue
+                refusal = deadline.refuse()
+                if refusal is not None:
+                    print(f"speed is not measured: {refusal}", flush=True)
                     return
                 outcome = attempt(lambda job=job: _time_steps(job, place), place)
                 if outcome.status == OK:
                     seconds.setdefault(identity, []).extend(outcome.value)
                 else:
                     reasons[identity] = outcome.reason
+                    print(f"speed of {job.row} is not measured: {outcome.reason}", flush=True)
                 bar.update()
     rows = {}
     for job in jobs:
@@ -84,6 +89,11 @@ def read_speeds(path: Path) -> tuple[str, dict[str, Speed]]:
         )
         for row, item in saved["rows"].items() if item["seconds"]
     }  # fmt: skip
+
+
+def has_speeds(path: Path, rows: Iterable[str]) -> bool:
+    """Whether all these rows were measured, or could not be."""
+    return path.is_file() and set(rows) <= json.loads(path.read_text(encoding="utf-8"))["rows"].keys()
 
 
 def _identity(job: Job) -> str:
