@@ -53,8 +53,8 @@ ROWS = {
 REMARKS = [
     "The paper's base (23.53) has the same perplexity as its Titans with chunks of 256; here the global memory alone "
     "and Titans with large chunks are two rows, each beside that number.",
-    "The paper has one row for TTT, with chunks of 256, and does not say which memory; here both memories have the small "
-    "chunks that the table shows.",
+    "The paper has one row for TTT, with chunks of 256, and does not say which memory; here both memories have the "
+    "small chunks that the table shows.",
     "The paper also has a gated Transformer (19.82), which is not trained here.",
     "Where there is a row with the Q-K projection, all other TNT rows read at raw queries, while the paper's numbers "
     "beside them are of models with it (its model of one local memory has 22.01 without). Where there is a row without "
