@@ -172,7 +172,13 @@ class Session:
             process=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
         )  # fmt: skip
         on_gpu = self.accelerator.device.type == "cuda"
-        loader = iter(DataLoader(rows, batch_sampler=batches, num_workers=training.data_workers, pin_memory=on_gpu))
+        loader = iter(
+            DataLoader(
+                rows, batch_sampler=batches, num_workers=training.data_workers, pin_memory=on_gpu,
+                # Its own: drawn from the global one, the seed of its workers would shift a resumed run's numbers.
+                generator=torch.Generator().manual_seed(training.seed),
+            )
+        )  # fmt: skip
         for _ in range(self.state.step, stage.steps):
             taken = [next(loader) for _ in range(passes)]
             yield [{k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()} for batch in taken]
