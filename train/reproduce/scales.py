@@ -93,7 +93,7 @@ _SMOKE = Scale(
 )  # fmt: skip
 
 _SMALL = Scale(
-    help="models of 0.6M parameters on 0.4M bytes of Python's standard library; about an hour on 2 CPU cores",
+    help="models of 0.6M parameters on 0.3M bytes of Python's standard library; about an hour on 2 CPU cores",
     common={
         "model": {"preset": "tiny"},
         "training": {"seq_len": 512, "batch_size": 4},
@@ -107,7 +107,7 @@ _SMALL = Scale(
         tnt={"num_hidden_layers": 2, "global_chunk_size": 64, "local_shard_lengths": 128, "qk_projection": "none"},
         local=[[], [16], [8, 16], [8, 16, 32], [4, 8, 16, 32]],
         large=128,
-        stages=[{"name": "stage1", "tokens": 400e3}, {"name": "stage2", "share": 0.05}],
+        stages=[{"name": "stage1", "tokens": 300e3}, {"name": "stage2", "share": 0.05}],
         stage2=[4],
     ),
     width_step=8,
