@@ -35,6 +35,7 @@ def make_llama_config(config: TNTConfig, max_length: int) -> LlamaConfig:
             intermediate_size=width, max_position_embeddings=max_length, rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings, use_cache=False, attn_implementation="sdpa",
             pad_token_id=config.pad_token_id, bos_token_id=None, eos_token_id=config.eos_token_id,
+            initializer_range=config.initializer_range,
         )  # fmt: skip
 
     with torch.device("meta"):
