@@ -93,7 +93,7 @@ _SMOKE = Scale(
 )  # fmt: skip
 
 _SMALL = Scale(
-    help="models of 0.6M parameters on 0.3M bytes of Python's standard library; about an hour on 2 CPU cores",
+    help="models of 0.6M parameters on 0.3M bytes of Python's standard library; 40 minutes on 2 CPU cores",
     common={
         "model": {"preset": "tiny"},
         "training": {"seq_len": 512, "batch_size": 4},
