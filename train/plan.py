@@ -330,11 +330,12 @@ def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
     return [
         f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or another "
         "--output.dir"
-        for path, old, new in _differences(saved, recipe)
+        for path, old, new in find_differences(saved, recipe)
     ]
 
 
-def _differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+def find_differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Path, saved and new value of every field that differs and changes what is computed."""
     old = {leaf.path: leaf.value for leaf in leaves(saved)}
     new = {leaf.path: leaf.value for leaf in leaves(recipe)}
     return [

@@ -57,6 +57,11 @@ def choose_trained(run: Run, stage_index: int, model: PreTrainedModel) -> PreTra
     return model
 
 
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside of PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def write_checkpoint_model(run: Run, model: PreTrainedModel, weights: dict[str, Tensor]) -> Callable[[Path], None]:
     """A function that writes the model as a checkpoint has it: itself, or with LoRA its adapter alone."""
 

@@ -34,7 +34,7 @@ from .report import Log, Progress, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
 from .signals import Stopper
-from .stage_model import build_model, choose_trained
+from .stage_model import build_model, choose_trained, without_adapters
 from .state import Score, State
 from .utilisation import operations_per_token, peak_operations
 
@@ -263,7 +263,7 @@ class Session:
             )
 
     def _look_at_health(self, stage: Stage, wrapped: nn.Module, model: PreTrainedModel, input_ids: Tensor) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_adapters(model)
         if not isinstance(inner, TNTPreTrainedModel):
             return
         with unsharded(wrapped):
@@ -273,7 +273,7 @@ class Session:
     def _utilisation(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
         """Operations per token, and what all devices together could do in a second (0: not known)."""
         peak = peak_operations(self.accelerator.device)
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_adapters(model)
         return operations_per_token(inner, stage.seq_len), (peak or 0.0) * self.accelerator.num_processes
 
     # ------------------------------------------------------------------------------------------------------ other parts

@@ -14,17 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from modeling_tnt import TNTConfig, TNTForCausalLM
 
 from ..data import load_tokenizer
-from ..options import leaves, to_mapping
-from ..plan import Stage, make_config, plan_stages
+from ..options import to_mapping
+from ..plan import Stage, find_differences, make_config, plan_stages
 from ..recipe import Recipe, load_recipe, recipe_from_mapping
 from ..run_folder import RunFolder
 from .arguments import Table3Arguments
 from .paper import BASE, ROWS
 from .scales import SCALES, Scale
-
-# What may differ between a run that is there and the same run as it would be started now.
-NOT_COMPARED = ("output.", "data.cache_dir", "training.micro_batch_size", "training.data_workers", "training.compile",
-                "training.gradient_checkpointing", "training.sharding")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,21 +163,12 @@ def find_other_settings(jobs: list[Job]) -> list[str]:
         if not job.folder.recipe_file.exists():
             continue
         file = job.folder.recipe_file
-        saved = _values(recipe_from_mapping(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)))
-        wanted = _values(job.recipe)
-        for path in dict.fromkeys([*saved, *wanted]):
-            if saved.get(path) != wanted.get(path):
-                problems.append(
-                    f"{job.folder.root} was made with {path}={saved.get(path)}, now it is {wanted.get(path)}"
-                )
+        saved = recipe_from_mapping(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        problems += [
+            f"{job.folder.root} was made with {path}={old}, now it is {new}"
+            for path, old, new in find_differences(saved, job.recipe)
+        ]
     return problems
-
-
-def _values(recipe: Recipe) -> dict[str, Any]:
-    return {
-        leaf.path: to_mapping(leaf.value) for leaf in leaves(recipe)
-        if not leaf.path.startswith(NOT_COMPARED) or leaf.path == "output.eval_tokens"
-    }  # fmt: skip
 
 
 def write_recipe(job: Job, folder: Path) -> Path:
