@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .operators import NAMESPACE, OPERATORS
+
 # Tokens per block, which bounds the quadratic part, and bytes of a block of queries.
 BLOCK = 64
 SLAB_BYTES = 1 << 20
@@ -31,7 +33,7 @@ def project_queries(
     Returns:
         x [J, L, H, D] and M [J, H, D, D] or None.
     """
-    outputs = torch.ops.modeling_tnt.project_forward(q, k, start, normalize, need_end, BLOCK)
+    outputs = OPERATORS.project_forward(q, k, start, normalize, need_end, BLOCK)
     return outputs[0], outputs[1] if need_end else None
 
 
@@ -84,7 +86,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
-@torch.library.custom_op("modeling_tnt::project_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::project_forward", mutates_args=())
 def project_forward(
     q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: bool, block: int
 ) -> list[Tensor]:
@@ -118,7 +120,7 @@ def _(q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: boo
     return _empty_outputs(q, need_end)
 
 
-@torch.library.custom_op("modeling_tnt::project_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::project_backward", mutates_args=())
 def project_backward(
     q: Tensor, k: Tensor, start: Tensor | None, grad_x: Tensor, grad_end: Tensor | None, normalize: bool, block: int
 ) -> list[Tensor]:
@@ -178,7 +180,7 @@ def _autograd_backward(ctx, grads):
     q, k, start = ctx.saved_tensors
     grad_x = torch.zeros_like(q) if grads[0] is None else grads[0]
     grad_end = grads[1] if len(grads) > 1 else None
-    result = torch.ops.modeling_tnt.project_backward(q, k, start, grad_x, grad_end, ctx.normalize, ctx.block)
+    result = OPERATORS.project_backward(q, k, start, grad_x, grad_end, ctx.normalize, ctx.block)
     return result[0], result[1], result[2] if start is not None else None, None, None, None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .operators import NAMESPACE, OPERATORS
 from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, named
 from .types import FastWeights
 
@@ -39,7 +40,7 @@ def scan_chunks(
     tensors = [getattr(inputs, name) for name in names]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     interval = math.isqrt(lengths[0] - 1) + 1 if needs_grad else 0
-    o, *ends = torch.ops.modeling_tnt.scan_forward(tensors, ",".join(names), lengths, chunk_size, intra, interval)
+    o, *ends = OPERATORS.scan_forward(tensors, ",".join(names), lengths, chunk_size, intra, interval)
     state = [name for name in names if name in WEIGHTS + MOMENTUM]
     end = dict(zip(state, ends, strict=False))
     weights = FastWeights(*(end.get(name) for name in WEIGHTS))
@@ -71,7 +72,7 @@ def _unpack(tensors: list[Tensor], names: str) -> ScanInputs:
     return ScanInputs(**dict(zip(names.split(","), tensors, strict=True)))
 
 
-@torch.library.custom_op("modeling_tnt::scan_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_forward", mutates_args=())
 def scan_forward(
     tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
 ) -> list[Tensor]:
@@ -106,7 +107,7 @@ def _empty_outputs(inputs: ScanInputs, lengths: list[int], interval: int) -> dic
     return outputs
 
 
-@torch.library.custom_op("modeling_tnt::scan_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
 def scan_backward(
     tensors: list[Tensor],
     names: str,
@@ -180,7 +181,7 @@ def _autograd_backward(ctx, grads):
     given = {name: g for name, g in zip(("o", *state_names), grads, strict=False) if g is not None}
     if "o" not in given:
         given["o"] = torch.zeros_like(tensors[0])
-    result = torch.ops.modeling_tnt.scan_backward(
+    result = OPERATORS.scan_backward(
         tensors, names, kept, list(given.values()), ",".join(given), lengths, chunk_size, intra, interval
     )
     return result, None, None, None, None, None

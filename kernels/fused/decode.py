@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import NAMESPACE
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward, unit
 
 WARPS = 8
@@ -336,7 +337,7 @@ def decode_kernel(
 PROJECTIONS = ("none", "shard", "chunk")
 
 
-@torch.library.custom_op("modeling_tnt::decode_step", mutates_args=("weights", "projection", "position"))
+@torch.library.custom_op(f"{NAMESPACE}::decode_step", mutates_args=("weights", "projection", "position"))
 def decode_step(
     q: Tensor, k: Tensor, v: Tensor, active: Tensor | None,
     lr: list[Tensor], momentum: list[Tensor], decay: list[Tensor], token_scale: list[Tensor],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operators import NAMESPACE, OPERATORS
 from ..slab import MOMENTUM, WEIGHTS, ScanInputs
 from ..types import FastWeights
 from .global_advance import BLOCK, advance
@@ -51,7 +52,7 @@ def scan_global_chunks(
         given[name] = None if name == "momentum_gain" and effect is None else _per_token(inputs.lr, effect)
     given = {name: t.contiguous() for name, t in given.items() if t is not None}
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
-    outputs = torch.ops.modeling_tnt.global_forward(list(given.values()), ",".join(given), lengths, chunk_size, keep)
+    outputs = OPERATORS.global_forward(list(given.values()), ",".join(given), lengths, chunk_size, keep)
     end = dict(zip((name for name in STATE if name in given), outputs[1:], strict=False))
     momentum = FastWeights(*(end.get(name) for name in MOMENTUM)) if MOMENTUM[0] in end else None
     return outputs[0], FastWeights(*(end.get(name) for name in WEIGHTS)), momentum
@@ -62,7 +63,7 @@ def _per_token(lr: Tensor, effect: Tensor | None) -> Tensor:
     return lr if effect is None else lr * effect.transpose(2, 3).flatten(1, 2)
 
 
-@torch.library.custom_op("modeling_tnt::global_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::global_forward", mutates_args=())
 def global_forward(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, keep: bool) -> list[Tensor]:
     """o, the state after each shard, and with `keep` the state before each chunk in packed order."""
     inputs = GlobalInputs.unpack(tensors, names)
@@ -121,7 +122,7 @@ def _advance_all(
     return anchors, operands
 
 
-@torch.library.custom_op("modeling_tnt::global_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::global_backward", mutates_args=())
 def global_backward(
     tensors: list[Tensor],
     names: str,
@@ -251,9 +252,7 @@ def _autograd_backward(ctx, grads):
     given = {name: g for name, g in zip(("o", *state), grads, strict=False) if g is not None}
     if "o" not in given:
         given["o"] = torch.zeros_like(tensors[0])
-    result = torch.ops.modeling_tnt.global_backward(
-        tensors, names, kept, list(given.values()), ",".join(given), lengths, chunk_size
-    )
+    result = OPERATORS.global_backward(tensors, names, kept, list(given.values()), ",".join(given), lengths, chunk_size)
     return result, None, None, None, None
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..operators import NAMESPACE, OPERATORS
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .projection import projection_kernel
@@ -104,7 +105,7 @@ def scan_segments(inputs: ScanInputs, table: list[int], plan: Plan) -> tuple[Ten
 
     Returns o [tokens, H, D] and the end states.
     """
-    o, weights, anchor, *rest = torch.ops.modeling_tnt.fused_forward(*inputs, table, list(plan))
+    o, weights, anchor, *rest = OPERATORS.fused_forward(*inputs, table, list(plan))
     momentum = rest.pop(0) if inputs.momentum is not None else None
     projection = rest.pop(0) if plan.projection else None
     return o, EndState(weights, anchor, momentum, projection)
@@ -180,7 +181,7 @@ def _forward_outputs(inputs: ScanInputs, segments: int, plan: Plan) -> dict[str,
     return out
 
 
-@torch.library.custom_op("modeling_tnt::fused_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::fused_forward", mutates_args=())
 def fused_forward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -219,7 +220,7 @@ def _(
     return list(_forward_outputs(inputs, len(table) // 5, Plan(*plan)).values())
 
 
-@torch.library.custom_op("modeling_tnt::fused_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::fused_backward", mutates_args=())
 def fused_backward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -389,7 +390,7 @@ def _autograd_backward(ctx, grads):
         torch.zeros(shape, device=q.device) if g is None else g.contiguous()
         for g, shape in zip(grads[1 : 1 + ctx.ends], ctx.end_shapes, strict=True)
     ]
-    result = iter(torch.ops.modeling_tnt.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan))
+    result = iter(OPERATORS.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan))
     return *(None if t is None else next(result) for t in tensors), None, None
 
 

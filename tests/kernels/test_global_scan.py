@@ -14,6 +14,7 @@ from modeling_tnt.kernels.coefficients import Gates, global_coefficients
 from modeling_tnt.kernels.fused import global_scan
 from modeling_tnt.kernels.fused.global_rows import Layout
 from modeling_tnt.kernels.fused.global_scan import scan_global_chunks
+from modeling_tnt.kernels.operators import OPERATORS
 from modeling_tnt.kernels.scan import scan_chunks
 from modeling_tnt.kernels.slab import ScanInputs
 
@@ -236,12 +237,12 @@ def test_operators(case: dict):
     if "momentum_gain" in x:
         x["momentum_gain"] = x["gain"].detach().clone().requires_grad_()
     names, lengths = ",".join(x), case["lengths"]
-    torch.library.opcheck(torch.ops.modeling_tnt.global_forward, (list(x.values()), names, lengths, 2, True))
+    torch.library.opcheck(OPERATORS.global_forward, (list(x.values()), names, lengths, 2, True))
     tensors = [t.detach() for t in x.values()]
-    o, *rest = torch.ops.modeling_tnt.global_forward(tensors, names, lengths, 2, True)
+    o, *rest = OPERATORS.global_forward(tensors, names, lengths, 2, True)
     kept = rest[len(rest) // 2 :]
     backward = (tensors, names, kept, [torch.randn_like(o)], "o", lengths, 2)
-    torch.library.opcheck(torch.ops.modeling_tnt.global_backward, backward)
+    torch.library.opcheck(OPERATORS.global_backward, backward)
 
 
 def test_compile_and_checkpoint():

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from modeling_tnt import TNTConfig, memory_layer
 from modeling_tnt.kernels import MemoryParams
 from modeling_tnt.kernels.checks import MemoryProblem
+from modeling_tnt.kernels.operators import OPERATORS
 from modeling_tnt.modeling import TNTBlock
 
 pytest.importorskip("triton")
@@ -358,18 +359,17 @@ def test_activation_checkpointing():
 @pytest.mark.parametrize("case", [TINY.with_(start=(3,), length=2), Case(batch=1, heads=1, length=3, **SMALL)], ids=str)
 def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: list[tuple]):
     """Schema, fake implementation, autograd registration and tracing."""
-    operators = torch.ops.modeling_tnt
     read(case, inputs(case))
     given, table, plan = scans[0]
     tensors, sizes = [None if t is None else t.detach() for t in given], (table, list(plan))
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(operators.fused_forward.default, (*leaves, *sizes))
+    torch.library.opcheck(OPERATORS.fused_forward.default, (*leaves, *sizes))
 
-    o, *states = operators.fused_forward(*tensors, *sizes)
+    o, *states = OPERATORS.fused_forward(*tensors, *sizes)
     ends = 2 + (given.momentum is not None) + (given.projection is not None)
     grad_ends = [torch.randn_like(t) for t in states[:ends]]
     torch.library.opcheck(
-        operators.fused_backward.default, (*tensors, states[ends:], torch.randn_like(o), grad_ends, *sizes)
+        OPERATORS.fused_backward.default, (*tensors, states[ends:], torch.randn_like(o), grad_ends, *sizes)
     )
 
 
