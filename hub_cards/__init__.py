@@ -1,1 +1,20 @@
-"""Model cards: their templates (package data) and what fills them."""
+"""Model cards: their template (package data), what fills it, and the Hub's rules for their metadata."""
+
+from .card import CARD_FILE, is_own_card, render_card, write_card
+from .facts import CardFacts, ResultFacts, StageFacts, load_facts, save_facts
+from .validate import LICENSES, find_problems, validate_card
+
+__all__ = [
+    "CARD_FILE",
+    "LICENSES",
+    "CardFacts",
+    "ResultFacts",
+    "StageFacts",
+    "find_problems",
+    "is_own_card",
+    "load_facts",
+    "render_card",
+    "save_facts",
+    "validate_card",
+    "write_card",
+]

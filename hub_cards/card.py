@@ -1,0 +1,113 @@
+"""Make a card from facts and a template, and write it where no other one would be lost."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+
+from .facts import CardFacts
+from .files import write_file
+from .validate import validate_card
+from .variables import template_variables
+
+CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+# The last line of a card tells a later run whether somebody has edited it since.
+_SIGNATURE = re.compile(r"\n<!-- written by modeling_tnt, sha256 ([0-9a-f]{16}) -->\n\Z")
+
+
+def render_card(facts: CardFacts, template_path: str | Path | None = None) -> ModelCard:
+    """The card of a model.
+
+    `ModelCard.from_template` renders a misspelt variable as nothing, so the template is rendered here.
+
+    Args:
+        template_path: a Jinja2 template; it begins with the metadata, `---`, `{{ card_data }}`, `---`. The variables
+            are those of `variables.template_variables`. None: the package's own.
+
+    Raises:
+        ValueError: for a variable that the template uses and that does not exist, all of them at once; a template that
+            is no Jinja2; metadata that break a rule of the Hub, all of them at once.
+        OSError: for a template that cannot be read.
+    """
+    path = TEMPLATE if template_path is None else Path(template_path)
+    variables = template_variables(facts)
+    content = _render(path, variables)
+    validate_card(content)
+    return ModelCard(content)
+
+
+def write_card(
+    folder: str | Path, facts: CardFacts, template_path: str | Path | None = None, overwrite: bool = False
+) -> Path:
+    """Write the card of the model in `folder` to README.md there, and return its path.
+
+    The file is replaced as a whole, or not at all. A card that this function wrote and nobody has changed since is
+    written again.
+
+    Args:
+        template_path: as for `render_card`.
+        overwrite: replace a README.md of any other origin, too.
+
+    Raises:
+        FileExistsError: for a README.md that somebody else wrote, or edited.
+        ValueError: as `render_card` does.
+        OSError: when it cannot be written; the one that was there is kept.
+    """
+    path = Path(folder) / CARD_FILE
+    if not overwrite and path.exists() and not is_own_card(path):
+        raise FileExistsError(
+            f"{path} was written or edited by somebody else, and is kept; use overwrite=True to replace it"
+        )
+    if facts.name is None and facts.repo_id is None:
+        facts = replace(facts, name=Path(folder).resolve().name)
+    text = str(render_card(facts, template_path)).rstrip("\n") + "\n"
+    write_file(path, f"{text}\n<!-- written by modeling_tnt, sha256 {_digest(text)} -->\n")
+    return path
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether `write_card` wrote this file and nobody has changed it since."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    found = _SIGNATURE.search(text)
+    return found is not None and _digest(text[: found.start()]) == found[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _render(path: Path, variables: dict[str, Any]) -> str:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    try:
+        source = path.read_text(encoding="utf-8")
+        unknown = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(variables))
+        if unknown:
+            raise ValueError(
+                f"the card template {path} uses {'; '.join(_suggest(name, variables) for name in unknown)}. "
+                f"It may use {', '.join(sorted(variables))}"
+            )
+        return environment.from_string(source).render(variables)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the card template {path} is not UTF-8 text ({error}); convert it") from error
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the card template {path} is no Jinja2: line {error.lineno}: {error.message}") from error
+    except UndefinedError as error:  # of a field of a variable, which only its use shows
+        raise ValueError(f"the card template {path} uses what does not exist: {error.message}") from error
+
+
+def _suggest(name: str, variables: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, variables, n=1)
+    return f"the variable {name}, which does not exist" + (f" (did you mean {near[0]}?)" if near else "")

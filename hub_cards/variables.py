@@ -1,0 +1,220 @@
+"""The variables of a card's template, made from facts: metadata, words, and Markdown tables without empty columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .facts import CardFacts, ResultFacts
+from .family import describe_family, describe_model
+
+# End of a class name → pipeline tag, Auto class.
+HEADS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+TASK_NAMES = {
+    "text-generation": "Text Generation", "text-classification": "Text Classification",
+    "feature-extraction": "Feature Extraction",
+}  # fmt: skip
+TRAINED = {"all": "all weights", "local": "the local memories", "lora": "LoRA adapters and the local memories, merged"}
+
+
+def template_variables(facts: CardFacts) -> dict[str, Any]:
+    """Everything that a card's template may use. What is not known is None, "" or an empty list.
+
+    card_data        the metadata as YAML.
+    title            name of the model.
+    family           "TNT", "Titans", "TTT-Linear" ...; description: what that is, in sentences.
+    pipeline_tag, auto_class, model_id   what it is loaded as, and the name that it is loaded by.
+    model_table, stage_table, data_table   Markdown tables.
+    result_groups    for each command that measured something: .command and .table.
+    local_chunk_sizes, smaller_chunks, global_chunk_size   of the configuration; the next smaller ones to try.
+    measured_chunks  whether the results hold other chunk sizes of the same weights.
+    facts            the `CardFacts` themselves.
+    """
+    tag, auto_class = _head(facts.class_name)
+    title = facts.name or (facts.repo_id or "").rpartition("/")[2] or f"{describe_family(facts.config)} model"
+    chunks = list(facts.config.get("local_chunk_sizes") or [])
+    own = [r for r in facts.results if r.own]
+    return {
+        "card_data": make_card_data(facts, title, tag).to_yaml(),
+        "title": title,
+        "family": describe_family(facts.config),
+        "description": describe_model(facts.config),
+        "pipeline_tag": tag,
+        "auto_class": auto_class,
+        "model_id": facts.repo_id or f"./{title}",
+        "model_table": _table([{"": k, "Value": v} for k, v in _model_rows(facts)]),
+        "data_table": _table([{"": k, "Value": v} for k, v in _training_rows(facts)]),
+        "stage_table": _table([_stage_row(stage) for stage in facts.stages]),
+        "result_groups": _group_results(facts.results),
+        "local_chunk_sizes": chunks,
+        "smaller_chunks": [1] * len(chunks),
+        "global_chunk_size": facts.config.get("global_chunk_size"),
+        "measured_chunks": bool(own) and len({tuple(r.local_chunk_sizes or ()) for r in facts.results}) > 1,
+        "facts": facts,
+    }
+
+
+def make_card_data(facts: CardFacts, title: str, pipeline_tag: str) -> ModelCardData:
+    """The metadata of the card, as huggingface_hub writes them."""
+    family = describe_family(facts.config).lower()
+    tags = ["tnt", "test-time-training", *([family.split("-")[0]] if family.split("-")[0] != "tnt" else [])]
+    if facts.remote_code:
+        tags.append("custom_code")
+    results = [_eval_result(r, pipeline_tag) for r in facts.results if r.own and _is_known(r.value)]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        language=facts.languages or None,
+        datasets=facts.datasets or None,
+        base_model=facts.base_model,
+        tags=tags,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _head(class_name: str | None) -> tuple[str, str]:
+    name = class_name or "TNTForCausalLM"
+    return next((head for end, head in HEADS.items() if name.endswith(end)), HEADS["ForCausalLM"])
+
+
+def _eval_result(result: ResultFacts, task: str) -> EvalResult:
+    return EvalResult(
+        task_type=task,
+        task_name=TASK_NAMES[task],
+        dataset_type=result.dataset_id or "text",
+        dataset_name=result.dataset_id or result.dataset or "held-out text",
+        dataset_config=result.dataset_config,
+        dataset_split=result.dataset_split,
+        metric_type=result.metric,
+        metric_name=_metric_words(result),
+        metric_value=float(f"{result.value:.6g}"),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _model_rows(facts: CardFacts) -> Iterable[tuple[str, Any]]:
+    config = facts.config
+    chunks = config.get("local_chunk_sizes")
+    yield "Parameters", facts.parameters
+    yield "Layers", config.get("num_hidden_layers")
+    yield "Width", config.get("hidden_size")
+    if config.get("num_heads") and config.get("head_dim"):
+        yield "Heads", f"{config['num_heads']} of {config['head_dim']}"
+    yield "Vocabulary", config.get("vocab_size")
+    yield "Tokenizer", facts.tokenizer
+    if config.get("memory_type") == "mlp" and config.get("memory_expansion"):
+        yield "Memory of a head", f"an MLP with {config['memory_expansion']} times the head's width inside"
+    elif config.get("memory_type") == "linear":
+        yield "Memory of a head", "a linear map"
+    yield "Global memory", config.get("global_chunk_size") and f"updated every {config['global_chunk_size']:,} tokens"
+    if chunks:
+        yield "Local memories, tokens in a chunk", chunks
+        yield "Local memories, tokens until they are reset", _shards(config)
+        yield "Q-K projection", config.get("qk_projection")
+    inner = [word for key, word in (("use_momentum", "momentum"), ("use_forget_gate", "forget gate"),
+                                    ("token_scale", "token scale")) if config.get(key)]  # fmt: skip
+    yield "Inner optimizer", "gradient descent" + (f" with {' and '.join(inner)}" if inner else "")
+
+
+def _shards(config: dict[str, Any]) -> str:
+    lengths = config.get("local_shard_lengths")
+    lengths = lengths if isinstance(lengths, list) else [lengths] * len(config.get("local_chunk_sizes") or [])
+    return ", ".join("never" if length is None else f"{length:,}" for length in lengths)
+
+
+def _training_rows(facts: CardFacts) -> Iterable[tuple[str, Any]]:
+    yield "Text", facts.data
+    yield "Bytes trained on", facts.train_bytes
+    yield "Documents trained on", facts.train_documents
+    yield "Documents held out", facts.validation_documents
+    yield "Weights started from", facts.base_model
+    yield from facts.hyperparameters.items()
+    yield "Hardware", facts.hardware
+    if _is_known(facts.seconds):
+        yield "Time, with evaluation", f"{facts.seconds:,.0f} s"
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items()) or None
+
+
+def _stage_row(stage: Any) -> dict[str, Any]:
+    return {
+        "Stage": stage.name,
+        "Local chunks": stage.local_chunk_sizes,
+        "Reset after": stage.local_shard_lengths and ["never" if n is None else n for n in stage.local_shard_lengths],
+        "Trained": TRAINED.get(stage.trainable, stage.trainable),
+        "Steps": stage.steps,
+        "Tokens": stage.tokens,
+        "Row length": stage.seq_len,
+        "Rows a step": stage.batch_size,
+        "Peak learning rate": _number(stage.learning_rate, ".4g"),
+        "Schedule": stage.schedule,
+        "Seconds": _number(stage.train_seconds, ",.0f"),
+        "Tokens/s": _number(stage.tokens_per_second, ",.0f"),
+        "Training bits per byte, last steps": _number(stage.train_bits_per_byte, ".3f"),
+    }
+
+
+def _group_results(results: list[ResultFacts]) -> list[dict[str, Any]]:
+    """The results of each command as one table, in order."""
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for result in results:
+        value = _number(result.value, ".4g" if result.metric != "bits_per_byte" else ".3f")
+        if value is None:
+            continue
+        error = _number(result.standard_error, ".2g")
+        groups.setdefault(result.command, []).append(
+            {
+                "Weights": result.label,
+                "Local chunks": result.local_chunk_sizes,
+                "Measure": _metric_words(result),
+                "Value": value if error is None else f"{value} ± {error}",
+                "Text": result.dataset or result.dataset_id,
+            }
+        )
+    return [{"command": command, "table": _table(rows)} for command, rows in groups.items()]
+
+
+def _metric_words(result: ResultFacts) -> str:
+    return result.metric.replace("_", " ")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of the columns that hold something; of two-column rows, those that do."""
+    if rows and "" in rows[0]:
+        rows = [row for row in rows if _cell(row["Value"])]
+    columns = [name for name in (rows[0] if rows else ()) if any(_cell(row[name]) for row in rows)]
+    if not columns:
+        return ""
+    lines = [columns if "" not in columns else ["", ""], ["---"] * len(columns)]
+    lines += [[_cell(row[name]) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if not _is_known(value):
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return format(value, form) if _is_known(value) else None
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
