@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .cache import load_cache, save_cache
+from .cache_file import load_cache, save_cache
 from .configuration import TNTConfig
 from .modeling import TNTForCausalLM, TNTModel, TNTPreTrainedModel
+from .state import TNTState
 
 AutoConfig.register("tnt", TNTConfig, exist_ok=True)
 AutoModel.register(TNTConfig, TNTModel, exist_ok=True)
 AutoModelForCausalLM.register(TNTConfig, TNTForCausalLM, exist_ok=True)
 
-__all__ = ["TNTConfig", "TNTForCausalLM", "TNTModel", "TNTPreTrainedModel", "load_cache", "save_cache"]
+__all__ = ["TNTConfig", "TNTForCausalLM", "TNTModel", "TNTPreTrainedModel", "TNTState", "load_cache", "save_cache"]

@@ -8,16 +8,13 @@ state is several tensors, of which some are shared at a chunk boundary, hence a 
 
 from __future__ import annotations
 
-import json
-import os
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .configuration import TNTConfig
@@ -25,8 +22,7 @@ from .kernels import MemoryState
 from .kernels.stack import MemoryStack
 from .packing import TokenStep
 
-_LAYER_TYPE = "tnt_memory"
-_FILE_FORMAT = "tnt-cache-1"
+LAYER_TYPE = "tnt_memory"
 
 # A state can be read on only by a model that agrees in these: they fix its shapes and what "mid-chunk" means.
 _SIGNATURE_FIELDS = (
@@ -47,7 +43,7 @@ class TNTCacheLayer(CacheLayerMixin):
     graph of such a call goes on reading and writing them; see `TNTModel.forward`.
     """
 
-    _layer_type = _LAYER_TYPE
+    _layer_type = LAYER_TYPE
     is_sliding = False
     supports_early_init = False
 
@@ -64,6 +60,24 @@ class TNTCacheLayer(CacheLayerMixin):
         self.signature: dict[str, Any] | None = None
         self.cumulative_length = 0
         self.is_initialized = False
+
+    def forget(self, names: Sequence[str], conv_tail: bool) -> None:
+        """Let the memories of these names, and the convolution, start anew; no memory left means `reset`.
+
+        The columns that were read stay counted.
+        """
+        self.memories = {name: state for name, state in self.memories.items() if name not in names}
+        self.conv_tail = None if conv_tail else self.conv_tail
+        if not self.memories:
+            columns = self.cumulative_length
+            self.reset()
+            self.advance(columns)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> TNTCacheLayer:
+        """A layer that holds `fn` of every state tensor; this one stays as it is."""
+        mapped = copy.copy(self)
+        mapped._map(fn)
+        return mapped
 
     def store(self, memories: dict[str, MemoryState], conv_tail: Tensor | None, signature: dict[str, Any]) -> None:
         """Replace the state; see the class for the arguments."""
@@ -91,7 +105,8 @@ class TNTCacheLayer(CacheLayerMixin):
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("read one token without a CUDA graph before capturing one: it makes the cache's buffers")
-        known = self.memories or initial()
+        # A part of the memories may have been forgotten alone.
+        known = self.memories if all(name in self.memories for name in names) else initial() | self.memories
         states = [known[name] for name in names]
         if self.stack is not None and self.stack.fits(states):
             self.stack.fill(states)
@@ -173,7 +188,7 @@ class TNTCacheLayer(CacheLayerMixin):
 
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)
-STATIC_LAYER_TYPE_MAPPING[_LAYER_TYPE] = TNTCacheLayer
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = TNTCacheLayer
 
 
 def cache_signature(config: TNTConfig) -> dict[str, Any]:
@@ -186,7 +201,7 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
     # By name and not isinstance: a model loaded as remote code brings a class of its own, which replaces the
     # registration of the installed one.
     if not isinstance(cache, Cache) or [getattr(layer, "_layer_type", None) for layer in cache.layers] != (
-        [_LAYER_TYPE] * config.num_hidden_layers
+        [LAYER_TYPE] * config.num_hidden_layers
     ):
         raise ValueError(
             f"past_key_values must hold {config.num_hidden_layers} TNT cache layers, got {cache!r:.200}; make it with "
@@ -196,76 +211,20 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
     for layer in cache.layers:
         if not layer.is_initialized:
             continue
-        _check_signature(layer.signature, signature)
+        check_signature("past_key_values", layer.signature, signature)
         if layer.batch_size != rows:
-            raise ValueError(f"past_key_values holds {layer.batch_size} rows but the batch has {rows}")
+            raise ValueError(
+                f"past_key_values holds {layer.batch_size} rows but the batch has {rows}; give as many rows, or repeat "
+                "those of the cache (`repeat(n)` of a TNTState, `batch_repeat_interleave(n)` of any cache)"
+            )
 
 
-def save_cache(cache: Cache, path: str | os.PathLike) -> None:
-    """Write the memories of `cache` (the `past_key_values` of a TNT model) to a safetensors file.
-
-    The file appears under its name only when it is complete; an existing one survives a failed write.
-
-    Raises:
-        ValueError: if the cache is not a TNT model's or has not read anything yet.
-        OSError: if the file cannot be written.
-    """
-    layers = cache.layers
-    if not layers or not all(getattr(c, "_layer_type", None) == _LAYER_TYPE and c.is_initialized for c in layers):
-        raise ValueError("save_cache needs the filled past_key_values of a TNT model; call it with use_cache=True")
-    tensors = {}
-    for i, layer in enumerate(layers):
-        flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
-        flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
-        # Cloned, as the file format does not allow two names for the same memory.
-        tensors |= {f"layers.{i}.{name}": t.detach().contiguous().clone() for name, t in flat.items()}
-    metadata = {
-        "format": _FILE_FORMAT,
-        "signature": json.dumps(layers[0].signature),
-        "cumulative_length": str(layers[0].cumulative_length),
-    }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_cache(path: str | os.PathLike, config: TNTConfig, device: torch.device | str = "cpu") -> DynamicCache:
-    """Read a file of `save_cache`: a cache from which a model of `config` continues where the saved one stood.
-
-    Raises:
-        ValueError: if the file is no TNT cache, or was filled by a model whose memories differ.
-        OSError: if the file cannot be read.
-    """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FILE_FORMAT:
-            raise ValueError(f"{os.fspath(path)} is no TNT cache: its format is {metadata.get('format')!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    signature = json.loads(metadata["signature"])
-    _check_signature(signature, cache_signature(config))
-    cache = DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        own = {n.removeprefix(f"layers.{i}."): t for n, t in tensors.items() if n.startswith(f"layers.{i}.")}
-        conv_tail = own.pop("conv_tail", None)
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in own.items():
-            memory, _, field = name.partition(".")
-            groups.setdefault(memory, {})[field] = tensor
-        memories = {memory: MemoryState.from_tensors(flat) for memory, flat in groups.items()}
-        layer.store(memories, conv_tail, signature)
-        layer.advance(int(metadata["cumulative_length"]))
-    return cache
-
-
-def _check_signature(filled: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError, about the cache or file called `what`, unless the two signatures agree."""
     names = [name for name in wanted if filled.get(name) != wanted[name]]
     differences = [f"{name}={filled.get(name)!r} (now {wanted[name]!r})" for name in names]
     if differences:
         raise ValueError(
-            f"past_key_values was filled by a model with {', '.join(differences)}; use that configuration, or start "
+            f"{what} was filled by a model with {', '.join(differences)}; use that configuration, or start "
             "with an empty cache"
         )

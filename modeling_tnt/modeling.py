@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from transformers.utils import can_return_tuple
 from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
+from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer
 from .packing import Packing, TokenStep, plan_packing, plan_step
+from .state import expand_rows
 
 
 class TNTMLP(nn.Module):
@@ -60,7 +63,7 @@ class TNTBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class TNTPreTrainedModel(PreTrainedModel):
+class TNTPreTrainedModel(MemorizeMixin, PreTrainedModel):
     """What the models share: how weights are made and what transformers should know of them."""
 
     config: TNTConfig
@@ -377,6 +380,22 @@ class TNTForCausalLM(TNTPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """transformers repeats the prompts of a batch for beams and several sequences a prompt: their states, too."""
+        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        prompts = input_ids if embeds is None else embeds
+        if isinstance(cache, Cache) and prompts is not None:
+            model_kwargs["past_key_values"] = expand_rows(cache, prompts.shape[0], expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
 

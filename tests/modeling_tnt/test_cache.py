@@ -150,7 +150,7 @@ def test_an_interrupted_save_keeps_the_previous_file(filled, tmp_path, monkeypat
             file.write(b"half of a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modeling_tnt.cache.save_file", full_disk)
+    monkeypatch.setattr("modeling_tnt.cache_file.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_cache(cache, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -17,7 +17,8 @@ from transformers import ByT5Tokenizer
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train import load_lora
 
-SCRIPT = Path(__file__).parents[2] / "train" / "examples" / "finetune_stage2.py"
+EXAMPLES = Path(__file__).parents[2] / "train" / "examples"
+SCRIPT, MEMORIZE = EXAMPLES / "finetune_stage2.py", EXAMPLES / "memorize_document.py"
 
 
 @pytest.fixture
@@ -38,13 +39,14 @@ def arguments(tmp_path) -> list[str]:
     return [str(part) for pair in given.items() for part in pair]
 
 
-def run_here(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+def run_here(monkeypatch, *arguments: str, script: Path = SCRIPT) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def test_is_short():
-    assert len(SCRIPT.read_text().splitlines()) < 60
+@pytest.mark.parametrize("script", [SCRIPT, MEMORIZE], ids=lambda path: path.stem)
+def test_is_short(script):
+    assert len(script.read_text().splitlines()) < 65
 
 
 def test_finetunes_and_saves(arguments, tmp_path):
@@ -90,3 +92,22 @@ def test_too_little_text(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_here(monkeypatch, *arguments, "--context", "5000")
     assert "book.txt has 4050 tokens, less than one row of --context 5000" in capsys.readouterr().err
+
+
+def test_memorize_reads_a_text_and_reloads_what_it_saved(arguments, tmp_path, monkeypatch, capsys):
+    text, output = tmp_path / "book.txt", tmp_path / "memory"
+    given = ["--model", tmp_path / "stage1", "--text", text, "--output", output, "--every", 2000]
+    run_here(monkeypatch, *map(str, given), script=MEMORIZE)
+    printed = capsys.readouterr().out
+    assert "2,000 tokens, " in printed and "4,049 tokens, " in printed
+    assert "holds TNTState(tokens_read=[4049], " in printed and printed.endswith("continues in the same way\n")
+    assert json.loads((output / "memory.json").read_text())["tokens_read"] == [4049]
+
+
+def test_memorize_needs_no_trained_model(tmp_path, monkeypatch, capsys):
+    given = ["--preset", "tiny", "--tokens", "600", "--new-tokens", "2", "--output", str(tmp_path)]
+    run_here(monkeypatch, *given, script=MEMORIZE)
+    assert "599 tokens, " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, *given[:2], "--tokens", "1", *given[4:], script=MEMORIZE)
+    assert "the document has 1 tokens; give at least 2" in capsys.readouterr().err

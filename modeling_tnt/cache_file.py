@@ -1,0 +1,181 @@
+"""Caches on disk: one safetensors file, which says by itself what filled it and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from .cache import LAYER_TYPE, cache_signature, check_signature
+from .configuration import TNTConfig
+from .kernels import MemoryState
+
+_FORMAT, _VERSION = "tnt-cache-", 1
+
+
+def save_cache(cache: Cache, path: str | os.PathLike) -> None:
+    """Write the memories of `cache` (the `past_key_values` of a TNT model, or a `TNTState`) to a safetensors file.
+
+    The file appears under its name only when it is complete; an existing one survives a failed write.
+
+    Raises:
+        ValueError: if the cache is not a TNT model's or has not read anything yet.
+        OSError: if the file cannot be written.
+    """
+    layers = cache.layers
+    if not layers or not all(getattr(c, "_layer_type", None) == LAYER_TYPE and c.is_initialized for c in layers):
+        raise ValueError("save_cache needs the filled past_key_values of a TNT model; call it with use_cache=True")
+    tensors = {}
+    for i, layer in enumerate(layers):
+        flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
+        flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
+        # Cloned, as the file format does not allow two names for the same memory.
+        tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous().clone() for name, t in flat.items()}
+    metadata = {
+        "format": f"{_FORMAT}{_VERSION}",
+        "signature": json.dumps(layers[0].signature),
+        "cumulative_length": str(layers[0].cumulative_length),
+        "checksum": _checksum(tensors),
+        "origin": json.dumps(getattr(cache, "origin", None)),
+    }
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_cache(path: str | os.PathLike, config: TNTConfig, device: torch.device | str = "cpu") -> DynamicCache:
+    """Read a file of `save_cache`: a cache from which a model of `config` continues where the saved one stood.
+
+    Raises:
+        ValueError: if the file is no TNT cache or damaged, or was filled by a model whose memories differ.
+        OSError: if the file cannot be read.
+    """
+    cache = DynamicCache(config=config)
+    fill_cache(cache, path, config, device)
+    return cache
+
+
+def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device: torch.device | str) -> Any:
+    """Put what a file of `save_cache` holds into a new, empty `cache`; raises as `load_cache`. Returns its origin."""
+    path = os.fspath(path)
+    metadata, tensors = _read(path, str(device))
+    try:
+        signature, origin = json.loads(metadata["signature"]), json.loads(metadata.get("origin", "null"))
+        signature, columns = dict(signature), int(metadata["cumulative_length"])
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+    check_signature(path, signature, cache_signature(config))
+    layers = [_split(tensors, f"layers.{i}.") for i in range(config.num_hidden_layers)]
+    whole = sum(map(len, layers)) == len(tensors) and metadata.get("checksum") in (None, _checksum(tensors))
+    try:
+        rows = {_check_layer(flat, config) for flat in layers}
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not whole or len(rows) != 1:
+        raise _damaged(path, "its tensors are not those that were saved")
+    for layer, flat in zip(cache.layers, layers, strict=True):
+        conv_tail = flat.pop("conv_tail", None)
+        memories = {name: MemoryState.from_tensors(_split(flat, f"{name}.")) for name in _memory_names(flat)}
+        layer.store(memories, conv_tail, signature)
+        layer.advance(columns)
+    return origin
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """`write(temporary)` and rename: the file appears under its name when it is complete, or the old one stays."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _read(path: str, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of ours."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format", "")
+            if not found.startswith(_FORMAT):
+                raise ValueError(
+                    f"{path} is no TNT cache: its format is {metadata.get('format')!r}; give a file of save_cache or "
+                    "a folder of TNTState.save_pretrained"
+                )
+            if found != f"{_FORMAT}{_VERSION}":
+                raise ValueError(
+                    f"{path} has the format {found!r}, which this version does not know; upgrade modeling-tnt, or read "
+                    "the document again"
+                )
+            missing = sorted({"signature", "cumulative_length"} - metadata.keys())
+            if missing:
+                raise _damaged(path, f"its header lacks {', '.join(missing)}")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged or no safetensors file ({reason}); copy it again from where it was saved, or read the "
+        "document again"
+    )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over the bytes of all tensors, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def _split(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _memory_names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in names if name != "conv_tail"))
+
+
+def _check_layer(flat: dict[str, Tensor], config: TNTConfig) -> int:
+    """The rows of one layer's tensors; ValueError unless their names and shapes are those of `config`."""
+    expected = _layer_shapes(config)
+    names = _memory_names(flat)
+    if not names or not set(names) <= expected.keys():
+        raise ValueError(f"it holds the memories {names}, not those of {sorted(expected)}")
+    shapes = {f"{name}.{field}": shape for name in names for field, shape in expected[name].items()}
+    if config.conv_kernel_size:
+        shapes["conv_tail"] = (config.conv_kernel_size - 1, 3 * config.num_heads * config.head_dim)
+    # Missing where the local memories were reset, and where the model has no convolution.
+    odd = (shapes.keys() ^ flat.keys()) - {"conv_tail"} | (flat.keys() - shapes.keys())
+    odd |= {name for name in shapes.keys() & flat.keys() if flat[name].shape[1:] != shapes[name]}
+    if odd:
+        raise ValueError(f"{', '.join(sorted(odd)[:3])} are missing, unknown or of another shape")
+    rows = {t.shape[0] for t in flat.values()}
+    if len(rows) != 1:
+        raise ValueError(f"its tensors have {sorted(rows)} rows")
+    return rows.pop()
+
+
+def _layer_shapes(config: TNTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For each memory of a layer the tensors of its state and their shapes, without the rows."""
+    heads, dim = config.num_heads, config.head_dim
+    hidden = dim * config.memory_expansion if config.memory_type == "mlp" else dim
+    weights = {"w1": (heads, dim, hidden)}
+    if config.memory_bias:
+        weights["b1"] = (heads, hidden)
+    if config.memory_type == "mlp":
+        weights |= {"w2": (heads, hidden, dim)} | ({"b2": (heads, dim)} if config.memory_bias else {})
+    groups = ("weights", "anchor", "momentum") if config.use_momentum else ("weights", "anchor")
+    shapes = {f"{group}.{name}": shape for group in groups for name, shape in weights.items()} | {"position": ()}
+    local = shapes | ({"projection": (heads, dim, dim)} if config.qk_projection != "none" else {})
+    named = {} if config.global_chunk_size is None else {"global": shapes}
+    return named | {f"local{i}": local for i in range(len(config.local_chunk_sizes))}

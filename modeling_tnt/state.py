@@ -1,0 +1,218 @@
+"""`TNTState`: what a model knows after reading, as an object that is copied, saved and read on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from .cache import LAYER_TYPE
+from .cache_file import fill_cache, save_cache, write_whole
+from .configuration import TNTConfig
+
+STATE_FILE = "memory.safetensors"
+DESCRIPTION_FILE = "memory.json"
+
+
+class TNTState(DynamicCache):
+    """The memories of every layer for a batch of rows, of a size that does not depend on how much they have read.
+
+    A transformers cache: pass it as `past_key_values` to a model's call or to `generate`, which read on from it and
+    advance it (give them `state.clone()` to keep it as it is). `model.memorize(document)` makes one that stands
+    *before* input_ids: the document must not be in them, and `get_seq_length()`, the number of columns of input_ids
+    that have been read, starts at 0. From there on it is used as every cache is: a conversation passes all of its
+    input_ids each time, and those that have been read are skipped.
+
+    In `generate`, a state of one row stands before every prompt of a batch. With num_beams or num_return_sequences, or
+    one row for several prompts, `generate` reads on from a copy with as many rows, and the state itself stays as it is.
+
+    origin: what filled it, {"model": name, "fingerprint": numbers of that model's initial fast weights}, or None.
+    """
+
+    def __init__(self, config: TNTConfig) -> None:
+        """A state that has read nothing, for a model of `config`."""
+        super().__init__(config=config)
+        self.origin: dict[str, Any] | None = None
+
+    @classmethod
+    def from_cache(cls, cache: Cache, config: TNTConfig) -> TNTState:
+        """A copy of any cache of a TNT model of `config`, for instance the `past_key_values` of an output."""
+        state = cls(config)
+        kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", [])]
+        if kinds != [LAYER_TYPE] * len(state.layers):
+            raise ValueError(f"cache must be that of a TNT model with {len(state.layers)} layers, got {cache!r:.200}")
+        state.layers = [layer.map(Tensor.clone) for layer in cache.layers]
+        state.origin = getattr(cache, "origin", None)
+        return state
+
+    def start_prompt(self) -> None:
+        """Let all that has been read stand before the next input_ids, which then hold new tokens only."""
+        for layer in self.layers:
+            layer.cumulative_length = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    @property
+    def tokens_read(self) -> Tensor:
+        """[rows] int64, the real tokens behind each row's state; empty if nothing was read. After a reset of a part of
+        the memories, those that the other part has read."""
+        positions = [state.position for state in self.layers[0].memories.values()]
+        return torch.stack(positions).amax(0) if positions else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all state tensors."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clone(self) -> TNTState:
+        """An independent copy: reading on from one leaves the other alone."""
+        return self._copy(Tensor.clone)
+
+    def repeat(self, repeats: int) -> TNTState:
+        """A new state with every row `repeats` times, one after the other, as `torch.repeat_interleave` does.
+
+        `batch_repeat_interleave` is the same in place; `batch_select_indices` and `reorder_cache` choose rows.
+        """
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(
+                f"repeats must be an int of at least 1, got {repeats!r}; it is the number of copies of a row"
+            )
+        return self._copy(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def reset_local(self) -> None:
+        """Forget the recent past: local memories back to their learned initial states at position 0, and with them the
+        last tokens that the convolution sees. The global memory stays. (`reset()` forgets everything.)"""
+        self._forget(lambda name: name != "global", conv_tail=True)
+
+    def reset_global(self) -> None:
+        """The global memory back to its learned initial state at position 0; all else stays."""
+        self._forget(lambda name: name == "global", conv_tail=False)
+
+    def to(self, device: torch.device | str) -> TNTState:
+        """Move every tensor, in place, and return the state."""
+        self.layers = [layer.map(lambda t: t.to(device)) for layer in self.layers]
+        return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `memory.safetensors`, all that is needed to read on, and `memory.json`, which describes it to people.
+
+        Each appears under its name when it is complete; those of an earlier save survive a failed one.
+
+        Raises:
+            ValueError: if the state has read nothing.
+            OSError: if the folder or a file cannot be written.
+        """
+        if not self.is_initialized:
+            raise ValueError("the state has read nothing that could be saved; fill it with model.memorize(document)")
+        os.makedirs(save_directory, exist_ok=True)
+        save_cache(self, os.path.join(save_directory, STATE_FILE))
+        text = json.dumps(self._description(), indent=2) + "\n"
+
+        def write(temporary: str) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+
+        write_whole(os.path.join(save_directory, DESCRIPTION_FILE), write)
+
+    @classmethod
+    def from_pretrained(
+        cls, save_directory: str | os.PathLike, model: Any, device: torch.device | str = "cpu"
+    ) -> TNTState:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            save_directory: the folder.
+            model: the model that will read on, or its config. A model's weights are compared with those that filled the
+                state, a few numbers of each memory; others give a warning, since the state of another model means
+                nothing to it, but fine-tuning or another dtype may have changed them a little.
+            device: where to.
+
+        Raises:
+            ValueError: a file that is damaged or of another kind, or a state of a model whose memories differ.
+            OSError: if there is no such file, or it cannot be read.
+        """
+        path = os.path.join(save_directory, STATE_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{os.fspath(save_directory)} holds no {STATE_FILE}; give a folder of TNTState.save_pretrained"
+            )
+        config = getattr(model, "config", model)
+        state = cls(config)
+        state.origin = fill_cache(state, path, config, device)
+        if config is not model:
+            state.check_origin(model.memory_origin(), path)
+        return state
+
+    def check_origin(self, origin: dict[str, Any], what: str = "the state") -> None:
+        """Warn if the weights of `origin` are others than those that filled the state, as far as that is known."""
+        if self.origin is not None and not _same_weights(self.origin, origin):
+            filler = self.origin["model"] or "an unnamed model"
+            warnings.warn(
+                f"{what} was filled by weights of {filler}, which are not this model's; "
+                "unless one was fine-tuned from the other, read the document again with model.memorize",
+                stacklevel=3,
+            )
+
+    def _description(self) -> dict[str, Any]:
+        layer = self.layers[0]
+        return {
+            "description": "Memories of a TNT model after reading; load with TNTState.from_pretrained or "
+            "model.load_memory",
+            "model": self.origin and self.origin["model"],
+            "tokens_read": self.tokens_read.tolist(),
+            "columns_of_input_ids": self.get_seq_length(),
+            "memories": list(layer.memories),
+            "bytes": self.nbytes,
+            "made_for": layer.signature,
+        }
+
+    def _copy(self, fn: Callable[[Tensor], Tensor]) -> TNTState:
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        copied.layers = [layer.map(fn) for layer in self.layers]
+        return copied
+
+    def _forget(self, which: Callable[[str], bool], conv_tail: bool) -> None:
+        for layer in self.layers:
+            layer.forget([name for name in layer.memories if which(name)], conv_tail)
+
+    def __repr__(self) -> str:
+        layer = self.layers[0]
+        if not self.is_initialized:
+            return f"TNTState(nothing read, {len(self.layers)} layers)"
+        device = next(iter(layer.memories.values())).position.device
+        return (
+            f"TNTState(tokens_read={self.tokens_read.tolist()}, columns={self.get_seq_length()}, "
+            f"{len(self.layers)} layers of {', '.join(layer.memories)}, {self.nbytes / 2**20:.1f} MiB on {device})"
+        )
+
+
+def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
+    """The cache that `generate` reads on from with `prompts` · `copies` rows: a copy if it must have more of them."""
+    known = {layer.batch_size if layer.is_initialized else -1 for layer in cache.layers}
+    rows = known.pop() if len(known) == 1 else -1
+    repeats = {prompts: copies, 1: prompts * copies}.get(rows, 1)
+    if repeats == 1 or rows == prompts * copies:
+        return cache
+    expanded = cache.__class__.__new__(cache.__class__)
+    expanded.__dict__.update(cache.__dict__)
+    expanded.layers = [layer.map(lambda t: t.repeat_interleave(repeats, dim=0)) for layer in cache.layers]
+    return expanded
+
+
+def _same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two fingerprints agree but for the rounding to bfloat16 (1 in 256) and a little fine-tuning."""
+    a, b = ours["fingerprint"], theirs["fingerprint"]
+    if len(a) != len(b):
+        return False
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return bool(((a - b).norm() <= 0.02 * b.norm()).item())

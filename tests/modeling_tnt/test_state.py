@@ -1,0 +1,359 @@
+"""`TNTState` as an object: copies, rows, parts that are reset, files, and what `generate` does with it."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from model_cases import VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+from modeling_tnt import TNTConfig, TNTState, load_cache, save_cache
+
+CLOSE = {"rtol": 1e-7, "atol": 1e-8}  # float64: the same sums in another order
+EQUAL = {"rtol": 0, "atol": 0}
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+NEVER_RESET = {"local_shard_lengths": None}  # so that a reset of ours is not that of a shard
+
+
+@pytest.fixture
+def read():
+    """A model and its state after 13 tokens of one row: mid-chunk everywhere."""
+    model = make_model("mlp-momentum-forget")
+    return model, model.memorize(make_tokens(1, 13), progress=False)
+
+
+def whole(prompts: torch.Tensor) -> torch.Tensor:
+    """The document of `read` in front of each prompt."""
+    return torch.cat([make_tokens(1, 13).expand(len(prompts), -1), prompts], dim=1)
+
+
+@torch.no_grad()
+def test_a_clone_is_independent(read):
+    """Of one that reads several tokens, and of one that decodes in place."""
+    model, state = read
+    kept = copy.deepcopy(state)
+    for prompt in (make_tokens(1, 4), make_tokens(1, 1)):
+        cloned = state.clone()
+        model.generate(prompt, past_key_values=cloned, **GREEDY)
+        assert cloned.tokens_read.item() > 13 and cloned.get_seq_length() > 0 and state.get_seq_length() == 0
+        assert_same_states(state, kept, **EQUAL)
+    after_decoding = cloned.clone()
+    assert_same_states(after_decoding, cloned, **EQUAL)
+    model(make_tokens(1, 1), past_key_values=cloned)
+    model(make_tokens(1, 1), past_key_values=after_decoding)
+    assert_same_states(after_decoding, cloned, **CLOSE)
+
+
+@torch.no_grad()
+def test_repeat_makes_rows_that_go_their_own_way(read):
+    model, state = read
+    prompts = make_tokens(3, 4, seed=2)
+    repeated = state.repeat(3)
+    assert (state.batch_size, repeated.batch_size, repeated.tokens_read.tolist()) == (1, 3, [13] * 3)
+    out = model(prompts, past_key_values=repeated)
+    torch.testing.assert_close(out.logits, model(whole(prompts)).logits[:, 13:], **CLOSE)
+    rows = model.memorize([[1, 2], [3]], progress=False).repeat(2)
+    assert rows.tokens_read.tolist() == [2, 2, 1, 1]
+    rows.batch_select_indices(torch.tensor([2, 0]))
+    assert rows.tokens_read.tolist() == [1, 2]
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match="repeats must be an int of at least 1"):
+            state.repeat(wrong)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("options", [{"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2}, {}], ids=str)
+def test_generate_spreads_a_state_of_one_row(read, options, prompts):
+    model, state = read
+    ids, kept = make_tokens(prompts, 4, seed=2), state.clone()
+    out = model.generate(ids, past_key_values=state, **GREEDY, **options)
+    expected = model.generate(whole(ids), use_cache=False, **GREEDY, **options)
+    assert torch.equal(out, expected[:, 13:])
+    if prompts > 1 or options:
+        assert_same_states(state, kept, **EQUAL)
+        assert state.get_seq_length() == 0
+    else:
+        assert state.get_seq_length() == 11
+
+
+def test_generate_samples_several_sequences_behind_a_state(read):
+    model, state = read
+    ids, outs = make_tokens(2, 4, seed=2), []
+    several = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
+    for prompt, cache in ((ids, state), (ids, state.repeat(2)), (ids, state.repeat(6)), (whole(ids), None)):
+        torch.manual_seed(3)
+        given = {} if cache is None else {"past_key_values": cache}
+        outs.append(model.generate(prompt, use_cache=cache is not None, **given, **several)[:, -6:])
+    assert len(outs[0].unique(dim=0)) > 2
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_generate_refuses_rows_that_fit_no_prompt(read):
+    model, state = read
+    with pytest.raises(ValueError, match=r"holds 2 rows but the batch has 3; .*repeat\(n\)"):
+        model.generate(make_tokens(3, 2), past_key_values=state.repeat(2), **GREEDY)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@torch.no_grad()
+def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens):
+    """The reference: a model whose global memory starts at what it had learned, which reads only the new tokens."""
+    config = {"num_hidden_layers": 1, "global_chunk_size": 4, **NEVER_RESET}
+    model, more = make_model(**config), make_tokens(1, tokens, seed=2)
+    state = model.memorize(make_tokens(1, 8), progress=False)  # whole chunks: the global memory stands at a boundary
+    learned = state.layers[0].memories["global"].weights
+    state.reset_local()
+    assert state.tokens_read.tolist() == [8] and list(state.layers[0].memories) == ["global"]
+    assert state.layers[0].conv_tail is None
+    reference = make_model(**config)
+    start = reference.model.layers[0].memory.global_memory
+    for name, tensor in learned._asdict().items():
+        getattr(start, name).copy_(tensor[0])
+    logits = [model(more, past_key_values=state).logits]  # several tokens, or one in place
+    logits += [model(make_tokens(1, 1, seed=3), past_key_values=state).logits]
+    expected = reference(torch.cat([more, make_tokens(1, 1, seed=3)], dim=1)).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
+    assert (expected[:, :tokens] - model(more).logits).abs().max() > 1e-3, "the global memory made no difference"
+    positions = {name: s.position.item() for name, s in state.layers[0].memories.items()}
+    assert positions == {"global": 9 + tokens, "local0": 1 + tokens}
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@torch.no_grad()
+def test_a_global_reset_keeps_the_local_memories(tokens):
+    model, more = make_model(**NEVER_RESET), make_tokens(1, tokens, seed=2)
+    state = model.memorize(make_tokens(1, 13), progress=False)
+    kept = {name: t for name, t in state_tensors(state).items() if "global" not in name}
+    state.reset_global()
+    assert state.tokens_read.tolist() == [13]
+    assert {name: id(t) for name, t in state_tensors(state).items()} == {name: id(t) for name, t in kept.items()}
+    # The reference: the states by hand, with the global memory's as in an empty cache.
+    by_hand = state.clone()
+    fresh = model.memorize([1], progress=False)
+    for layer, block, started in zip(by_hand.layers, model.model.layers, fresh.layers, strict=True):
+        weights = block.memory.global_memory.params.fast_weights.map(lambda t: t.detach()[None].clone())
+        initial = started.memories["global"]._replace(
+            weights=weights, anchor=weights, position=torch.zeros(1, dtype=torch.int64)
+        )
+        layer.memories = {"global": initial} | layer.memories
+    out = model(more, past_key_values=state)
+    torch.testing.assert_close(out.logits, model(more, past_key_values=by_hand).logits, **CLOSE)
+    assert_same_states(state, by_hand, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["mlp-token-scale", "global-only"])
+@torch.no_grad()
+def test_resetting_all_there_is_forgets_everything(variant):
+    model, tokens = make_model(variant), make_tokens(2, 5)
+    state = model.memorize(make_tokens(1, 9), progress=False)
+    state.reset_local() if variant == "mlp-token-scale" else state.reset_global()
+    assert not state.is_initialized and state.tokens_read.tolist() == [] and state.nbytes == 0
+    assert torch.equal(model(tokens, past_key_values=state).logits, model(tokens).logits)
+    state.reset()
+    assert repr(state) == "TNTState(nothing read, 2 layers)" and state.get_seq_length() == 0
+
+
+def test_a_reset_in_a_conversation_keeps_its_columns(read):
+    model, state = read
+    said = model.generate(make_tokens(1, 4), past_key_values=state, **GREEDY)
+    state.reset_local()
+    assert state.get_seq_length() == 11
+    model.generate(said, past_key_values=state, **GREEDY)  # one new column, read behind the global memory alone
+    assert state.layers[0].memories["local0"].position.item() == 8
+
+
+@torch.no_grad()
+def test_any_cache_becomes_a_state(read):
+    model, _ = read
+    cache = model(make_tokens(2, 7), use_cache=True).past_key_values
+    state = TNTState.from_cache(cache, model.config)
+    assert_same_states(state, cache, **EQUAL)
+    assert state.get_seq_length() == 7
+    model(make_tokens(2, 3), past_key_values=state)
+    assert cache.get_seq_length() == 7 and cache.layers[0].memories["local0"].position.tolist() == [7, 7]
+    with pytest.raises(ValueError, match="cache must be that of a TNT model with 2 layers"):
+        TNTState.from_cache(DynamicCache(), model.config)
+
+
+def test_bytes_device_and_representation(read):
+    _, state = read
+    assert state.nbytes == sum(t.nbytes for t in state_tensors(state).values())
+    assert "tokens_read=[13], columns=0, 2 layers of global, local0" in repr(state) and "on cpu" in repr(state)
+    assert state.to("meta") is state
+    assert {t.device.type for t in state_tensors(state).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("reset", [None, "reset_local", "reset_global"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_saved_state_is_read_on_from(variant, reset, tmp_path):
+    model, prompt = make_model(variant), make_tokens(2, 3, seed=2)
+    state = model.memorize([make_tokens(13).tolist(), make_tokens(6).tolist()], progress=False)
+    if reset:
+        getattr(state, reset)()
+        if not state.is_initialized:
+            with pytest.raises(ValueError, match="has read nothing that could be saved"):
+                state.save_pretrained(tmp_path)
+            return
+    state.save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["memory.json", "memory.safetensors"]
+    loaded = model.load_memory(tmp_path / "new" / "folder")
+    assert_same_states(loaded, state, **EQUAL)
+    assert loaded.origin == state.origin and repr(loaded) == repr(state)
+    expected = model.generate(prompt, past_key_values=state, **GREEDY)
+    assert torch.equal(model.generate(prompt, past_key_values=loaded, **GREEDY), expected)
+
+
+def test_the_description_says_what_was_read(read, tmp_path):
+    model, state = read
+    model.config._name_or_path = str(tmp_path)  # a folder: its path is nobody else's business
+    state = model.memorize([1], progress=False)
+    state.save_pretrained(tmp_path)
+    text = (tmp_path / "memory.json").read_text()
+    described = json.loads(text)
+    assert described["tokens_read"] == [1] and described["memories"] == ["global", "local0"]
+    assert described["model"] == tmp_path.name and str(tmp_path) not in text
+    assert described["made_for"]["local_chunk_sizes"] == [4]
+
+
+def test_files_of_both_kinds_are_one_format_and_old_ones_load(read, tmp_path):
+    model, state = read
+    state.save_pretrained(tmp_path)
+    path = tmp_path / "memory.safetensors"
+    assert_same_states(load_cache(path, model.config), state, **EQUAL)
+    save_cache(state, tmp_path / "again.safetensors")
+    with safe_open(path, "pt") as file, safe_open(tmp_path / "again.safetensors", "pt") as again:
+        assert again.metadata() == file.metadata()
+        metadata = {name: file.metadata()[name] for name in ("format", "signature", "cumulative_length")}
+    assert metadata["format"] == "tnt-cache-1"
+    save_file(load_file(path), path, metadata=metadata)  # all that the first version of the package wrote
+    assert_same_states(model.load_memory(tmp_path), state, **EQUAL)
+
+
+def rewrite(path, change_tensors=lambda tensors: None, **change_metadata) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | change_metadata
+    tensors = load_file(path)
+    change_tensors(tensors)
+    save_file(tensors, path, metadata={name: value for name, value in metadata.items() if value is not None})
+
+
+def spoil_truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_empty(path):
+    path.write_bytes(b"")
+
+
+def spoil_text(path):
+    path.write_text("not a safetensors file, by far")
+
+
+def spoil_one_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 255
+    path.write_bytes(data)
+
+
+def spoil_missing_tensor(path):
+    rewrite(path, lambda tensors: tensors.pop("layers.0.local0.weights.w1"))
+
+
+def spoil_shape(path):
+    rewrite(path, lambda tensors: tensors.update({"layers.1.global.position": torch.zeros(2)}), checksum=None)
+
+
+def spoil_name(path):
+    rewrite(path, lambda tensors: tensors.update({"layers.0.local7.position": torch.zeros(1)}), checksum=None)
+
+
+def spoil_layer(path):
+    rewrite(path, lambda tensors: tensors.update({"layers.5.local0.position": torch.zeros(1)}), checksum=None)
+
+
+def spoil_header(path):
+    rewrite(path, signature=None)
+
+
+def spoil_json(path):
+    rewrite(path, signature="{")
+
+
+DAMAGES = [
+    spoil_truncate, spoil_empty, spoil_text, spoil_one_byte, spoil_missing_tensor, spoil_shape, spoil_name, spoil_layer,
+    spoil_header, spoil_json,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__.removeprefix("spoil_"))
+def test_a_damaged_file_is_named(spoil, read, tmp_path):
+    model, state = read
+    state.save_pretrained(tmp_path)
+    spoil(tmp_path / "memory.safetensors")
+    with pytest.raises(ValueError, match=r"memory\.safetensors is damaged.*read the document again"):
+        model.load_memory(tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_cache(tmp_path / "memory.safetensors", model.config)
+
+
+def test_files_of_others_are_refused(read, tmp_path):
+    model, state = read
+    state.save_pretrained(tmp_path)
+    path = tmp_path / "memory.safetensors"
+    with pytest.raises(
+        ValueError, match=r"memory\.safetensors was filled by a model with local_chunk_sizes=\[4\] \(now"
+    ):
+        TNTState.from_pretrained(tmp_path, TNTConfig(**{**model.config.to_dict(), "local_chunk_sizes": [2]}))
+    with pytest.raises(ValueError, match=r"num_hidden_layers=2 \(now 3\)"):
+        make_model("mlp-momentum-forget", num_hidden_layers=3).load_memory(tmp_path)
+    rewrite(path, format="tnt-cache-9")
+    with pytest.raises(ValueError, match="'tnt-cache-9', which this version does not know; upgrade"):
+        model.load_memory(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    os.rename(tmp_path / "model" / "model.safetensors", path)
+    with pytest.raises(ValueError, match="is no TNT cache: its format is 'pt'"):
+        model.load_memory(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing holds no memory.safetensors"):
+        model.load_memory(tmp_path / "missing")
+    with pytest.raises(OSError):
+        state.save_pretrained(path)
+
+
+def test_other_weights_give_a_warning_and_a_config_asks_none(read, tmp_path, recwarn):
+    model, state = read
+    state.save_pretrained(tmp_path)
+    model.load_memory(tmp_path)
+    other = make_model("mlp-momentum-forget")
+    torch.manual_seed(1)
+    torch.nn.init.normal_(other.model.layers[0].memory.local_memories[0].w1)
+    TNTState.from_pretrained(tmp_path, other.config)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"memory\.safetensors was filled by weights of an unnamed model"):
+        other.load_memory(tmp_path)
+
+
+@pytest.mark.parametrize("failing", ["memory.safetensors", "memory.json"])
+def test_an_interrupted_save_leaves_files_that_load(failing, read, tmp_path, monkeypatch):
+    model, state = read
+    state.save_pretrained(tmp_path)
+    before = (tmp_path / failing).read_bytes()
+    longer = model.memorize(make_tokens(1, 3), state=state.clone(), progress=False)
+    replace = os.replace
+
+    def fail(source, target):
+        if str(target).endswith(failing):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        longer.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["memory.json", "memory.safetensors"]
+    assert (tmp_path / failing).read_bytes() == before
+    expected = state if failing == "memory.safetensors" else longer
+    assert_same_states(model.load_memory(tmp_path), expected, **EQUAL)
