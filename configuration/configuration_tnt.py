@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .presets import load_preset
 from .validation import find_problems, find_unknown_fields, raise_problems
+from .version import VERSION
 
 CACHE_LAYER_TYPE = "tnt_memory"
 """Name under which the model's cache layer is registered with transformers; see `TNTConfig.layer_types`."""
@@ -62,7 +63,8 @@ class TNTConfig(PreTrainedConfig):
         kernel_backend: "auto", "reference", "torch" or "triton"; one that is named and cannot run raises.
 
     Raises:
-        ValueError: one that lists every problem of the fields, unknown ones included.
+        ValueError: one that lists every problem of the fields, unknown ones included, and says so if they were saved by
+            a newer version of this package.
     """
 
     model_type = "tnt"
@@ -109,7 +111,8 @@ class TNTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.local_chunk_sizes = _as_list(self.local_chunk_sizes)
         self.local_shard_lengths = _as_list(self.local_shard_lengths)
-        raise_problems(find_unknown_fields(type(self), kwargs) + find_problems(self))
+        saved_by = kwargs.pop("tnt_version", None)
+        raise_problems(find_unknown_fields(type(self), kwargs) + find_problems(self), saved_by)
         super().__post_init__(**kwargs)
         self._resolve_defaults()
 
@@ -135,6 +138,10 @@ class TNTConfig(PreTrainedConfig):
         Runs in the constructor, and when the config is saved.
         """
         raise_problems(find_problems(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and as `tnt_version` the version of this package, for the one that reads them."""
+        return super().to_dict() | {"tnt_version": VERSION}
 
     @property
     def shard_lengths(self) -> list[int | None]:

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .version import VERSION
 
 MEMORY_TYPES = ("mlp", "linear")
 QK_PROJECTIONS = ("shard", "chunk", "none")
@@ -29,13 +32,29 @@ _TRANSFORMERS_KEYS = {
 }
 
 
-def raise_problems(problems: Iterable[str]) -> None:
-    """Raise one ValueError with a numbered list of the problems, if there is any."""
+def raise_problems(problems: Iterable[str], saved_by: str | None = None) -> None:
+    """Raise one ValueError with a numbered list of the problems, if there is any.
+
+    Args:
+        saved_by: the version of this package that wrote the fields; a newer one is a likely cause.
+    """
     problems = list(problems)
     if problems:
         lines = [f"  {i}. {problem}" for i, problem in enumerate(problems, start=1)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        if _is_newer(saved_by):
+            lines.append(
+                f"It was saved by modeling-tnt {saved_by}, and this is {VERSION}: update modeling-tnt, or load "
+                "the checkpoint with trust_remote_code=True where modeling-tnt is not imported"
+            )
         raise ValueError("\n".join([f"TNTConfig has {count}:", *lines]))
+
+
+def _is_newer(version: str | None) -> bool:
+    try:
+        return version is not None and Version(version) > Version(VERSION)
+    except InvalidVersion:
+        return False
 
 
 def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool = False) -> list[str]:

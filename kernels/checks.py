@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import MemoryParams, MemoryState
+from .types import MemoryParams, MemoryState, is_of
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
 
@@ -192,7 +192,7 @@ def _check_state(p: MemoryProblem) -> None:
     state = p.initial_state
     if state is None:
         return
-    if not isinstance(state, MemoryState):
+    if not is_of(state, MemoryState):
         raise TypeError(f"initial_state must be a MemoryState, got {type(state).__name__}")
     N, (H, D) = p.rows, p.q.shape[2:]
     for group in ("weights", "anchor", "momentum"):

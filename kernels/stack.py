@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import FastWeights, MemoryState
+from .types import FastWeights, MemoryState, is_of
 
 
 class MemoryStack:
@@ -89,7 +89,7 @@ def check_states(states: Sequence[MemoryState]) -> None:
     if not states:
         raise ValueError("states must hold at least one MemoryState, got none")
     for i, state in enumerate(states):
-        if not isinstance(state, MemoryState):
+        if not is_of(state, MemoryState):
             raise TypeError(f"states[{i}] must be a MemoryState, got {type(state).__name__}")
         ours, first = _layout(state), _layout(states[0])
         for layout in (ours, first):

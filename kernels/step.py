@@ -23,7 +23,7 @@ from .api import global_memory, local_memory
 from .backends import BACKENDS, BackendChoice, missing
 from .checks import check_global, check_local
 from .stack import MemoryStack
-from .types import MemoryParams, MemoryState
+from .types import MemoryParams, MemoryState, is_of
 
 HIDDEN_MULTIPLE = 16
 
@@ -139,7 +139,7 @@ def _check(
     """Every check of the arguments; those of each memory are the checks of its own operation."""
     if not isinstance(q, Tensor) or q.dim() != 3:
         raise ValueError(f"q must be a tensor of shape [rows, H, D], got {getattr(q, 'shape', type(q).__name__)}")
-    if not isinstance(stack, MemoryStack):
+    if not is_of(stack, MemoryStack):
         raise TypeError(f"stack must be a MemoryStack, got {type(stack).__name__}")
     if len(memories) != len(stack.states):
         raise ValueError(f"stack holds the states of {len(stack.states)} memories but {len(memories)} are given")

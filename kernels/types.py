@@ -126,6 +126,15 @@ class MemoryState(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
+def is_of(value: object, cls: type) -> bool:
+    """Whether a value is of this class, or of the class of that name in another copy of this code.
+
+    A checkpoint may bring such a copy (see operators.py), and transformers makes the caches of all models out of the
+    cache layers of the copy that was loaded last.
+    """
+    return isinstance(value, cls) or type(value).__name__ == cls.__name__
+
+
 def initial_memory_state(
     params: MemoryParams, rows: int, *, with_momentum: bool, with_projection: bool, dtype: torch.dtype = torch.float32
 ) -> MemoryState:

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_file import load_cache, save_cache
 from .configuration import TNTConfig
+from .configuration.version import VERSION as __version__
 from .modeling import TNTForCausalLM, TNTModel, TNTPreTrainedModel
 from .state import TNTState
 
@@ -11,4 +12,13 @@ AutoConfig.register("tnt", TNTConfig, exist_ok=True)
 AutoModel.register(TNTConfig, TNTModel, exist_ok=True)
 AutoModelForCausalLM.register(TNTConfig, TNTForCausalLM, exist_ok=True)
 
-__all__ = ["TNTConfig", "TNTForCausalLM", "TNTModel", "TNTPreTrainedModel", "TNTState", "load_cache", "save_cache"]
+__all__ = [
+    "TNTConfig",
+    "TNTForCausalLM",
+    "TNTModel",
+    "TNTPreTrainedModel",
+    "TNTState",
+    "__version__",
+    "load_cache",
+    "save_cache",
+]

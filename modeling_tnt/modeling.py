@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
+from .hub_export import HubExportMixin
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer
 from .packing import Packing, TokenStep, plan_packing, plan_step
@@ -63,8 +64,8 @@ class TNTBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class TNTPreTrainedModel(MemorizeMixin, PreTrainedModel):
-    """What the models share: how weights are made and what transformers should know of them."""
+class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, PreTrainedModel):
+    """What the models share: how they are saved, how weights are made, what transformers should know of them."""
 
     config: TNTConfig
     config_class = TNTConfig

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_tnt.configuration import TNTConfig, available_presets, validation
+from modeling_tnt.configuration.version import VERSION
 
 PRESETS = ["tiny", "titans-150m", "tnt-150m", "ttt-linear-125m", "ttt-mlp-125m"]
 
@@ -232,3 +233,24 @@ def test_names_agree_with_the_memory_operations():
 
     assert validation.KERNEL_BACKENDS == backends.BACKENDS
     assert validation.QK_PROJECTIONS == checks.QK_PROJECTIONS
+
+
+def test_a_saved_config_records_the_version(tmp_path):
+    TNTConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tnt_version"] == VERSION
+
+
+def test_a_config_of_a_newer_version_says_so(tmp_path):
+    TNTConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0", "memory_depth": 3}))
+    for load in (TNTConfig, AutoConfig):
+        with pytest.raises(ValueError, match=r"memory_depth is not a field of (.|\n)*saved by modeling-tnt 99\.1\.0"):
+            load.from_pretrained(tmp_path)
+    # What this version understands it reads.
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0"}))
+    assert TNTConfig.from_pretrained(tmp_path).to_dict() == TNTConfig().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"memory_depth": 3}))
+    with pytest.raises(ValueError, match="memory_depth") as error:
+        TNTConfig.from_pretrained(tmp_path)
+    assert "saved by" not in str(error.value)

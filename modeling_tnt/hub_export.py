@@ -1,0 +1,240 @@
+"""What makes a saved model complete: its code beside its weights, a model card, and clear words for a broken file.
+
+`save_pretrained` writes the code of the model as flat files, so that transformers loads it where this package is not
+installed: `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`. This file is one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_tnt.TNTConfig",
+    "AutoModel": "modeling_tnt.TNTModel",
+    "AutoModelForCausalLM": "modeling_tnt.TNTForCausalLM",
+}
+"""For each Auto class of transformers the module and class in a checkpoint; see `PreTrainedConfig.auto_map`."""
+
+COPY_MARK = "# Copied from modeling-tnt "
+"""How the first line of every copied file begins."""
+
+# In a checkpoint this file has another name.
+_IS_COPY = __name__.rpartition(".")[2] != "hub_export"
+
+
+def code_files() -> dict[str, str]:
+    """File name → source of the code that a checkpoint needs to be loaded without this package."""
+    if _IS_COPY:
+        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+        return {name: source for name, source in files.items() if source.startswith(COPY_MARK)}
+    from .hub_export_flatten import flatten  # package only
+
+    return flatten()
+
+
+def write_code(folder: str | os.PathLike) -> None:
+    """Write `code_files` into a folder, each file under a temporary name first.
+
+    Copied files of another version that this one does not have are removed. Raises OSError, or ValueError for a file of
+    the same name that is not a copy of ours.
+    """
+    folder, files = Path(folder), code_files()
+    for path in folder.glob("*.py"):
+        is_copy = path.read_text(encoding="utf-8", errors="replace").startswith(COPY_MARK)
+        if path.name in files and not is_copy:
+            raise ValueError(
+                f"{path} would be overwritten by the model's code, but is not a copy of it; move it away, or save the "
+                "model in another folder"
+            )
+        if path.name not in files and is_copy:
+            path.unlink()
+    for name, source in files.items():
+        temporary = folder / f".{name}.saving"
+        try:
+            temporary.write_text(source, encoding="utf-8")
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class HubExportMixin:
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of a model whose checkpoints carry its code."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write the model so that it loads anywhere, with this package or without.
+
+        Beside what `PreTrainedModel.save_pretrained` writes, which says more on the arguments and takes `options`: the
+        model's code as flat files, an `auto_map` in config.json that points to them, and a model card unless the folder
+        has a README.md.
+
+        Args:
+            push_to_hub: upload the folder's model too; the arguments behind it are those of the method `push_to_hub`.
+            repo_id: None: the folder's name.
+
+        Raises:
+            ValueError: `save_directory` is a file, or holds other code under the names of ours.
+            OSError: the folder cannot be written.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={os.fspath(save_directory)!r} is a file; name a folder")
+        folder = Path(save_directory)
+        adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        if is_main_process and not adapter_only:
+            self.config.auto_map = dict(AUTO_MAP)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_code(folder)
+            self._write_card(folder)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **options)
+        if push_to_hub and is_main_process:
+            self._upload(
+                folder, repo_id or folder.resolve().name, private=private, token=token, create_pr=create_pr,
+                commit_message=commit_message,
+            )  # fmt: skip
+
+    def _write_card(self, folder: Path) -> None:
+        """A card that says what a config tells; a copy of this code has no template."""
+        if _IS_COPY or (folder / "README.md").exists():
+            return
+        from .hub_cards import CardFacts, write_card  # package only
+
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        write_card(
+            folder, CardFacts(config=self.config.to_dict(), parameters=parameters, class_name=type(self).__name__)
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            OSError: also if the folder has no config.json, for which transformers would take the defaults, and if a
+                file of weights is damaged, saying which one.
+        """
+        _check_config_is_there(pretrained_model_name_or_path, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(_describe_damage(pretrained_model_name_or_path, error)) from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Save the model as `save_pretrained` does and upload it, as `PreTrainedModel.push_to_hub` does.
+
+        transformers' own replaces the model card by an empty template. Here a card that the repository has stays, and
+        otherwise the one of `save_pretrained` is uploaded.
+
+        Args:
+            repo_id: "user/name", or "name" for a repository of your own; made if it does not exist.
+            private: whether a new repository is private. None: as the owner's settings say.
+            token: an access token. None or True: the one of `hf auth login` or of HF_TOKEN.
+            revision: the branch to upload to, made if it does not exist. None: main.
+            create_pr: open a pull request instead.
+            max_shard_size: of a file of weights.
+            tags: added to the metadata of a card that is uploaded.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: what the Hub answers if it refuses; the model itself is unharmed.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return self._upload(
+                Path(folder), repo_id, private=private, token=token, create_pr=create_pr, revision=revision, tags=tags,
+                commit_message=commit_message, commit_description=commit_description,
+            )  # fmt: skip
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        *,
+        private: bool | None,
+        token: bool | str | None,
+        create_pr: bool,
+        commit_message: str | None,
+        commit_description: str | None = None,
+        revision: str | None = None,
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the files of a folder, without the card if the repository has one; see `push_to_hub`."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = folder / "README.md"
+        keep_card = api.file_exists(repo_id, card.name, revision=revision)
+        if tags and card.exists() and not keep_card:
+            _add_tags(card, tags)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
+            commit_message=commit_message or f"Upload {type(self).__name__}", commit_description=commit_description,
+            ignore_patterns=[card.name] if keep_card else None,
+        )  # fmt: skip
+
+
+def _add_tags(path: Path, tags: list[str]) -> None:
+    card = ModelCard.load(path)
+    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+    card.save(path)
+
+
+def _check_config_is_there(name: Any, config: Any = None, subfolder: str = "", **kwargs: Any) -> None:
+    if config is not None or name is None or not os.path.isdir(name):
+        return
+    folder = Path(name) / subfolder
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise OSError(
+            f"{folder} has no config.json and so holds no model; name a folder that save_pretrained wrote, or "
+            "pass the config"
+        )
+
+
+def _describe_damage(name: Any, error: SafetensorError) -> str:
+    """Which file of weights cannot be read, where the model is a local folder."""
+    if not os.path.isdir(name):
+        return (
+            f"the weights of {name} cannot be read ({error}): the download is damaged; load them once with "
+            "force_download=True"
+        )
+    broken = []
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            broken.append(path.name)
+    files = ", ".join(broken) or "a file of weights"
+    return (
+        f"{files} in {os.fspath(name)} cannot be read ({error}): it was cut off or damaged; save the model again, or "
+        "copy the file again from where it came"
+    )

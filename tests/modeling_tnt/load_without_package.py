@@ -1,0 +1,72 @@
+"""Load checkpoints by the code that they carry, and compare with what the package computed.
+
+    python load_without_package.py FOLDER...
+
+Each folder is a model with its tokenizer and `expected.json`; see `store_expected` in test_hub_export.py. Nothing of
+this project may be importable. tests/modeling_tnt/test_hub_export.py runs it, and .ci/run does in a fresh environment.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+
+def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of sums in float32, which depends on where weights lie in memory."""
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def check(folder: Path) -> None:
+    expected = json.loads((folder / "expected.json").read_text())
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__name__ == "TNTConfig", type(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    prompt = tokenizer(expected["prompt"], add_special_tokens=False, return_tensors="pt")
+    assert prompt.input_ids.tolist() == expected["ids"]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        logits = model(**prompt).logits
+    assert_same(logits, torch.tensor(expected["logits"]))
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    assert model.generate(**prompt, **greedy).tolist() == expected["tokens"], "generated tokens differ"
+
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        hidden = base(**prompt).last_hidden_state
+    assert_same(model.lm_head(hidden), logits)
+
+    generate = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    assert generate(expected["prompt"], **greedy)[0]["generated_text"] == expected["text"], "text differs"
+
+    # What was loaded from a copy saves a copy that loads as well.
+    again = folder.with_name(f"{folder.name}-again")
+    model.save_pretrained(again)
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in again.glob("*.py")}
+    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert_same(reloaded(**prompt).logits, logits)
+
+
+def check_refusal(folder: Path) -> None:
+    for load in (AutoConfig, AutoModelForCausalLM):
+        try:
+            load.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        else:
+            raise AssertionError(f"{load.__name__} ran the code of {folder} without being told to trust it")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert importlib.util.find_spec("modeling_tnt") is None, "modeling_tnt can be imported here"
+    check_refusal(Path(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        check(Path(argument))
+    print("loaded without the package" + ("" if importlib.util.find_spec("triton") else " and without triton"))

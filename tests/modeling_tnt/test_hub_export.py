@@ -1,0 +1,282 @@
+"""A saved model carries its code, and loads with this package, without it, and beside it."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from model_cases import VARIANTS, make_model, make_tokens
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedModel,
+    cache_utils,
+    dynamic_module_utils,
+    pipeline,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_imports
+
+from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
+from modeling_tnt.cache import TNTCacheLayer
+from modeling_tnt.hub_export import AUTO_MAP, COPY_MARK, code_files
+
+HERE = Path(__file__).parent
+STORED = sorted(path.parent for path in HERE.glob("checkpoints/*/config.json"))
+# What an environment with torch and transformers does not have, or need not have.
+HIDDEN = ("modeling_tnt", "modeling-tnt", "__editable__", "triton", "accelerate", "datasets", "peft", "trl", "lm_eval")
+
+
+@pytest.fixture
+def models_of_bytes(tmp_path: Path) -> list[Path]:
+    """Folders with a model of bytes, its tokenizer, and what it computes."""
+    return [store_expected(tmp_path / f"bytes-{variant}", variant) for variant in ("mlp", "linear-momentum-chunk")]
+
+
+def store_expected(folder: Path, variant: str, **overrides) -> Path:
+    model = make_model(variant, torch.float32, vocab_size=384, **overrides)
+    tokenizer = ByT5Tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompt = "def main(argv):"
+    given = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**given).logits
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    expected = {
+        "prompt": prompt, "ids": given.input_ids.tolist(), "logits": logits.tolist(),
+        "tokens": model.generate(**given, **greedy).tolist(),
+        "text": pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt, **greedy)[0]["generated_text"],
+    }  # fmt: skip
+    (folder / "expected.json").write_text(json.dumps(expected))
+    return folder
+
+
+def without_package(tmp_path: Path, hidden: tuple[str, ...] = HIDDEN) -> dict[str, str]:
+    """Variables for `python -S` in which only some of what is installed can be imported, and the Hub cannot be used."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for installed in Path(transformers.__file__).parents[1].iterdir():
+        if not installed.name.startswith(hidden):
+            (site / installed.name).symlink_to(installed)
+    for other in {Path(torch.__file__).parents[1]} - {Path(transformers.__file__).parents[1]}:
+        (site / "torch").exists() or (site / "torch").symlink_to(other / "torch")
+    return {
+        **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def run(env: dict[str, str], *arguments: object) -> str:
+    command = [sys.executable, "-S", *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_code_is_flat_and_whole():
+    files = code_files()
+    assert {"configuration_tnt.py", "modeling_tnt.py"} < set(files)
+    assert all(name.startswith(("configuration_tnt", "modeling_tnt", "tnt_")) for name in files)
+    for name, source in files.items():
+        assert source.startswith(COPY_MARK), name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and "." not in (node.module or ""), f"{name}: {ast.unparse(node)}"
+                modules = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(f"{module}.py" in files for module in modules), f"{name}: {ast.unparse(node)}"
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                assert "modeling_tnt" not in ast.unparse(node), f"{name}: {ast.unparse(node)}"
+
+
+def test_transformers_finds_all_of_it_and_demands_no_triton(tmp_path):
+    files = code_files()
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+    found, waiting = set(), ["configuration_tnt", "modeling_tnt"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += [m for m in get_relative_imports(tmp_path / f"{name}.py") if m not in found]
+        needed = set(get_imports(tmp_path / f"{name}.py")) - sys.stdlib_module_names
+        assert needed <= {"torch", "transformers", "safetensors", "huggingface_hub", "packaging", "tqdm", "numpy"}, name
+    assert found == {name.removesuffix(".py") for name in files}
+
+
+def test_it_loads_without_the_package_and_without_triton(tmp_path, models_of_bytes):
+    said = run(without_package(tmp_path), HERE / "load_without_package.py", *models_of_bytes)
+    assert said.endswith("loaded without the package and without triton\n")
+
+
+TRITON = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, kernel_backend="triton").eval()
+with torch.no_grad():
+    print(model(torch.tensor([[5, 7, 9, 11, 13]])).logits.flatten().tolist())
+    print(sorted(m.rpartition(".")[2] for m in sys.modules if m.endswith("local_scan")))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+def test_with_triton_the_copy_runs_the_kernels(tmp_path):
+    model = make_model("mlp", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    hidden = tuple(name for name in HIDDEN if name != "triton")
+    env = without_package(tmp_path, hidden) | {"TRITON_INTERPRET": "1"}
+    logits, modules = run(env, "-c", TRITON, tmp_path / "model").splitlines()[-2:]
+    assert modules == "['tnt_kernels_fused_local_scan']"
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 7, 9, 11, 13]])).logits.flatten()
+    # Other sums in another order, in float32.
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_package_needs_no_remote_code(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["auto_map"] == AUTO_MAP
+    for trust in (None, False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=trust)
+        assert type(model) is TNTForCausalLM
+        assert type(AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=trust)) is TNTConfig
+    assert type(AutoModel.from_pretrained(tmp_path / "model")) is TNTModel
+    assert type(AutoModelForCausalLM.from_config(model.config)) is TNTForCausalLM
+
+
+def test_copies_and_the_package_work_in_one_process(tmp_path, monkeypatch):
+    """Operators of torch have one name in a process, and transformers one class for a cache layer: a copy must not take
+    away those of another."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        monkeypatch.setitem(mapping, TNTCacheLayer._layer_type, TNTCacheLayer)  # and back to it after the test
+    ours = make_model()
+    tokens = make_tokens(2, 13)
+
+    def gradient(model: PreTrainedModel) -> torch.Tensor:
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return model.model.layers[0].memory.local_memories[0].w1.grad.clone()
+
+    expected = gradient(ours)
+    continued = ours.generate(tokens, max_new_tokens=9, do_sample=False)
+    copies = []
+    for name in ("first", "second"):
+        ours.save_pretrained(tmp_path / name)
+        cls = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], tmp_path / name)
+        assert cls not in (TNTForCausalLM, *map(type, copies))
+        copies.append(cls.from_pretrained(tmp_path / name, dtype=torch.float64).eval())
+    for model in (ours, *copies, ours):
+        torch.testing.assert_close(gradient(model), expected)
+        assert torch.equal(model.generate(tokens, max_new_tokens=9, do_sample=False), continued)
+        with torch.no_grad():
+            cache = model(tokens[:, :5], use_cache=True).past_key_values
+            for other in copies:
+                cache = other(tokens[:, 5:6], past_key_values=cache).past_key_values
+
+
+def test_the_namespaces_of_the_operators_differ():
+    from modeling_tnt.kernels.operators import NAMESPACE
+
+    assert NAMESPACE == "modeling_tnt_kernels"
+    assert "__name__" in code_files()["tnt_kernels_operators.py"]
+
+
+def test_other_code_is_not_overwritten(tmp_path):
+    own = tmp_path / "modeling_tnt.py"
+    own.write_text("# mine\n")
+    with pytest.raises(ValueError, match=re.escape(f"{own} would be overwritten by the model's code")):
+        make_model().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["modeling_tnt.py"]
+    assert own.read_text() == "# mine\n"
+
+
+def test_files_that_a_later_version_no_longer_has_are_removed(tmp_path):
+    (tmp_path / "tnt_gone.py").write_text(f"{COPY_MARK}0.0.1\n")
+    (tmp_path / "notes.py").write_text("# mine\n")
+    make_model().save_pretrained(tmp_path)
+    assert not (tmp_path / "tnt_gone.py").exists()
+    assert (tmp_path / "notes.py").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        make_model().save_pretrained(tmp_path / "file")
+
+
+def test_an_adapter_carries_no_code(tmp_path):
+    from peft import LoraConfig
+
+    model = make_model(dtype=torch.float32)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_readme_is_kept(tmp_path):
+    model = make_model()
+    (tmp_path / "README.md").write_text("mine\n")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine\n"
+    model.save_pretrained(tmp_path / "other")
+    assert "trust_remote_code=True" in (tmp_path / "other/README.md").read_text()
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_a_checkpoint_of_an_earlier_version_loads(folder):
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        logits = model.eval()(expected["input_ids"]).logits
+    # Another order of sums, on another machine, in float32.
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_every_kind_of_memory_is_stored():
+    assert {folder.name.partition("-")[2] for folder in STORED} == {
+        "tnt-mlp", "titans-mlp", "tnt-linear-two-locals", "ttt-linear",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4000], ids=["empty", "in the header", "in the weights"])
+def test_weights_that_were_cut_off(tmp_path, keep):
+    make_model(dtype=torch.float32).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(OSError, match=r"model\.safetensors in .* cannot be read .* save the model again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_config(tmp_path):
+    make_model(dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for load in (TNTForCausalLM, AutoModelForCausalLM):
+        with pytest.raises((OSError, ValueError), match=r"config\.json"):
+            load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_model_is_the_same_after_a_round_trip(tmp_path, variant):
+    model = make_model(variant, torch.float32)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = make_tokens(1, 9)
+    with torch.no_grad():
+        # Equal but for the order of sums, which depends on where weights lie in memory.
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_of_a_checkpoint(models_of_bytes):
+    assert isinstance(AutoTokenizer.from_pretrained(models_of_bytes[0]), ByT5Tokenizer)
