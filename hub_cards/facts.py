@@ -46,8 +46,10 @@ class ResultFacts:
     metric             identifier, e.g. "bits_per_byte".
     label              which weights, or under which condition: "after stage1".
     local_chunk_sizes  that the model was read at.
-    dataset            the text it was measured on, in words; dataset_id: its name on the Hub, if it has one.
-    command            that measured it.
+    dataset            the text it was measured on, in words.
+    dataset_type       its name on the Hub, or one word for what has none there: results of one type are shown together.
+    tokens             that were scored.
+    command            that measured it; `{model}` in it stands for the model's name.
     own                whether it is this model's, as configured: those are the card's model-index.
     """
 
@@ -57,9 +59,10 @@ class ResultFacts:
     label: str | None = None
     local_chunk_sizes: list[int] | None = None
     dataset: str | None = None
-    dataset_id: str | None = None
+    dataset_type: str = "text"
     dataset_config: str | None = None
     dataset_split: str | None = None
+    tokens: int | None = None
     command: str | None = None
     own: bool = False
 

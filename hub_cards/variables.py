@@ -40,6 +40,7 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
     tag, auto_class = _head(facts.class_name)
     title = facts.name or (facts.repo_id or "").rpartition("/")[2] or f"{describe_family(facts.config)} model"
     chunks = list(facts.config.get("local_chunk_sizes") or [])
+    model_id = facts.repo_id or f"./{title}"
     own = [r for r in facts.results if r.own]
     return {
         "card_data": make_card_data(facts, title, tag).to_yaml(),
@@ -48,11 +49,11 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
         "description": describe_model(facts.config),
         "pipeline_tag": tag,
         "auto_class": auto_class,
-        "model_id": facts.repo_id or f"./{title}",
+        "model_id": model_id,
         "model_table": _table([{"": k, "Value": v} for k, v in _model_rows(facts)]),
         "data_table": _table([{"": k, "Value": v} for k, v in _training_rows(facts)]),
         "stage_table": _table([_stage_row(stage) for stage in facts.stages]),
-        "result_groups": _group_results(facts.results),
+        "result_groups": _group_results(facts.results, model_id),
         "local_chunk_sizes": chunks,
         "smaller_chunks": [1] * len(chunks),
         "global_chunk_size": facts.config.get("global_chunk_size"),
@@ -92,12 +93,12 @@ def _eval_result(result: ResultFacts, task: str) -> EvalResult:
     return EvalResult(
         task_type=task,
         task_name=TASK_NAMES[task],
-        dataset_type=result.dataset_id or "text",
-        dataset_name=result.dataset_id or result.dataset or "held-out text",
+        dataset_type=result.dataset_type,
+        dataset_name=result.dataset or result.dataset_type,
         dataset_config=result.dataset_config,
         dataset_split=result.dataset_split,
         metric_type=result.metric,
-        metric_name=_metric_words(result),
+        metric_name=_metric_words(result) + (f" on {result.tokens:,} tokens" if result.tokens else ""),
         metric_value=float(f"{result.value:.6g}"),
     )
 
@@ -166,7 +167,7 @@ def _stage_row(stage: Any) -> dict[str, Any]:
     }
 
 
-def _group_results(results: list[ResultFacts]) -> list[dict[str, Any]]:
+def _group_results(results: list[ResultFacts], model_id: str) -> list[dict[str, Any]]:
     """The results of each command as one table, in order."""
     groups: dict[str | None, list[dict[str, Any]]] = {}
     for result in results:
@@ -180,10 +181,12 @@ def _group_results(results: list[ResultFacts]) -> list[dict[str, Any]]:
                 "Local chunks": result.local_chunk_sizes,
                 "Measure": _metric_words(result),
                 "Value": value if error is None else f"{value} ± {error}",
-                "Text": result.dataset or result.dataset_id,
+                "Text": result.dataset,
+                "Tokens": result.tokens,
             }
         )
-    return [{"command": command, "table": _table(rows)} for command, rows in groups.items()]
+    named = {command: command and command.replace("{model}", model_id) for command in groups}
+    return [{"command": named[command], "table": _table(rows)} for command, rows in groups.items()]
 
 
 def _metric_words(result: ResultFacts) -> str:

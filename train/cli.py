@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from .bench.arguments import KernelBenchArguments, ModelBenchArguments
 from .bench.kernels import run_kernels
 from .bench.model import run_model
+from .card_command import CardArguments, run_card
 from .errors import NonFiniteError, OutOfMemory, TrainingStopped
 from .evaluation.arguments import EvalArguments
 from .evaluation.run import run_eval
@@ -131,6 +132,15 @@ def _build_parser(recipe: Recipe) -> Parser:
         help="measure a saved model on held-out text",
         description="Perplexity and bits per byte, loss by position, sensitivity to the local chunk size and retrieval "
         "of values from text, each as JSON and PNG with standard errors, for any causal language model.",
+    )
+    _add_command(
+        commands,
+        "card",
+        run_card,
+        CardArguments(),
+        help="write the model card of a saved model",
+        description="Write the README.md of a saved model again, with results of tnt eval, a licence, or another "
+        "template. What is not known is left out.",
     )
     bench = commands.add_parser(
         "bench", help="measure speed and memory", description="Measure speed and memory.", allow_abbrev=False

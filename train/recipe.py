@@ -5,6 +5,7 @@ A recipe has sections (model, data, optimizer, training, output) and a list of s
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from modeling_tnt.hub_cards import LICENSES
 
 from .data import DataOptions
 from .options import find_blocked_folder, flag_of, from_mapping, option
@@ -129,6 +132,9 @@ class OutputOptions:
     )  # fmt: skip
     prompt_tokens: int = option(256, "output", "validation tokens that the sample continues")
     sample_tokens: int = option(256, "output", "tokens of the sample; 0: none")
+    license: str | None = option(
+        None, "output", "licence of the weights for their model cards, an identifier of the Hub, e.g. apache-2.0"
+    )
     trackers: list[str] = option([], "output", f"report to these as well: {', '.join(TRACKERS)}")
 
 
@@ -235,8 +241,18 @@ def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.model.architecture == "llama" and recipe.model.start_from is not None:
         yield "--model.start-from takes a TNT checkpoint, and --model.architecture is llama; leave one of them out"
+    yield from _find_wrong_license(recipe.output.license)
     if recipe.output.resume and recipe.output.overwrite:
         yield "--output.resume goes on with a run and --output.overwrite replaces it; use one of them"
+
+
+def _find_wrong_license(name: str | None) -> Iterator[str]:
+    if name == "other":
+        yield "--output.license other needs its name; use tnt card --license other --license-name NAME afterwards"
+    elif name is not None and name not in LICENSES:
+        near = difflib.get_close_matches(name.lower(), LICENSES, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "use tnt card --license other --license-name NAME afterwards"
+        yield f"--output.license must be an identifier of the Hub, such as apache-2.0, got {name!r}; {remedy}"
 
 
 def _find_wrong_stages(recipe: Recipe) -> Iterator[str]:

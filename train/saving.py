@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from .cards import write_run_card
 from .checkpoint import (
     atomic_file,
     random_state,
@@ -116,18 +117,26 @@ class Saver:
         if self.is_main:
             self.folder.prune(self.run.recipe.output.keep_checkpoints)
 
-    def save_stage(self, state: State, model: PreTrainedModel) -> None:
-        weights = gather_weights(model, keep=self.is_main)
-        path = self.folder.stage(self.run.stages[state.stage].name)
-        self._write(path, write_whole_model(self.run, state.stage, model, weights))
+    def save_stage(self, state: State, model: PreTrainedModel, score: Score) -> None:
+        self._save_model(self.folder.stage(self.run.stages[state.stage].name), state, model, score)
 
     def save_best(self, state: State, model: PreTrainedModel, score: Score) -> None:
         """Keep the model if no earlier one had a lower validation loss."""
         if state.best is not None and score.bits_per_byte >= state.best:
             return
         state.best = score.bits_per_byte
+        self._save_model(self.folder.best, state, model, score)
+
+    def _save_model(self, path: Path, state: State, model: PreTrainedModel, score: Score) -> None:
+        """The model with its card."""
         weights = gather_weights(model, keep=self.is_main)
-        self._write(self.folder.best, write_whole_model(self.run, state.stage, model, weights))
+        write_model = write_whole_model(self.run, state.stage, model, weights)
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            write_run_card(folder, path.name, self.run, state, score, self.accelerator)
+
+        self._write(path, write)
 
     def kept(self) -> str:
         """What is left when training stops here, as words."""

@@ -24,6 +24,7 @@ from modeling_tnt import TNTPreTrainedModel
 from modeling_tnt.health import memory_health
 
 from .batches import StepBatches
+from .cards import finish_cards
 from .data import RowOrder
 from .distributed import clip_gradients, sum_over_processes, unsharded, without_gradient_sync, wrap
 from .errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of_memory, is_out_of_memory
@@ -93,6 +94,7 @@ class Session:
             sample = generate_final_sample(self.run, self.accelerator.device)
             seconds = self.state.earlier_seconds + time.perf_counter() - self.began
             results = save_results(self.run, self.state, sample, seconds=seconds)
+            finish_cards(self.run, self.state, seconds=seconds)
         self.accelerator.end_training()
         return results or {}
 
@@ -150,7 +152,7 @@ class Session:
         score = self.score(wrapped, f"after_{stage.name}", f"after {stage.name}", stage)
         self.saver.save_best(self.state, model, score)
         self.state.stages.append(self.state.figures(stage))
-        self.saver.save_stage(self.state, model)
+        self.saver.save_stage(self.state, model, score)
 
     def _make_optimizer(self, wrapped: nn.Module, stage: Stage) -> AdamW:
         options = self.recipe.optimizer

@@ -213,7 +213,7 @@ def find_source(options: DataOptions) -> Source:
     sources = options.sources
     if not sources:
         return _stdlib_source(options)
-    if len(sources) == 1 and not Path(sources[0]).expanduser().exists() and _may_be_dataset_name(sources[0]):
+    if len(sources) == 1 and not Path(sources[0]).expanduser().exists() and may_be_dataset_name(sources[0]):
         revision = find_hub_revision(sources[0])
         part = HubDataset(sources[0], options.config, options.split, options.text_column, revision)
         names = ["hub", sources[0], options.config, options.split]
@@ -280,7 +280,7 @@ def _refuse_hub_options(options: DataOptions, *, split_has_meaning: bool) -> Non
         )
 
 
-def _may_be_dataset_name(name: str) -> bool:
+def may_be_dataset_name(name: str) -> bool:
     """Whether a name that is no path here could be one on the Hub: `dataset` or `owner/dataset`."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(KNOWN_SUFFIXES)
 
