@@ -66,8 +66,9 @@ def write_card(
         raise FileExistsError(
             f"{path} was written or edited by somebody else, and is kept; use overwrite=True to replace it"
         )
-    if facts.name is None and facts.repo_id is None:
-        facts = replace(facts, name=Path(folder).resolve().name)
+    name = Path(folder).resolve().name
+    if facts.name is None and facts.repo_id is None and not name.startswith("."):  # hidden: it will be renamed
+        facts = replace(facts, name=name)
     text = str(render_card(facts, template_path)).rstrip("\n") + "\n"
     write_file(path, f"{text}\n<!-- written by modeling_tnt, sha256 {_digest(text)} -->\n")
     return path

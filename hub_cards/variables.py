@@ -40,7 +40,7 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
     tag, auto_class = _head(facts.class_name)
     title = facts.name or (facts.repo_id or "").rpartition("/")[2] or f"{describe_family(facts.config)} model"
     chunks = list(facts.config.get("local_chunk_sizes") or [])
-    model_id = facts.repo_id or f"./{title}"
+    model_id = facts.repo_id or f"./{facts.name or 'model'}"
     own = [r for r in facts.results if r.own]
     return {
         "card_data": make_card_data(facts, title, tag).to_yaml(),

@@ -66,7 +66,10 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
         if index is not None:
             own = f"after_{run.stages[index].name}"
             score = next((score for score in state.scores if score.key == own), None)
-            facts = replace(facts, results=_results(run, state, index, score))
+            results = _results(run, state, index, score)
+            commands = {result.command for result in results}
+            evaluated = [result for result in facts.results if result.command not in commands]  # by tnt card, meanwhile
+            facts = replace(facts, results=[*results, *evaluated])
         fresh = path / f".{run.folder.plot_file.stem}.saving.png"
         shutil.copyfile(run.folder.plot_file, fresh)
         os.replace(fresh, path / run.folder.plot_file.name)

@@ -220,6 +220,13 @@ def test_a_card_is_written_again_until_somebody_edits_it(tmp_path: Path):
     assert "For everything" not in path.read_text() and os.listdir(tmp_path) == ["README.md"]
 
 
+def test_a_hidden_folder_gives_no_name(tmp_path: Path):
+    """It is what a save is prepared in, and is renamed."""
+    (tmp_path / ".model.saving").mkdir()
+    text = write_card(tmp_path / ".model.saving", CardFacts(config=make_config())).read_text()
+    assert "# TNT model\n" in text and 'from_pretrained("./model")' in text and "saving" not in text
+
+
 @pytest.mark.parametrize("foreign", [b"# mine\n", b"", b"\xff\xfe"])
 def test_a_readme_of_another_origin_is_kept(tmp_path: Path, foreign: bytes):
     (tmp_path / "README.md").write_bytes(foreign)

@@ -77,6 +77,10 @@ def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatc
     card = output_dir / "stage1" / "README.md"
     assert "| after stage1 | 8 |" in card.read_text()
     assert "loss.png" not in card.read_text() and "| after stage1 | 2 |" not in card.read_text()
+    # Results that tnt card added meanwhile stay.
+    facts = json.loads((output_dir / "stage1" / "card_facts.json").read_text())
+    facts["results"].append({"metric": "perplexity", "value": 3.25, "command": "tnt eval {model}"})
+    (output_dir / "stage1" / "card_facts.json").write_text(json.dumps(facts))
     best = output_dir / "best" / "README.md"
     edited = best.read_text() + "Mine.\n"
     best.write_text(edited)
@@ -86,6 +90,7 @@ def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatc
     monkeypatch.setattr(trainer.Saver, "save_best", lambda *args: None)
     assert main([*flags, "--resume"]) == 0
     assert "loss.png" in card.read_text() and "| after stage1 | 2 |" in card.read_text()
+    assert "| perplexity | 3.25 |" in card.read_text() and "tnt eval ./run-stage1" in card.read_text()
     assert best.read_text() == edited
     assert f"{best} was edited, and is kept; tnt card --overwrite" in capsys.readouterr().out
 
