@@ -66,7 +66,8 @@ class TNTCacheLayer(CacheLayerMixin):
 
         The columns that were read stay counted.
         """
-        self.memories = {name: state for name, state in self.memories.items() if name not in names}
+        # Copies: a part of `stack` cannot be filled into all of it.
+        self.memories = {name: state.clone() for name, state in self.memories.items() if name not in names}
         self.conv_tail = None if conv_tail else self.conv_tail
         if not self.memories:
             columns = self.cumulative_length

@@ -37,8 +37,9 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     for i, layer in enumerate(layers):
         flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
         flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
-        # Cloned, as the file format does not allow two names for the same memory.
-        tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous().clone() for name, t in flat.items()}
+        # Cloned, as the file format does not allow two names for the same memory; and to strides of a new tensor.
+        copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flat.items()}
+        tensors |= {f"layers.{i}.{name}": t for name, t in copies.items()}
     metadata = {
         "format": f"{_FORMAT}{_VERSION}",
         "signature": json.dumps(layers[0].signature),
@@ -133,7 +134,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     """CRC-32 over the bytes of all tensors, in the order of their names."""
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].cpu().view(torch.uint8).numpy(), value)
     return f"{value:08x}"
 
 

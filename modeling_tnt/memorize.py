@@ -96,8 +96,10 @@ class MemorizeMixin:
         starts = [
             memory.w1.detach() for block in (layers[0], layers[-1]) for memory in block.memory.memories().values()
         ]
-        samples = torch.cat([w.flatten()[:: max(1, w.numel() // 8)][:8].double().cpu() for w in starts])
-        return {"model": os.path.basename(name) if os.path.isdir(name) else name, "fingerprint": samples.tolist()}
+        samples = None  # of weights that are offloaded nothing is known
+        if not any(w.is_meta for w in starts):
+            samples = torch.cat([w.flatten()[:: max(1, w.numel() // 8)][:8].double().cpu() for w in starts]).tolist()
+        return {"model": os.path.basename(name) if os.path.isdir(name) else name, "fingerprint": samples}
 
     def _read_rows(self, rows: list[Any], state: TNTState, chunk_length: int, progress: bool) -> None:
         lengths = torch.tensor([len(row) for row in rows])

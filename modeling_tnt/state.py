@@ -32,7 +32,8 @@ class TNTState(DynamicCache):
     In `generate`, a state of one row stands before every prompt of a batch. With num_beams or num_return_sequences, or
     one row for several prompts, `generate` reads on from a copy with as many rows, and the state itself stays as it is.
 
-    origin: what filled it, {"model": name, "fingerprint": numbers of that model's initial fast weights}, or None.
+    origin: what filled it, {"model": name, "fingerprint": numbers of that model's initial fast weights, or
+    None}, or None.
     """
 
     def __init__(self, config: TNTConfig) -> None:
@@ -210,8 +211,11 @@ def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
 
 
 def _same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether two fingerprints agree but for the rounding to bfloat16 (1 in 256) and a little fine-tuning."""
+    """Whether two fingerprints agree, but for rounding to bfloat16 (1 in 256) and a little fine-tuning, as far as they
+    are known."""
     a, b = ours["fingerprint"], theirs["fingerprint"]
+    if a is None or b is None:
+        return True
     if len(a) != len(b):
         return False
     a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)

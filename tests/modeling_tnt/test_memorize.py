@@ -1,6 +1,7 @@
 """`model.memorize`: what it leaves is what one call over the whole document would, of any kind, length and cut."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -296,3 +297,12 @@ def test_a_state_of_other_weights_gives_a_warning():
             p.copy_(p.bfloat16())
     model.memorize([3], state=state, **QUIET)  # rounded weights are the same ones
     assert isinstance(state, TNTState)
+
+
+def test_weights_that_are_offloaded_are_not_looked_at():
+    model = make_model()
+    assert model.to("meta").memory_origin() == {"model": "", "fingerprint": None}
+    state = make_model().memorize([1, 2], **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.check_origin(model.memory_origin())
