@@ -19,6 +19,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_tnt.TNTConfig",
     "AutoModel": "modeling_tnt.TNTModel",
     "AutoModelForCausalLM": "modeling_tnt.TNTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_tnt.TNTForSequenceClassification",
 }
 """For each Auto class of transformers the module and class in a checkpoint; see `PreTrainedConfig.auto_map`."""
 

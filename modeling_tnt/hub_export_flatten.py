@@ -26,7 +26,7 @@ from .hub_export import COPY_MARK
 _PACKAGE = __package__
 _ENTRIES = (f"{_PACKAGE}.configuration.configuration_tnt", f"{_PACKAGE}.modeling")
 # Written at the end of modeling_tnt.py, which is where `auto_map` points to: they import it themselves.
-_MODELS_BESIDE = {}
+_MODELS_BESIDE = {f"{_PACKAGE}.classification": "TNTForSequenceClassification"}
 _PACKAGE_ONLY = "# package only"
 _OPTIONAL = "triton"
 

@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 
 def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
@@ -40,6 +47,11 @@ def check(folder: Path) -> None:
     with torch.no_grad():
         hidden = base(**prompt).last_hidden_state
     assert_same(model.lm_head(hidden), logits)
+
+    load_classifier = AutoModelForSequenceClassification.from_pretrained
+    classifier = load_classifier(folder, trust_remote_code=True, num_labels=3).eval()
+    with torch.no_grad():
+        assert_same(classifier(**prompt).logits, classifier.score(hidden[:, -1]))
 
     generate = pipeline("text-generation", model=str(folder), trust_remote_code=True)
     assert generate(expected["prompt"], **greedy)[0]["generated_text"] == expected["text"], "text differs"
