@@ -16,7 +16,16 @@ from accelerate import Accelerator
 from transformers import CONFIG_NAME
 
 from modeling_tnt import TNTConfig
-from modeling_tnt.hub_cards import CardFacts, ResultFacts, StageFacts, load_facts, save_facts, write_card
+from modeling_tnt.hub_cards import (
+    CARD_FILE,
+    CardFacts,
+    ResultFacts,
+    StageFacts,
+    is_own_card,
+    load_facts,
+    save_facts,
+    write_card,
+)
 
 from .plan import Run
 from .provenance import find_origin, is_local, train_command
@@ -25,12 +34,14 @@ from .state import Score, State
 ADAPTER = "adapter"
 
 
-def write_run_card(folder: Path, name: str, run: Run, state: State, score: Score, accelerator: Accelerator) -> None:
-    """Write card and facts of the model that was just saved to `folder`, which becomes the run's folder `name`.
+def write_run_card(folder: Path, place: Path, run: Run, state: State, score: Score, accelerator: Accelerator) -> None:
+    """Write card and facts of the model that was just saved to `folder`.
 
     A Llama gets none. What breaks a rule of cards is printed and keeps no model from being saved.
 
     Args:
+        place: the run's folder that `folder` is put in the place of. A card there that somebody wrote or edited goes
+            over to the new one.
         score: what the validation said of these weights.
 
     Raises:
@@ -41,13 +52,18 @@ def write_run_card(folder: Path, name: str, run: Run, state: State, score: Score
         return
     try:
         facts = collect_facts(run, state, score, config, accelerator)
-        facts.name = f"{run.folder.root.resolve().name}-{name}"
+        facts.name = f"{run.folder.root.resolve().name}-{place.name}"
         facts.remote_code = has_code(folder)
         facts.adapter = ADAPTER if (folder / ADAPTER).is_dir() else None
         save_facts(folder, facts)
-        write_card(folder, facts, overwrite=True)  # the folder is new, and all in it the trainer's
+        earlier = place / CARD_FILE
+        if earlier.is_file() and not is_own_card(earlier):
+            shutil.copyfile(earlier, folder / CARD_FILE)
+            _say_it_is_kept(earlier)
+        else:
+            write_card(folder, facts, overwrite=True)  # the folder is new, and all in it the trainer's
     except ValueError as error:
-        print(f"{name} gets no model card: {error}", flush=True)
+        print(f"{place.name} gets no model card: {error}", flush=True)
 
 
 def finish_cards(run: Run, state: State, *, seconds: float) -> None:
@@ -78,7 +94,11 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
         try:
             write_card(path, facts)
         except FileExistsError:
-            print(f"{path / 'README.md'} was edited, and is kept; tnt card --overwrite writes it again", flush=True)
+            _say_it_is_kept(path / CARD_FILE)
+
+
+def _say_it_is_kept(card: Path) -> None:
+    print(f"{card} was edited, and is kept; tnt card --overwrite writes it again", flush=True)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

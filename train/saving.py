@@ -134,7 +134,7 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_model(folder)
-            write_run_card(folder, path.name, self.run, state, score, self.accelerator)
+            write_run_card(folder, path, self.run, state, score, self.accelerator)
 
         self._write(path, write)
 

@@ -65,34 +65,49 @@ def test_a_run_leaves_a_card_with_each_model(flags, output_dir: Path, tmp_path: 
 
 def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatch, capsys):
     """A finished stage has its card at once; the rest comes when the run is done, unless somebody edited it."""
-    train_stage = trainer.Session.train_stage
+    finish_stage = trainer.Session.finish_stage
 
     def interrupted(self, stage, *args):
-        if stage.name == "stage2":
+        if stage.name == "stage2":  # behind its last checkpoint, from which the run goes on
             raise KeyboardInterrupt
-        train_stage(self, stage, *args)
+        finish_stage(self, stage, *args)
 
-    monkeypatch.setattr(trainer.Session, "train_stage", interrupted)
+    monkeypatch.setattr(trainer.Session, "finish_stage", interrupted)
     assert main(flags) == 130
-    card = output_dir / "stage1" / "README.md"
+    card, best = output_dir / "stage1" / "README.md", output_dir / "best" / "README.md"
     assert "| after stage1 | 8 |" in card.read_text()
     assert "loss.png" not in card.read_text() and "| after stage1 | 2 |" not in card.read_text()
+    best.write_text(edited := best.read_text() + "Mine.\n")
     # Results that tnt card added meanwhile stay.
     facts = json.loads((output_dir / "stage1" / "card_facts.json").read_text())
     facts["results"].append({"metric": "perplexity", "value": 3.25, "command": "tnt eval {model}"})
     (output_dir / "stage1" / "card_facts.json").write_text(json.dumps(facts))
-    best = output_dir / "best" / "README.md"
-    edited = best.read_text() + "Mine.\n"
-    best.write_text(edited)
 
-    monkeypatch.setattr(trainer.Session, "train_stage", train_stage)
-    # Stage 2 is to bring no better model, which would replace the folder of the edited card.
-    monkeypatch.setattr(trainer.Saver, "save_best", lambda *args: None)
+    monkeypatch.setattr(trainer.Session, "finish_stage", finish_stage)
     assert main([*flags, "--resume"]) == 0
     assert "loss.png" in card.read_text() and "| after stage1 | 2 |" in card.read_text()
     assert "| perplexity | 3.25 |" in card.read_text() and "tnt eval ./run-stage1" in card.read_text()
     assert best.read_text() == edited
     assert f"{best} was edited, and is kept; tnt card --overwrite" in capsys.readouterr().out
+
+
+def test_an_edited_card_outlives_the_model_that_it_was_written_for(flags, output_dir: Path, monkeypatch):
+    """The folder of the best model is replaced whenever a better one is found."""
+    save_best, edited = trainer.Saver.save_best, []
+
+    def edit_after(self, *args):
+        save_best(self, *args)
+        card = output_dir / "best" / "README.md"
+        if not edited:
+            edited.append(card.read_text() + "Mine.\n")
+            card.write_text(edited[0])
+
+    monkeypatch.setattr(trainer.Saver, "save_best", edit_after)
+    more = ["--stages.stage1.steps", "20", "--output.eval-every", "10", "--optimizer.learning-rate", "0.01"]
+    assert main([*flags, *more]) == 0
+    assert (output_dir / "best" / "README.md").read_text() == edited[0]
+    facts = json.loads((output_dir / "best" / "card_facts.json").read_text())
+    assert facts["stages"][-1]["steps"] != 10  # a later model than the one whose card was edited
 
 
 def test_a_card_that_breaks_a_rule_keeps_no_model_from_being_saved(flags, output_dir: Path, monkeypatch, capsys):
