@@ -13,12 +13,15 @@ from .types import FastWeights, MemoryState, is_of
 class MemoryStack:
     """The states of the memories of one layer, which all have the same shapes.
 
-    weights     [memories, groups, rows, H, P] float32 (float64 if a state is): the groups are weights, anchor and, with
+    weights     [groups, memories, rows, H, P] float32 (float64 if a state is): the groups are weights, anchor and, with
                 momentum, momentum; P entries of a head are w1 [D, M], b1 [M], w2 [M, D], b2 [D], those that there are.
     projection  [memories with a projection, rows, H, D, D], of the same dtype.
     position    [memories, rows, H] int64. The heads of a row have one counter each, equal ones: they are stepped by
                 programs that do not wait for each other.
     states      one `MemoryState` for each memory: views of the above, which change as the memories are stepped.
+    stepper     what the torch backend's step has prepared for these buffers, see `torch_step`, or None.
+    aligned_to  chunk sizes for which every row at the start of a chunk is known to have its weights as its anchor; None
+                where that is not known, as in states that were made with other chunks.
     """
 
     def __init__(self, states: Sequence[MemoryState]) -> None:
@@ -26,6 +29,7 @@ class MemoryStack:
         check_states(states)
         with torch.inference_mode(False):  # what is made in inference mode could be written only there
             self._allocate(states)
+        self.stepper: object | None = None
         self.fill(states)
 
     def _allocate(self, states: Sequence[MemoryState]) -> None:
@@ -35,7 +39,7 @@ class MemoryStack:
         size = sum(t[0, 0].numel() for t in first if t is not None)
         like = {"dtype": _dtype(states), "device": first.w1.device}
         projecting = sum(s.projection is not None for s in states)
-        self.weights = torch.empty(len(states), groups, rows, H, size, **like)
+        self.weights = torch.empty(groups, len(states), rows, H, size, **like)
         self.projection = torch.empty(projecting, rows, H, D, D, **like)
         self.position = torch.empty(len(states), rows, H, dtype=torch.int64, device=first.w1.device)
         self.states = self._views(states)
@@ -44,7 +48,7 @@ class MemoryStack:
         projections = iter(self.projection)
         views = []
         for i, state in enumerate(states):
-            groups = [_unpack(packed, state.weights) for packed in self.weights[i]]
+            groups = [_unpack(packed, state.weights) for packed in self.weights[:, i]]
             views.append(
                 MemoryState(
                     weights=groups[0],
@@ -76,12 +80,23 @@ class MemoryStack:
 
     def fill(self, states: Sequence[MemoryState]) -> None:
         """Overwrite the buffers by `states`, which must fit; their addresses stay."""
+        self.aligned_to: tuple[int, ...] | None = None
         for i, (view, state) in enumerate(zip(self.states, states, strict=True)):
             source = state.detach().tensors()
             self.position[i].copy_(source["position"].unsqueeze(-1))
             for name, target in view.tensors().items():
                 if name != "position":
                     target.copy_(source[name])
+
+    def select(self, rows: Tensor) -> MemoryStack:
+        """A stack of its own with copies of the states of these rows (int64 indices)."""
+        return MemoryStack([state.index_select(rows) for state in self.states])
+
+    def put(self, rows: Tensor, part: MemoryStack) -> None:
+        """Overwrite these rows by those of `part`: the inverse of `select`."""
+        self.weights.index_copy_(2, rows, part.weights)
+        self.projection.index_copy_(1, rows, part.projection)
+        self.position.index_copy_(1, rows, part.position)
 
 
 def check_states(states: Sequence[MemoryState]) -> None:

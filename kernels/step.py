@@ -7,8 +7,9 @@ For each memory, with the equations of `kernels/api.py` and one token t of each 
     local: f(W, M q)      global: f(W_anchor, q)       o = their sum
 
 The "triton" backend does all of it in one launch and never waits for the device, so a step may be captured in a CUDA
-graph, and is one operator to `torch.compile`. The others read one memory after the other with their `local_memory` and
-`global_memory`.
+graph, and is one operator to `torch.compile`. The "torch" backend does it in a few operations for all memories, see
+`torch_step`; `torch.compile` breaks its graph there. The reference reads one memory after the other with its
+`local_memory` and `global_memory`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .api import global_memory, local_memory
 from .backends import BACKENDS, BackendChoice, missing
 from .checks import check_global, check_local
 from .stack import MemoryStack
+from .torch_step import StepGates, StepOptions, TorchStep
 from .types import MemoryParams, MemoryState, is_of
 
 HIDDEN_MULTIPLE = 16
@@ -44,6 +46,13 @@ class StepMemory(NamedTuple):
     momentum: Tensor | None = None
     decay: Tensor | None = None
     token_scale: Tensor | None = None
+
+    @property
+    def step_options(self) -> StepOptions:
+        return StepOptions(
+            self.chunk_size, self.shard_length, self.is_global, self.qk_projection, self.normalize_projection,
+            self.token_scale is not None,
+        )  # fmt: skip
 
 
 def step_memories(
@@ -84,7 +93,61 @@ def step_memories(
     choice = choose_step_backend(backend, memories[0].params)
     if choice.name == "triton":
         return _launch(q, k, v, memories, stack, active)
-    return _one_by_one(q, k, v, memories, stack, active, choice.name)
+    if choice.name == "reference":
+        return _one_by_one(q, k, v, memories, stack, active)
+    gates = StepGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in StepGates._fields))
+    return step_checked(
+        q, k, v, gates, tuple(m.step_options for m in memories), [m.params for m in memories],
+        [m.token_scale for m in memories], stack, active,
+    )  # fmt: skip
+
+
+def step_checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: StepGates,
+    options: tuple[StepOptions, ...],
+    params: Sequence[MemoryParams],
+    token_scales: Sequence[Tensor | None],
+    stack: MemoryStack,
+    active: Tensor | None,
+) -> Tensor:
+    """`step_memories` of the torch backend without its checks, which take longer than the step.
+
+    For a caller that makes all arguments itself and has had those of the first token checked.
+    """
+    if active is not None and not active.all():
+        return _step_active_rows(q, k, v, gates, options, params, token_scales, stack, active)
+    if stack.stepper is None or stack.stepper.options != options:
+        stack.stepper = TorchStep(stack, options)
+    return stack.stepper(q, k, v, gates, params, token_scales)
+
+
+def _step_active_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: StepGates,
+    options: tuple[StepOptions, ...],
+    params: Sequence[MemoryParams],
+    token_scales: Sequence[Tensor | None],
+    stack: MemoryStack,
+    active: Tensor,
+) -> Tensor:
+    """The rows that have a token, in a stack of their own; seldom, so copies do not matter."""
+    o, rows = torch.zeros_like(q), active.nonzero().squeeze(1)
+    if rows.shape[0] > 0:
+        part = stack.select(rows)
+        some = StepGates(*(None if g is None else g.index_select(1, rows) for g in gates))
+        q, k, v = (t.index_select(0, rows) for t in (q, k, v))
+        o.index_copy_(0, rows, step_checked(q, k, v, some, options, params, token_scales, part, None))
+        stack.put(rows, part)
+    return o
+
+
+def _stack_gates(gates: list[Tensor | None]) -> Tensor | None:
+    return None if gates[0] is None else torch.stack(gates)
 
 
 def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
@@ -99,14 +162,14 @@ def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "torch"):
         return BackendChoice(backend, "named by the caller")
+    device = params.w1.device.type
+    if backend == "auto" and device != "cuda":
+        return BackendChoice("torch", f"the torch backend is the fastest one on {device}")
     obstacle = _why_not_triton(params)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
         return BackendChoice("triton", "named by the caller")
-    device = params.w1.device.type
-    if device != "cuda":
-        return BackendChoice("torch", f"the torch backend is the fastest one on {device}")
     if obstacle is not None:
         return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}")
     return BackendChoice("triton", "one launch for all memories of a layer")
@@ -231,14 +294,13 @@ def _one_by_one(
     memories: Sequence[StepMemory],
     stack: MemoryStack,
     active: Tensor | None,
-    backend: str,
 ) -> Tensor:
-    """Every memory by its own operation, for one token."""
+    """Every memory by the reference of its operation, for one token."""
     total, states = 0.0, []
     for memory, state in zip(memories, stack.states, strict=True):
         operation = global_memory if memory.is_global else local_memory
         o, new = operation(
-            *_with_time(q, k, v, memory.lr), memory.params, output_final_state=True, backend=backend,
+            *_with_time(q, k, v, memory.lr), memory.params, output_final_state=True, backend="reference",
             **_arguments(memory, state),
         )  # fmt: skip
         if active is not None:

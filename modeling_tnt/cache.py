@@ -9,7 +9,7 @@ state is several tensors, of which some are shared at a chunk boundary, hence a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ class TNTCacheLayer(CacheLayerMixin):
     memories   name of a memory ("global", "local0", …) → `MemoryState`, whose `position` counts each row's real tokens.
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
 
-    A call of several tokens replaces these tensors and leaves the old ones alone. Where a single token is read by one
-    launch (the "triton" backend, without gradients) they are written in place: the memories are then views of `stack`,
-    whose buffers, and that of `conv_tail`, keep their addresses until rows are selected or moved. So a captured CUDA
-    graph of such a call goes on reading and writing them; see `TNTModel.forward`.
+    A call of several tokens replaces these tensors and leaves the old ones alone. A single token (without gradients;
+    not with the "reference" backend) writes them in place: the memories are then views of `stack`, whose buffers, and
+    that of `conv_tail`, keep their addresses until rows are selected or moved. So a captured CUDA graph of such a call
+    goes on reading and writing them; see `TNTModel.forward`.
     """
 
     _layer_type = LAYER_TYPE
@@ -84,7 +84,7 @@ class TNTCacheLayer(CacheLayerMixin):
         """Replace the state; see the class for the arguments."""
         self.memories, self.conv_tail, self.signature, self.is_initialized = memories, conv_tail, signature, True
 
-    def is_stacked(self, names: Sequence[str]) -> bool:
+    def is_stacked(self, names: Collection[str]) -> bool:
         """Whether the memories of these names are those in `stack`."""
         if self.stack is None or len(self.stack.states) != len(names):
             return False

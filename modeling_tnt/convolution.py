@@ -49,6 +49,16 @@ class ShortConvolution(nn.Module):
         ends = begins + packing.cu_seqlens.diff()
         return y, padded[ends[:, None] + window] if return_tail else None
 
+    def step(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One token of every row, x [B, 1, C], behind its tail [B, K − 1, C] (None: zeros): y [B, 1, C] and the new
+        tail, a view. A window of K tokens is no work for a convolution: it is one product and one sum."""
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], self.weight.shape[1] - 1, x.shape[-1])
+        window = torch.cat([tail.to(x.dtype), x], dim=1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (window.to(wide) * self.weight.t().to(wide)).sum(1, keepdim=True)
+        return y.to(x.dtype), window[:, 1:]
+
     def _convolve(self, padded: Tensor) -> Tensor:
         """[B, K − 1 + T, C] → [B, T, C]. As an image of height 1: tokens by channels is "channels last", which a CPU
         convolves six times as fast, backward included, as a grouped conv1d of the transposed tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from .cache import TNTCacheLayer, cache_signature
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .kernels import MemoryParams, MemoryState, global_memory, initial_memory_state, local_memory
-from .kernels.step import StepMemory, choose_step_backend, step_memories
+from .kernels.step import StepMemory, choose_step_backend, step_checked, step_memories
+from .kernels.torch_step import StepGates, StepOptions
 from .packing import Packing, TokenStep
 
 # Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
@@ -39,6 +40,15 @@ class MemoryOptions(NamedTuple):
 
     is_global: bool
     options: dict[str, Any]
+
+
+def step_options(config: TNTConfig) -> tuple[StepOptions, ...]:
+    """How the memories of any layer read, in their order: what `MemoryOptions` says, for all layers of a token."""
+    options = [StepOptions(config.global_chunk_size, is_global=True)] if config.global_chunk_size is not None else []
+    projection = (config.qk_projection, config.normalize_projection, config.token_scale)
+    for chunk_size, shard_length in zip(config.local_chunk_sizes, config.shard_lengths, strict=True):
+        options.append(StepOptions(chunk_size, shard_length, False, *projection))
+    return tuple(options)
 
 
 class TNTGate(nn.Linear):
@@ -97,12 +107,21 @@ def _sigmoid_gate(linear: nn.Linear, x: Tensor) -> Tensor:
         return torch.sigmoid(_widen(linear(x.to(linear.weight.dtype))))
 
 
+def _sigmoid_gates(linears: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """`_sigmoid_gate` of several gates, stacked."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _sigmoid_gates(linears, x)
+    return torch.sigmoid(_widen(torch.stack([linear(x.to(linear.weight.dtype)) for linear in linears])))
+
+
 class TNTMemoryLayer(nn.Module):
     """`o_t = f(V, q_t) + Σ_i f(W_t^(i), M_t^(i) q_t)` (TNT eq. 15) with its projections, norm and output gate."""
 
     def __init__(self, config: TNTConfig) -> None:
         super().__init__()
         self.config = config
+        self.head_shape = (config.num_heads, config.head_dim)
         inner = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -133,6 +152,28 @@ class TNTMemoryLayer(nn.Module):
         q, k, v = qkv.unbind(-3)
         return _l2_normalize(q), _l2_normalize(k), v, conv_tail
 
+    def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`project` for one token a row, x [B, 1, hidden_size] → q, k, v [B, H, D], in fewer operations."""
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        if self.conv is not None:
+            qkv, conv_tail = self.conv.step(qkv, conv_tail)
+        qkv = F.silu(qkv).view(x.shape[0], 3, *self.head_shape)
+        q, k = _l2_normalize(qkv[:, :2]).unbind(1)
+        return q, k, qkv[:, 2], conv_tail
+
+    def gates(self, x: Tensor) -> StepGates:
+        """`TNTMemory.gates` of all memories for one token a row, x [B, 1, hidden_size]: [memories, B, H], float32."""
+        memories = list(self.memories().values())
+        gates = [m.lr_gate for m in memories]
+        gates += [m.momentum_gate for m in memories if m.momentum_gate is not None]
+        gates += [m.decay_gate for m in memories if m.decay_gate is not None]
+        stacked = _sigmoid_gates(gates, x).view(-1, len(memories), x.shape[0], self.head_shape[0])
+        for lr, memory in zip(stacked[0], memories, strict=True):
+            lr.mul_(memory.base_lr)
+        has_momentum = memories[0].momentum_gate is not None
+        momentum = stacked[1] if has_momentum else None
+        return StepGates(stacked[0], momentum, stacked[-1] if memories[0].decay_gate is not None else None)
+
     def forward(
         self,
         x: Tensor,
@@ -155,10 +196,11 @@ class TNTMemoryLayer(nn.Module):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
-    def steps(self) -> bool:
-        """Whether a token behind a cache is read by one launch for all memories, without gradients."""
+    def step_backend(self) -> str:
+        """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
+        it as any other number of tokens."""
         memory = next(iter(self.memories().values()))
-        return choose_step_backend(self.config.kernel_backend, memory.params).name == "triton"
+        return choose_step_backend(self.config.kernel_backend, memory.params).name
 
     def _read(
         self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
@@ -169,7 +211,7 @@ class TNTMemoryLayer(nn.Module):
         q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
         outputs, new_states = [], {}
         # Triton's kernels are operators that torch.compile sees, but boundaries and positions are read by the host.
-        in_graph = packing is None and not states and self.steps()
+        in_graph = packing is None and not states and self.step_backend() == "triton"
         for name, memory, (is_global, options) in self.operations():
             gates = memory.gates(x)
             operation = global_memory if is_global else local_memory
@@ -185,20 +227,50 @@ class TNTMemoryLayer(nn.Module):
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
-        q, k, v, tail = self.project(x, None, cache_layer.conv_tail, return_tail=True)
-        names = list(self.memories())
-        if not cache_layer.is_stacked(names):
-            cache_layer.stack_memories(names, lambda: self._initial_states(x), tail, cache_signature(self.config))
-        memories = []
-        for _, memory, (is_global, options) in self.operations():
-            lr, momentum, decay = (None if g is None else g.squeeze(1) for g in memory.gates(x))
-            memories.append(
-                StepMemory(memory.params, lr, momentum=momentum, decay=decay, is_global=is_global, **options)
+        q, k, v, tail = self.project_token(x, cache_layer.conv_tail)
+        advance = self._advance
+        if step.backend == "torch" and torch.compiler.is_compiling():
+            advance = torch.compiler.disable(advance)  # it asks the host where chunks end
+        return advance(q, k, v, self.gates(x), tail, cache_layer, step).unsqueeze(1)
+
+    def _advance(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: StepGates,
+        tail: Tensor | None,
+        cache_layer: TNTCacheLayer,
+        step: TokenStep,
+    ) -> Tensor:
+        """The same, o [B, H, D], behind the projections."""
+        memories = self.memories()
+        if len(step.options) != len(memories):
+            self._check_count()
+        is_new = not cache_layer.is_stacked(memories)
+        if is_new:
+            cache_layer.stack_memories(
+                list(memories), lambda: self._initial_states(q), tail, cache_signature(self.config)
             )
-        q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
-        o = step_memories(
-            q, k, v, memories, cache_layer.stack, active=step.active, backend=self.config.kernel_backend
-        ).unsqueeze(1)
+        stack = cache_layer.stack
+        params = [memory.params for memory in memories.values()]
+        token_scales = [
+            memory.token_scale(options.chunk_size) if options.has_token_scale else None
+            for memory, options in zip(memories.values(), step.options, strict=True)
+        ]
+        if step.backend == "torch" and not is_new and stack.weights.device == q.device:
+            # All arguments but the cache are our own, and that was checked when it was stacked.
+            o = step_checked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
+        else:
+            per_memory = zip(step.options, params, token_scales, *(_each(g, len(params)) for g in gates), strict=True)
+            o = step_memories(
+                q, k, v,
+                [
+                    StepMemory(p, lr, *options[:5], momentum=m, decay=d, token_scale=scale)
+                    for options, p, scale, lr, m, d in per_memory
+                ],
+                stack, active=step.active, backend=step.backend,
+            )  # fmt: skip
         cache_layer.advance_tail(tail, step)
         return o
 
@@ -214,15 +286,17 @@ class TNTMemoryLayer(nn.Module):
             for name, memory, (is_global, _) in self.operations()
         }  # fmt: skip
 
-    def operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
-        """Name, parameters and options of each memory. Sizes are read from the config each time: they may change."""
-        config = self.config
-        if len(config.local_chunk_sizes) != len(self.local_memories):
+    def _check_count(self) -> None:
+        if len(self.config.local_chunk_sizes) != len(self.local_memories):
             raise ValueError(
-                f"local_chunk_sizes={config.local_chunk_sizes} must have one entry for each of the model's "
+                f"local_chunk_sizes={self.config.local_chunk_sizes} must have one entry for each of the model's "
                 f"{len(self.local_memories)} local memories"
             )
-        memories = self.memories()
+
+    def operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
+        """Name, parameters and options of each memory. Sizes are read from the config each time: they may change."""
+        config, memories = self.config, self.memories()
+        self._check_count()
         if self.global_memory is not None:
             yield "global", memories["global"], MemoryOptions(True, {"chunk_size": config.global_chunk_size})
         for i, (chunk_size, shard_length) in enumerate(
@@ -237,6 +311,11 @@ class TNTMemoryLayer(nn.Module):
                 "token_scale": memory.token_scale(chunk_size),
             }
             yield f"local{i}", memory, MemoryOptions(False, options)
+
+
+def _each(gates: Tensor | None, memories: int) -> Sequence[Tensor | None]:
+    """Of every memory; [memories, …] or None for all."""
+    return [None] * memories if gates is None else gates.unbind()
 
 
 class _KeepInGraph(torch.autograd.Function):

@@ -21,7 +21,7 @@ from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .hub_export import HubExportMixin
 from .memorize import MemorizeMixin
-from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer
+from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
 from .state import expand_rows
 
@@ -197,10 +197,12 @@ class TNTModel(TNTPreTrainedModel):
             output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
             output_attentions: there are none; True raises.
 
-        A single token behind a cache: without gradients, and where `config.kernel_backend` is or chooses triton, the
-        memories of a layer are one launch, nothing waits for the device, and the cache is written in place. Such a call
-        may be compiled, `torch.compile(model, fullgraph=True)`, and captured in a CUDA graph, once a first one after
-        the prompt has made the cache's buffers:
+        A single token behind a cache: without gradients the cache is written in place and all memories of a layer are
+        read together, unless `config.kernel_backend` is "reference". With the torch backend (on every CPU)
+        `torch.compile(model)` breaks its graph at the memories. Where `config.kernel_backend` is or chooses triton they
+        are one launch and nothing waits for the device: such a call may be compiled as a whole,
+        `torch.compile(model, fullgraph=True)`, and captured in a CUDA graph, once a first one after the prompt has made
+        the cache's buffers:
 
             model(prompt, past_key_values=cache)
             token.copy_(...); model(token, past_key_values=cache)
@@ -229,8 +231,9 @@ class TNTModel(TNTPreTrainedModel):
             "past_length": 0 if past_key_values is None else past_key_values.get_seq_length(),
         }  # fmt: skip
         packing = step = None
-        if boundaries is None and self._steps(batch_shape, past_key_values, use_cache):
-            step = plan_step(batch_shape, given.device, **columns)
+        backend = self._step_backend(batch_shape, past_key_values, use_cache) if boundaries is None else None
+        if backend is not None:
+            step = plan_step(batch_shape, given.device, backend, step_options(self.config), **columns)
         else:
             packing = plan_packing(batch_shape, given.device, cu_seqlens=boundaries, **columns)
         use_cache = self._decide_use_cache(use_cache, past_key_values, packing, batch_shape[0])
@@ -280,15 +283,14 @@ class TNTModel(TNTPreTrainedModel):
             raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
         return given
 
-    def _steps(self, batch_shape: tuple[int, int], past_key_values: Cache | None, use_cache: bool | None) -> bool:
-        """Whether this call reads a token a row behind a cache that is then written in place."""
-        return (
-            batch_shape[1] == 1
-            and past_key_values is not None
-            and use_cache is not False
-            and not torch.is_grad_enabled()
-            and self.layers[0].memory.steps()
-        )
+    def _step_backend(
+        self, batch_shape: tuple[int, int], past_key_values: Cache | None, use_cache: bool | None
+    ) -> str | None:
+        """The backend of a call that reads a token a row behind a cache and writes it in place; None for any other."""
+        if batch_shape[1] != 1 or past_key_values is None or use_cache is False or torch.is_grad_enabled():
+            return None
+        backend = self.layers[0].memory.step_backend()
+        return None if backend == "reference" else backend
 
     def _decide_use_cache(
         self, use_cache: bool | None, past_key_values: Cache | None, packing: Packing | None, batch: int

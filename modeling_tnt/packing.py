@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.torch_step import StepOptions
+
 
 class Packing(NamedTuple):
     """The real tokens of a batch [B, T] as one row of N sequences, some of which may be empty.
@@ -53,10 +55,14 @@ class Packing(NamedTuple):
 class TokenStep(NamedTuple):
     """One column of a batch, read behind a cache: [B, 1].
 
-    active  [B] bool, False at padding; None: every row has a token.
+    active   [B] bool, False at padding; None: every row has a token.
+    backend  that steps the memories: "torch" or "triton".
+    options  how each of a layer's memories reads.
     """
 
     active: Tensor | None
+    backend: str
+    options: tuple[StepOptions, ...]
 
     def hide(self, x: Tensor) -> Tensor:
         """x [B, 1, ...] with zeros where there is no token."""
@@ -70,18 +76,27 @@ class TokenStep(NamedTuple):
 def plan_step(
     batch_shape: tuple[int, int],
     device: torch.device,
+    backend: str,
+    options: tuple[StepOptions, ...],
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     seq_idx: Tensor | None = None,
     past_length: int = 0,
 ) -> TokenStep:
-    """What `plan_packing` says of a single column, without a look at what the tensors hold. Raises as it does."""
+    """What `plan_packing` says of a single column. Raises as it does.
+
+    For the triton backend, which must not wait for the device, without a look at what the tensors hold; for the torch
+    backend, whose step looks at them anyway, a mask of ones is none.
+    """
     _check_ids(batch_shape, position_ids, seq_idx)
     if attention_mask is None:
-        return TokenStep(None)
+        return TokenStep(None, backend, options)
     _check_mask(attention_mask, batch_shape, past_length)
-    return TokenStep((attention_mask[:, -1] != 0).to(device))
+    active = (attention_mask[:, -1] != 0).to(device)
+    if backend == "torch" and not torch.compiler.is_compiling() and active.all():
+        active = None
+    return TokenStep(active, backend, options)
 
 
 def plan_packing(

@@ -245,7 +245,7 @@ def decode_kernel(
     learned_w1, learned_b1,  # one [H, D, M], [H, M] for each memory; biases may be None
     learned_w2, learned_b2,  # one [H, M, D], [H, D] for each memory; None: linear memories
     norm_weight, norm_bias,  # one [H, D] for each memory, or None
-    weights_pointer,  # [memories, groups, rows, H, P], groups: weights, anchor and, with MOMENTUM, momentum
+    weights_pointer,  # [groups, memories, rows, H, P], groups: weights, anchor and, with MOMENTUM, momentum
     projection_pointer,  # [memories with a projection, rows, H, D, D]
     position_pointer,  # [memories, rows, H] int64
     q_row, q_head, k_row, k_head, v_row, v_head,  # strides
@@ -274,11 +274,11 @@ def decode_kernel(
     v = tl.load(v_pointer + row * v_row + head * v_head + feature).to(DT)
     total = tl.zeros([1, D], DT)
     for i in tl.static_range(MEMORIES):
-        weights = weights_pointer + ((i * (3 if MOMENTUM else 2) * rows + row) * H + head) * P
-        anchor = weights + rows * H * P
+        weights = weights_pointer + ((i * rows + row) * H + head) * P
+        anchor = weights + MEMORIES * rows * H * P
         surprise = weights
         if MOMENTUM:
-            surprise = anchor + rows * H * P
+            surprise = anchor + MEMORIES * rows * H * P
         projection = projection_pointer + ((SLOTS[i] * rows + row) * H + head) * D * D
         position_at = position_pointer + (i * rows + row) * H + head
         position = tl.load(position_at)

@@ -1,4 +1,5 @@
-"""One token through all memories of a layer in one launch, in Triton's interpreter, against the reference.
+"""One token through all memories of a layer, against the reference: in one launch, in Triton's interpreter, and in the
+few operations of the torch backend.
 
 In float64 both do the same operations in another order, so the tolerance of the equivalence suite (1e-10) holds here,
 too. In float32 rounding (6e-8) summed over a few hundred operations stays below 1e-5; a norm that divides by a small
@@ -35,6 +36,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
 @pytest.fixture(autouse=True)
 def tensors_are_on_the_cpu(request):
     """Except in one test, so the others need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "torch":
+        return
     if not INTERPRETED and request.function is not test_a_captured_step_goes_on_when_replayed:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
 
@@ -92,21 +96,26 @@ def decode(cases, inputs, backend="triton"):
     return torch.stack(outputs, 1), stack.states
 
 
+BOTH = pytest.mark.parametrize("backend", ["triton", "torch"])
+
+
+@BOTH
 @pytest.mark.parametrize("case", LINEAR + MIXED + GLOBALS + TILED, ids=str)
 @torch.no_grad()
-def test_token_by_token_is_the_reference(case):
+def test_token_by_token_is_the_reference(case, backend):
     x = make_inputs(case)
-    o, (state,) = decode([case], [x])
+    o, (state,) = decode([case], [x], backend)
     assert_same(named(o, state), named(*call(case, "reference", x)), FLOAT64_TOLERANCE)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [MIXED[2].with_(heads=1), LINEAR[18]], ids=str)
 @torch.no_grad()
-def test_single_precision_against_the_reference_in_double(case, dtype):
+def test_single_precision_against_the_reference_in_double(case, dtype, backend):
     """bfloat16 inputs and parameters: the step widens them, and rounds its output once (8 bits: 4e-3)."""
     x = {name: t.to(dtype) for name, t in make_inputs(case).items()}
-    o, (state,) = decode([case], [x])
+    o, (state,) = decode([case], [x], backend)
     assert o.dtype == dtype and state.weights.w1.dtype == torch.float32
     want_o, want = call(case, "reference", {name: t.double() for name, t in x.items()})
     got = named(o.float(), state)
@@ -159,14 +168,15 @@ def test_rows_without_a_token_are_left_alone():
     assert_same(want["triton"], want["torch"])
 
 
+@BOTH
 @torch.no_grad()
-def test_the_state_is_written_in_place_and_heads_keep_counters_of_their_own():
+def test_the_state_is_written_in_place_and_heads_keep_counters_of_their_own(backend):
     case = MIXED[1]
     x = make_inputs(case)
     stack = MemoryStack([first_state(case, x)])
     states, buffers = stack.states, [t.data_ptr() for t in (stack.weights, stack.projection, stack.position)]
     given = first_state(case, x).clone()
-    step_memories(*(x[name][:, 0] for name in "qkv"), [step_memory(case, x, 0)], stack, backend="triton")
+    step_memories(*(x[name][:, 0] for name in "qkv"), [step_memory(case, x, 0)], stack, backend=backend)
     assert stack.states is states and states[0].position.tolist() == [9, 4, 16]
     assert stack.position[0].tolist() == [[9, 9], [4, 4], [16, 16]]
     assert [t.data_ptr() for t in (stack.weights, stack.projection, stack.position)] == buffers
@@ -175,8 +185,9 @@ def test_the_state_is_written_in_place_and_heads_keep_counters_of_their_own():
     assert_same(named(x["q"], stack.states[0]), named(x["q"], given))
 
 
+@BOTH
 @torch.no_grad()
-def test_inputs_may_be_strided():
+def test_inputs_may_be_strided(backend):
     case = LINEAR[6].with_(length=1)
     x = make_inputs(case)
     want = named(*call(case, "reference", x))
@@ -184,30 +195,32 @@ def test_inputs_may_be_strided():
     wide = torch.stack([q, k, v], 1).repeat(1, 1, 1, 2)[..., :16]  # as views of one projection's output
     for views in (wide.unbind(1), [t.mT.contiguous().mT for t in (q, k, v)]):
         stack = MemoryStack([first_state(case, x)])
-        o = step_memories(*views, [step_memory(case, x, 0)], stack, backend="triton")
+        o = step_memories(*views, [step_memory(case, x, 0)], stack, backend=backend)
         assert_same(named(o[:, None], stack.states[0]), want)
 
 
+@BOTH
 @torch.no_grad()
-def test_a_parameter_that_is_written_in_place_is_seen_at_the_next_reset():
+def test_a_parameter_that_is_written_in_place_is_seen_at_the_next_reset(backend):
     case = LINEAR[6].with_(start=(7, 7, 7), length=2)
     x = make_inputs(case)
     stack = MemoryStack([first_state(case, x)])
     for t in range(2):
         before = stack.states[0].clone()
-        o = step_memories(*(x[n][:, t] for n in "qkv"), [step_memory(case, x, t)], stack, backend="triton")
+        o = step_memories(*(x[n][:, t] for n in "qkv"), [step_memory(case, x, t)], stack, backend=backend)
         want = call(case, "reference", pick(x, slice(None), slice(t, t + 1)), state=before)
         assert_same(named(o[:, None], stack.states[0]), named(*want))
         x["params.w1"].mul_(1.5)
 
 
+@BOTH
 @torch.no_grad()
-def test_a_state_of_another_chunk_size_is_read_on():
+def test_a_state_of_another_chunk_size_is_read_on(backend):
     """Where a chunk begins, the stored anchor is not looked at; nor is a projection "since the start of the chunk"."""
     case = LINEAR[17].with_(start=(4, 12, 16))
     x = make_inputs(case)
     x["initial.projection"] = torch.ones_like(x["initial.projection"])
-    o, (state,) = decode([case], [x])
+    o, (state,) = decode([case], [x], backend)
     assert_same(named(o, state), named(*call(case, "reference", x)))
 
 

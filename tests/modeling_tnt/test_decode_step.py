@@ -1,7 +1,9 @@
-"""Decoding with one launch a layer, in Triton's interpreter: the same logits and states as the other path, in place."""
+"""Decoding a token behind a cache, with one launch a layer (in Triton's interpreter) and with the torch backend's step:
+the same logits and states as the other path, in place."""
 
 import copy
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,26 +22,32 @@ ONE_LAYER = {"num_hidden_layers": 1}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
 
 
+BOTH = pytest.mark.parametrize("backend", ["triton", "torch"])
+
+
 @pytest.fixture(autouse=True)
 def tensors_are_on_the_cpu(request):
-    """Except in one test, so the others need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
+    """Except in one test, so kernels need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "torch":
+        return
     if not INTERPRETED and request.function is not test_a_captured_model_decodes:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
 
 
-def stepping(model):
-    """The model with the backend that steps. Prompts are read before, by the torch backend."""
-    model.config.kernel_backend = "triton"
+def stepping(model, backend="triton"):
+    """The model with the backend that is to step. Prompts are read before, by the torch backend."""
+    model.config.kernel_backend = backend
     return model
 
 
 @torch.no_grad()
-def prompt_read(variant, tokens, **overrides):
+def prompt_read(variant, tokens, backend="triton", **overrides):
     """A stepping model and its cache after a prompt."""
     model = make_model(variant, **overrides)
     cache = DynamicCache(config=model.config)
     model(tokens, past_key_values=cache)
-    return stepping(model), cache
+    return stepping(model, backend), cache
 
 
 @torch.no_grad()
@@ -52,9 +60,10 @@ def read(model, cache, tokens, **columns):
     return torch.cat(logits, 1)
 
 
+@BOTH
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_steps_give_what_the_torch_backend_gives(variant):
+def test_steps_give_what_the_whole_sequence_gives(variant, backend):
     """A batch padded on the left and in mid-row, over chunk and shard boundaries, one row with nothing but padding."""
     tokens, mask = make_tokens(3, 10), torch.ones(3, 10, dtype=torch.long)
     mask[0, :3] = mask[1, 7] = mask[2] = 0
@@ -63,7 +72,7 @@ def test_steps_give_what_the_torch_backend_gives(variant):
     model = make_model(variant, **ONE_LAYER)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
-    logits = read(stepping(model), cache, tokens[:, 6:9], attention_mask=mask[:, :9])
+    logits = read(stepping(model, backend), cache, tokens[:, 6:9], attention_mask=mask[:, :9])
     last = model(tokens[:, 9:], attention_mask=mask, past_key_values=cache, output_hidden_states=True)
     torch.testing.assert_close(torch.cat([logits, last.logits], 1), want.logits[:, 6:], **EXACT)
     for ours, theirs in zip(last.hidden_states, want.hidden_states, strict=True):
@@ -72,33 +81,35 @@ def test_steps_give_what_the_torch_backend_gives(variant):
     assert cache.get_seq_length() == 10 and cache.layers[0].stack is not None
 
 
+@BOTH
 @pytest.mark.parametrize("variant", ["mlp-momentum-forget", "linear-plain-two-locals"])
-@torch.no_grad()
-def test_greedy_generation_is_that_of_the_torch_backend(variant, monkeypatch):
+def test_greedy_generation_is_the_most_probable_token_of_the_whole_sequence(variant, backend, monkeypatch):
     calls = []
     step = TNTMemoryLayer._step
     monkeypatch.setattr(TNTMemoryLayer, "_step", lambda self, *args: calls.append(self) or step(self, *args))
     greedy = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     rows = torch.cat([torch.tensor([[0, 0], [5, 9]]), make_tokens(2, 5)], 1)
     mask = (rows > 0).long()
-    want = make_model(variant).generate(rows, attention_mask=mask, **greedy)
-    assert not calls
     model = make_model(variant)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(rows[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-    got = stepping(model).generate(rows, attention_mask=mask, past_key_values=cache, **greedy)
+    got = stepping(model, backend).generate(rows, attention_mask=mask, past_key_values=cache, **greedy)
     assert len(calls) == 4 * 2
-    assert torch.equal(got.sequences, want.sequences)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), **EXACT)
+    with torch.no_grad():
+        all_real = torch.cat([mask, mask.new_ones(2, 4)], 1)
+        want = make_model(variant)(got.sequences, attention_mask=all_real).logits[:, 6:-1]
+    assert torch.equal(got.sequences[:, 7:], want.argmax(-1))
+    torch.testing.assert_close(torch.stack(got.logits, 1), want.float())  # generate() keeps them in float32
 
 
+@BOTH
 @torch.no_grad()
-def test_a_prompt_of_one_token_and_an_empty_cache():
+def test_a_prompt_of_one_token_and_an_empty_cache(backend):
     """Also one of which a row is padding, whose memories have then read nothing."""
     tokens, mask = make_tokens(2, 3), torch.tensor([[1, 1, 1], [0, 1, 1]])
     want = make_model("linear-momentum-chunk", **ONE_LAYER)(tokens * mask, attention_mask=mask, use_cache=True)
-    model = stepping(make_model("linear-momentum-chunk", **ONE_LAYER))
+    model = stepping(make_model("linear-momentum-chunk", **ONE_LAYER), backend)
     cache = DynamicCache(config=model.config)
     logits = read(model, cache, tokens * mask, attention_mask=mask)
     torch.testing.assert_close(logits, want.logits, **EXACT)
@@ -114,15 +125,16 @@ def test_a_prompt_of_one_token_and_an_empty_cache():
 LINEAR = "linear-plain-two-locals"
 
 
+@BOTH
 @pytest.mark.parametrize("variant", ["linear-momentum-chunk", LINEAR])
 @torch.no_grad()
-def test_a_stepped_cache_can_do_what_every_cache_can(variant, tmp_path):
+def test_a_stepped_cache_can_do_what_every_cache_can(variant, backend, tmp_path):
     """Rows reordered, repeated, selected, copied, saved, loaded, moved; then a longer call and steps again."""
     tokens, more = make_tokens(2, 5), make_tokens(3, 4, seed=2)
     torch_model = make_model(variant, **ONE_LAYER)
     want = DynamicCache(config=torch_model.config)
     torch_model(tokens, past_key_values=want)
-    model, cache = prompt_read(variant, tokens[:, :3], **ONE_LAYER)
+    model, cache = prompt_read(variant, tokens[:, :3], backend, **ONE_LAYER)
     read(model, cache, tokens[:, 3:])
     kept = copy.deepcopy(cache)
     for each in (want, cache):
@@ -142,7 +154,7 @@ def test_a_stepped_cache_can_do_what_every_cache_can(variant, tmp_path):
         logits = [read(model, each, more[:, :1])]
         model.config.kernel_backend = "torch"
         logits.append(model(more[:, 1:3], past_key_values=each).logits)
-        logits.append(read(stepping(model), each, more[:, 3:]))
+        logits.append(read(stepping(model, backend), each, more[:, 3:]))
         torch.testing.assert_close(torch.cat(logits, 1), wanted, **EXACT)
         assert_same_states(each, want, **EXACT)
     # A deep copy of a stepped cache is stacked, too, in buffers of its own, and the steps above did not reach it.
@@ -154,11 +166,12 @@ def test_a_stepped_cache_can_do_what_every_cache_can(variant, tmp_path):
     assert_same_states(kept, fresh, **EXACT)
 
 
+@BOTH
 @torch.no_grad()
-def test_buffers_keep_their_addresses_over_prompts():
+def test_buffers_keep_their_addresses_over_prompts(backend):
     """What a captured CUDA graph needs: the next prompt's states are moved into the buffers of the last one."""
     tokens = make_tokens(2, 6)
-    model, cache = prompt_read("linear-momentum-chunk", tokens[:, :4], **ONE_LAYER)
+    model, cache = prompt_read("linear-momentum-chunk", tokens[:, :4], backend, **ONE_LAYER)
     layer = cache.layers[0]
     read(model, cache, tokens[:, 4:])
 
@@ -171,7 +184,7 @@ def test_buffers_keep_their_addresses_over_prompts():
         cache.reset()
         model.config.kernel_backend = "torch"
         model(tokens[:, :4], past_key_values=cache)
-        read(stepping(model), cache, tokens[:, 4:])
+        read(stepping(model, backend), cache, tokens[:, 4:])
         assert addresses() == before and cache.get_seq_length() == 6
         for name, t in state_tensors(cache).items():
             torch.testing.assert_close(t, want[name], rtol=0, atol=0)
@@ -183,14 +196,15 @@ def test_buffers_keep_their_addresses_over_prompts():
     assert_same_states(cache, fresh, rtol=0, atol=0)
 
 
-def test_where_states_must_not_change_the_call_is_no_step(monkeypatch):
-    """A cache that is only read, no cache, several tokens, gradients."""
+@pytest.mark.parametrize("backend", ["triton", "torch", "auto", "reference"])
+def test_where_states_must_not_change_the_call_is_no_step(backend, monkeypatch):
+    """A cache that is only read, no cache, several tokens, gradients, the reference."""
 
     def refuse(*args):
         raise AssertionError("stepped")
 
     tokens = make_tokens(2, 4)
-    model, cache = prompt_read("linear", tokens, **ONE_LAYER)
+    model, cache = prompt_read("linear", tokens, backend, **ONE_LAYER)
     monkeypatch.setattr(TNTMemoryLayer, "_step", refuse)
     # What the other path computes, and on which backend, is not at stake here.
     monkeypatch.setattr(TNTMemoryLayer, "_read", lambda self, x, *args: x.new_zeros(*x.shape[:2], 2, 16))
@@ -198,15 +212,16 @@ def test_where_states_must_not_change_the_call_is_no_step(monkeypatch):
         model(tokens[:, :1], past_key_values=cache, use_cache=False)
         model(tokens[:, :1], use_cache=True)
         model(tokens[:, :2], past_key_values=cache)
-        with pytest.raises(AssertionError, match="stepped"):
+        with nullcontext() if backend == "reference" else pytest.raises(AssertionError, match="stepped"):
             model(tokens[:, :1], past_key_values=cache)
     model(tokens[:, :1], past_key_values=cache)
 
 
+@BOTH
 @torch.no_grad()
-def test_a_column_that_does_not_fit_is_refused():
+def test_a_column_that_does_not_fit_is_refused(backend):
     tokens = make_tokens(2, 4)
-    model, cache = prompt_read("linear", tokens, **ONE_LAYER)
+    model, cache = prompt_read("linear", tokens, backend, **ONE_LAYER)
     token = tokens[:, :1]
     with pytest.raises(ValueError, match=r"= \(2, 1\) or \(2, 5\) \(4 tokens are in the cache\), got \(2, 3\)"):
         model(token, past_key_values=cache, attention_mask=torch.ones(2, 3))
@@ -214,6 +229,12 @@ def test_a_column_that_does_not_fit_is_refused():
         model(token, past_key_values=cache, position_ids=torch.ones(2, 5))
     with pytest.raises(ValueError, match="holds 2 rows but the batch has 1"):
         model(token[:1], past_key_values=cache)
+    model(token, past_key_values=cache)
+    model.config.local_chunk_sizes = [2, 4]
+    with pytest.raises(ValueError, match=r"was filled by a model with local_chunk_sizes=\[4\] \(now \[2, 4\]\)"):
+        model(token, past_key_values=cache)
+    with pytest.raises(ValueError, match="one entry for each of the model's 1 local memories"):
+        model(token, past_key_values=DynamicCache(config=model.config))
 
 
 @torch.no_grad()
@@ -236,6 +257,19 @@ def test_a_compiled_model_is_one_graph():
     torch.testing.assert_close(torch.cat(logits, 1), want.logits[:, 5:], **EXACT)
     assert_same_states(cache, want.past_key_values, **EXACT)
     assert counter.frame_count <= 3, "compiled anew for every length"
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_compiled_model_with_the_torch_backend_breaks_its_graph_and_is_right():
+    torch._dynamo.reset()
+    tokens = make_tokens(2, 10)
+    want = make_model("linear", **ONE_LAYER)(tokens, use_cache=True)
+    model, cache = prompt_read("linear", tokens[:, :4], "torch", **ONE_LAYER)
+    compiled = torch.compile(model, backend="aot_eager")
+    logits = [compiled(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(4, 10)]
+    torch.testing.assert_close(torch.cat(logits, 1), want.logits[:, 4:], **EXACT)
+    assert_same_states(cache, want.past_key_values, **EXACT)
     torch._dynamo.reset()
 
 
