@@ -48,14 +48,23 @@ class _Layers(NamedTuple):
     last: Tensor | None  # [N, M (+ 1), D]; None: a linear memory
 
 
+class _Lines(NamedTuple):
+    """What layers are read at, of some memories: views of the workspace, whose lines are the key and the query."""
+
+    x: Tensor  # [memories, rows, H, lines, D]
+    x_rows: Tensor  # the same with the ones of a bias, [N, lines, D (+ 1)]
+    a: Tensor  # hidden units, [N, lines, M]
+    a_rows: Tensor  # with the ones of a bias, [N, lines, M (+ 1)]
+
+
 class _Run(NamedTuple):
-    """Neighbouring memories that read alike."""
+    """Neighbouring memories that read alike: which ones, their options, M, and views for reading at their weights."""
 
     memories: slice
-    is_global: bool
-    projections: slice | None
-    normalize: bool
-    scaled: bool
+    options: StepOptions
+    projection: Tensor | None
+    query: _Lines
+    layers: _Layers
 
 
 class TorchStep:
@@ -67,30 +76,18 @@ class TorchStep:
     def __init__(self, stack: MemoryStack, options: Sequence[StepOptions]) -> None:
         self.stack, self.options = stack, tuple(options)
         self._chunk_sizes = tuple(o.chunk_size for o in options)
-        self._slots = stack.slots
-        self._projects = max(self._slots) >= 0
-        self._runs = self._find_runs()
+        self._has_projection = any(slot >= 0 for slot in stack.slots)
         like = stack.states[0].weights
         self._has_bias, self._is_mlp = like.b1 is not None, like.w2 is not None
         self._dim, self._hidden = like.w1.shape[-2:]
+        self._positions = stack.position[:, :, 0]
         self._weights, self._anchor, *momentum = (self._layers(group) for group in stack.weights)
         self._momentum = momentum[0] if momentum else None
-        self._positions = stack.position[:, :, 0]
+        if self._is_mlp:
+            self._anchor_last_transposed = self._anchor.last[:, : self._hidden].transpose(1, 2)
         with torch.inference_mode(False):  # what is made in inference mode could be written only there
             self._make_workspace()
-
-    def _find_runs(self) -> list[_Run]:
-        runs: list[_Run] = []
-        for i, (o, slot) in enumerate(zip(self.options, self._slots, strict=True)):
-            projections = None if slot < 0 else slice(slot, slot + 1)
-            run = _Run(slice(i, i + 1), o.is_global, projections, o.normalize_projection, o.has_token_scale)
-            alike = runs and runs[-1][3:] == run[3:] and runs[-1].is_global == run.is_global
-            if alike and (runs[-1].projections is None) == (projections is None):
-                grown = None if projections is None else slice(runs[-1].projections.start, slot + 1)
-                runs[-1] = runs[-1]._replace(memories=slice(runs[-1].memories.start, i + 1), projections=grown)
-            else:
-                runs.append(run)
-        return runs
+        self._runs = [self._run(span) for span in self._find_spans()]
 
     def _layers(self, packed: Tensor) -> _Layers:
         one = int(self._has_bias)
@@ -100,17 +97,36 @@ class TorchStep:
         return _Layers(first, rows[:, size:].unflatten(1, (self._hidden + one, self._dim)) if self._is_mlp else None)
 
     def _make_workspace(self) -> None:
-        """What a layer is read at, [.., 2, width (+ 1)]: a line for the key, one for the query, and ones for biases."""
+        """[.., 2, width (+ 1)]: a line for the key, one for the query, and ones for biases."""
         stack, one = self.stack, int(self._has_bias)
         lead = stack.weights.shape[1:4]
-        # Only a global memory is read at its anchor; without one nothing but keys meets the anchors.
-        self._lines = 2 if any(run.is_global for run in self._runs) else 1
         self._x = stack.weights.new_ones(*lead, 2, self._dim + one)
         self._a = stack.weights.new_ones(*lead, 2, self._hidden + one) if self._is_mlp else self._x
-        self._x_keys, self._x_queries = self._x[..., 0, : self._dim], self._x[..., 1, : self._dim]
-        self._x_lines = self._x[..., : self._lines, : self._dim]
-        self._x_rows, self._a_rows = self._x.flatten(0, 2), self._a.flatten(0, 2)
-        self._k_column, self._a_column = self._x_rows[:, 0].unsqueeze(-1), self._a_rows[:, 0].unsqueeze(-1)
+        # Only a global memory is read at its anchor; without one nothing but keys meets the anchors.
+        self._at_anchor = self._lines(slice(None), slice(0, 2 if any(o.is_global for o in self.options) else 1))
+        self._keys, self._queries = self._x[..., 0, : self._dim], self._x[..., 1, : self._dim]
+        self._k_column, self._a_column = (t.flatten(0, 2)[:, 0].unsqueeze(-1) for t in (self._x, self._a))
+
+    def _lines(self, memories: slice, lines: slice) -> _Lines:
+        x, a = self._x[memories, ..., lines, :], self._a[memories, ..., lines, :]
+        a_rows = a.flatten(0, 2)
+        return _Lines(x[..., : self._dim], x.flatten(0, 2), a_rows[..., : self._hidden], a_rows)
+
+    def _find_spans(self) -> list[slice]:
+        """Neighbouring memories that read alike."""
+        kinds = [(o.is_global, slot < 0, *o[3:]) for o, slot in zip(self.options, self.stack.slots, strict=True)]
+        starts = [i for i, kind in enumerate(kinds) if i == 0 or kinds[i - 1] != kind]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(kinds)], strict=True)]
+
+    def _run(self, memories: slice) -> _Run:
+        slots = [slot for slot in self.stack.slots[memories] if slot >= 0]
+        return _Run(
+            memories,
+            self.options[memories.start],
+            self.stack.projection[slots[0] : slots[-1] + 1] if slots else None,
+            self._lines(memories, slice(1, 2)),
+            self._layers(self.stack.weights[0, memories]),
+        )
 
     def __call__(
         self,
@@ -147,19 +163,19 @@ class TorchStep:
         positions = self._positions.tolist()
         self._start(positions, params)
         norm = self._norm(params)
-        self._x_keys.copy_(k)
-        self._x_queries.copy_(q)
+        self._keys.copy_(k)
+        self._queries.copy_(q)
         f = self._learn(v, gates, norm)
-        if self._projects:
-            key = _unit(self._x_keys[0])
+        if self._has_projection:
+            key = _unit(self._keys[0])
             self.stack.projection.addcmul_(key.unsqueeze(-1), key.unsqueeze(-2))
         outputs, scaled = [], {}
         for run in self._runs:
-            if run.is_global:
-                outputs.append(f[run.memories, ..., 1, :])
+            if run.options.is_global:
+                outputs.append(f[run.memories, ..., 1:, :])
                 continue
-            layers = self._weights
-            if run.scaled:
+            layers = run.layers
+            if run.options.has_token_scale:
                 weights = self._scale(run, positions, token_scales)
                 scaled |= dict(zip(range(run.memories.start, run.memories.stop), weights, strict=True))
                 layers = self._layers(weights)
@@ -170,7 +186,7 @@ class TorchStep:
         for o in outputs:
             o = o[0] if o.shape[0] == 1 else o.sum(0)
             total = o if total is None else total + o
-        return total.to(q.dtype)
+        return total.squeeze(-2).to(q.dtype)
 
     # -------------------------------------------------------------------------------------------------- boundaries
 
@@ -229,19 +245,15 @@ class TorchStep:
 
         With the norm, f = k + γ n + β with n = LN(y), and δ = r (g − mean g − n mean(g n)) with g = lr γ (f − v).
         """
-        lines = self._lines
-        y = z = torch.bmm(self._x_rows[:, :lines], self._anchor.first)
-        if self._is_mlp:
-            torch.ops.aten.gelu.out(z, approximate="tanh", out=self._a_rows[:, :lines, : self._hidden])
-            y = torch.bmm(self._a_rows[:, :lines], self._anchor.last)
-        y = f = y.view(self._x_lines.shape)
+        z, y = self._apply(self._at_anchor, self._anchor)
+        y = f = y.view(self._at_anchor.x.shape)
         v, lr = v.to(y.dtype), gates.lr.to(y.dtype).unsqueeze(-1)
         if norm is None:
             delta = (f[..., 0, :] - v) * lr
         else:
             weight, bias = norm
             n, _, rstd = torch.native_layer_norm(y, (self._dim,), None, None, NORM_EPS)
-            f = torch.addcmul(self._x_lines + bias, n, weight)
+            f = torch.addcmul(self._at_anchor.x + bias, n, weight)
             g = (f[..., 0, :] - v) * weight[..., 0, :] * lr
             n = n[..., 0, :]
             delta = torch.addcmul(g - g.mean(-1, keepdim=True), n, (g * n).mean(-1, keepdim=True), value=-1)
@@ -259,7 +271,7 @@ class TorchStep:
             target = self._momentum
             stack.weights[2].mul_(gates.momentum.unsqueeze(-1))
         if self._is_mlp:
-            u = torch.bmm(delta, self._anchor.last[:, : self._hidden].transpose(1, 2))
+            u = torch.bmm(delta, self._anchor_last_transposed)
             target.last.addcmul_(self._a_column, delta, value=-1)
             delta = torch.ops.aten.gelu_backward(u, z[:, :1], approximate="tanh")
         target.first.addcmul_(self._k_column, delta, value=-1)
@@ -267,25 +279,25 @@ class TorchStep:
             stack.weights[0].add_(stack.weights[2])
 
     def _read(self, run: _Run, layers: _Layers, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-        """f(W, M q) of local memories, [memories of the run, rows, H, D]; `layers` are those of the run if scaled."""
-        x = self._x_queries[run.memories]
-        if run.projections is not None:
-            m = self.stack.projection[run.projections]
-            projected = torch.matmul(x.unsqueeze(-2), m).squeeze(-2)
-            x.copy_(_unit(projected) if run.normalize else projected)
-        per_memory = self._x_rows.shape[0] // len(self.options)
-        span = slice(run.memories.start * per_memory, run.memories.stop * per_memory)
-        first, last = layers if run.scaled else (layers.first[span], layers.last[span] if self._is_mlp else None)
-        y = torch.bmm(self._x_rows[span, 1:], first)
-        if self._is_mlp:
-            torch.ops.aten.gelu.out(y, approximate="tanh", out=self._a_rows[span, 1:, : self._hidden])
-            y = torch.bmm(self._a_rows[span, 1:], last)
-        y = y.view(x.shape)
+        """f(W, M q) of the local memories of a run, [memories of the run, rows, H, 1, D]."""
+        x = run.query.x
+        if run.projection is not None:
+            projected = torch.matmul(x, run.projection)
+            x.copy_(_unit(projected) if run.options.normalize_projection else projected)
+        y = self._apply(run.query, layers)[1].view(x.shape)
         if norm is None:
             return y
-        weight, bias = (t[run.memories, ..., 0, :] for t in norm)
+        weight, bias = (t[run.memories] for t in norm)
         n = torch.native_layer_norm(y, (self._dim,), None, None, NORM_EPS)[0]
         return torch.addcmul(x + bias, n, weight)
+
+    def _apply(self, lines: _Lines, layers: _Layers) -> tuple[Tensor, Tensor]:
+        """Outputs of the first and of the last layer, [N, lines, M] and [N, lines, D]."""
+        z = torch.bmm(lines.x_rows, layers.first)
+        if layers.last is None:
+            return z, z
+        torch.ops.aten.gelu.out(z, approximate="tanh", out=lines.a)
+        return z, torch.bmm(lines.a_rows, layers.last)
 
     def _scale(self, run: _Run, positions: list[list[int]], token_scales: Sequence[Tensor | None]) -> Tensor:
         """W_anchor + r (W − W_anchor) of the run's memories, packed; r by each row's position in its chunk (TTT)."""

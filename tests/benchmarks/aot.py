@@ -42,7 +42,7 @@ from modeling_tnt import TNTConfig
 from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.configuration import available_presets
 from modeling_tnt.kernels.fused.limits import assume_device
-from modeling_tnt.memory_layer import TNTMemoryLayer
+from modeling_tnt.memory_layer import TNTMemoryLayer, step_options
 from modeling_tnt.packing import TokenStep
 
 TABLE = Path(__file__).with_name("AOT.md")
@@ -267,7 +267,7 @@ def _decode(preset: str, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 1, layer.config.hidden_size, dtype=dtype)
     with torch.no_grad():
         for active in (None, torch.tensor([True, False])):
-            layer(x, cache_layer=cache, step=TokenStep(active))
+            layer(x, cache_layer=cache, step=TokenStep(active, "triton", step_options(layer.config)))
 
 
 PHASES: dict[str, Callable[[str, torch.dtype], None]] = {"train": _train, "prefill": _prefill, "decode": _decode}
