@@ -20,6 +20,7 @@ from .evaluation.arguments import EvalArguments
 from .evaluation.run import run_eval
 from .options import Parser, add_flags, to_arguments
 from .plan import find_missing_trackers, prepare
+from .push_command import PushArguments, run_push
 from .recipe import PRECISIONS, Recipe, available_recipes, load_recipe
 from .reproduce.arguments import Table3Arguments
 from .reproduce.run import run_table3
@@ -141,6 +142,15 @@ def _build_parser(recipe: Recipe) -> Parser:
         help="write the model card of a saved model",
         description="Write the README.md of a saved model again, with results of tnt eval, a licence, or another "
         "template. What is not known is left out.",
+    )
+    _add_command(
+        commands,
+        "push",
+        run_push,
+        PushArguments(),
+        help="send a saved model to the Hub",
+        description="Check a saved model and send it to the Hugging Face Hub in one commit, with its code, tokenizer "
+        "and card. Where the connection broke, the same command goes on.",
     )
     bench = commands.add_parser(
         "bench", help="measure speed and memory", description="Measure speed and memory.", allow_abbrev=False

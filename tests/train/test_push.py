@@ -1,0 +1,299 @@
+"""`tnt push` and the trainer's --push-to-hub, against a Hub on loopback with the unmodified client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Blob, HubServer
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.hub_cards import CardFacts, is_own_card, write_card
+from modeling_tnt.train.cli import main
+
+SMALL = {
+    "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16,
+    "intermediate_size": 32, "global_chunk_size": 8, "local_chunk_sizes": [4], "local_shard_lengths": 8,
+}  # fmt: skip
+
+
+def make_model(seed: int = 0) -> TNTForCausalLM:
+    torch.manual_seed(seed)
+    return TNTForCausalLM(TNTConfig(**SMALL)).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A model of three shards with its tokenizer and card; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    make_model().save_pretrained(folder, max_shard_size="60KB")
+    ByT5Tokenizer().save_pretrained(folder)
+    assert len(shards(folder)) == 3
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path) -> Path:
+    """The same, in a folder of the test's own."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub, which this process takes for the real one, with a token that may write. Files travel by Git LFS."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+    close_session()
+
+
+def environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
+    """Variables for a process that takes `hub` for the real one."""
+    return {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": WRITE_TOKEN, "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1", **more,
+    }  # fmt: skip
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("model*.safetensors"))
+
+
+def push(folder: Path, *flags: str, repo: str = "user/name") -> int:
+    return main(["push", str(folder), repo, *flags])
+
+
+# --------------------------------------------------------------------------------------------------------- what arrives
+
+
+def test_everything_that_loads_a_model_arrives(hub, model, capsys):
+    for name in ("trainer_state.json", "trainer_state.safetensors", "optimizer.pt", "notes.txt", ".env"):
+        (model / name).write_text("secret")
+    (model / "checkpoint-2").mkdir()
+    (model / "checkpoint-2" / "model.safetensors").write_text("secret")
+    assert push(model, "--message", "First", "--include", "notes.*") == 0
+    repo = hub.repos["user/name"]
+    files = repo.files()
+    sent = {path.name for path in model.iterdir() if path.is_file()} - {
+        "trainer_state.json", "trainer_state.safetensors", "optimizer.pt", ".env",
+    }  # fmt: skip
+    assert set(files) == sent | {".gitattributes"}
+    assert {"config.json", "tokenizer_config.json", "README.md", "modeling_tnt.py", *shards(model)} < set(files)
+    assert all(content == (model / name).read_bytes() for name, content in files.items() if name in sent)
+    assert repo.titles() == ["initial commit", "First"] and not repo.private
+    out = capsys.readouterr().out
+    assert f"commit   {hub.url}/user/name/commit/{repo.branches['main']}\n" in out
+    assert "not sent checkpoint-2/model.safetensors, optimizer.pt, trainer_state.json, trainer_state.safetensors" in out
+    assert "in the middle of a run" in out
+
+
+def test_a_second_push_is_a_new_commit_without_what_is_old(hub, model, tmp_path, capsys):
+    assert push(model) == 0
+    assert push(model) == 0
+    assert "(nothing had changed)" in capsys.readouterr().out
+    assert len(hub.repos["user/name"].commits) == 2 and len(hub.uploads) == 3
+    make_model(1).save_pretrained(tmp_path / "whole")
+    assert push(tmp_path / "whole", repo="name") == 0
+    files = hub.repos["user/name"].files()
+    assert [name for name in files if name.startswith("model") and "safetensors" in name] == ["model.safetensors"]
+    assert "tokenizer_config.json" in files
+    assert push(model) == 0  # transformers would prefer the single file to the shards
+    assert "model.safetensors" not in hub.repos["user/name"].files()
+
+
+def test_a_branch_is_made_and_main_stays(hub, model):
+    assert push(model, "--revision", "v2", "--private") == 0
+    repo = hub.repos["user/name"]
+    assert repo.private and set(repo.files("main")) == {".gitattributes"} and "config.json" in repo.files("v2")
+    assert push(model, "--revision", "v2", "--private") == 0
+    assert len(repo.commits) == 2
+
+
+def test_a_card_that_was_edited_there_stays(hub, model, capsys):
+    assert push(model) == 0
+    repo = hub.repos["user/name"]
+    write_card(model, CardFacts(config=TNTConfig.from_pretrained(model).to_dict(), parameters=1, name="Again"))
+    assert is_own_card(model / "README.md") and push(model) == 0
+    assert b"Again" in repo.files()["README.md"]
+    edited = repo.files()["README.md"] + b"\nMy own words\n"
+    repo.add("main", "edit", repo.find("main").files | {"README.md": Blob(edited, lfs=False)})
+    make_model(1).save_pretrained(model, max_shard_size="60KB")
+    assert push(model) == 0
+    assert repo.files()["README.md"] == edited and len(repo.commits) == 5
+    assert "README.md was written or edited by somebody else, and stays" in capsys.readouterr().out
+
+
+def test_dry_run_lists_all_and_sends_nothing(hub, model, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    (model / "tokenizer_config.json").unlink()
+    assert push(model, "--dry-run", "--revision", "v2") == 0
+    out = capsys.readouterr().out
+    assert f"push     {model} to user/name, branch v2: " in out and "nothing was sent" in out
+    assert all(f" {name}\n" in out for name in ("config.json", "modeling_tnt.py", *shards(model)))
+    assert "warning  there is no tokenizer" in out
+    assert not hub.requests
+
+
+# ----------------------------------------------------------------------------------------------------- broken transfers
+
+
+def test_the_same_command_goes_on_after_an_upload_failed(hub, model, capsys):
+    hub.break_upload(2, "refuse")
+    assert push(model) == 1
+    error = capsys.readouterr().err
+    assert f"tnt push: error: {hub.url} answered with the error 400" in error
+    assert f"{model} is unchanged; the same command goes on, without what has arrived" in error
+    assert len(hub.repos["user/name"].commits) == 1
+    arrived = len(hub.uploads)
+    assert arrived == 2
+    assert push(model) == 0
+    assert len(hub.uploads) == len(set(hub.uploads)) == 3
+    assert "config.json" in hub.repos["user/name"].files()
+
+
+def test_the_same_command_goes_on_after_the_connection_broke(hub, model, capsys):
+    hub.break_upload(1, "cut")  # which the client tries again by itself
+    hub.break_commit()
+    assert push(model) == 1
+    assert f"{hub.url} could not be reached when {model} was pushed to user/name" in capsys.readouterr().err
+    assert len(hub.uploads) == 3 and len(hub.repos["user/name"].commits) == 1
+    assert push(model) == 0
+    assert len(hub.uploads) == 3 and len(hub.repos["user/name"].commits) == 2
+
+
+def test_the_same_command_goes_on_after_it_was_killed(hub, saved, tmp_path):
+    hub.break_upload(3, "stall")
+    command = [sys.executable, "-m", "modeling_tnt.train.cli", "push", str(saved), "user/name"]
+    process = subprocess.Popen(
+        command, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    assert hub.upload_began.wait(60)
+    while len(hub.uploads) < 2:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert push(saved) == 0
+    assert len(hub.uploads) == len(set(hub.uploads)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        (None, "user/name", "no access token of the Hub; run hf auth login, or set HF_TOKEN"),
+        ("hf_wrong", "user/name", "does not accept the access token"),
+        (READ_TOKEN, "user/name", "the token of user may not write to user/name"),
+        (OTHER_TOKEN, "user/name", "the token of other may not write to user/name"),
+        (WRITE_TOKEN, "user/na me", "'user/na me' is no name of a repository"),
+        (WRITE_TOKEN, "a/b/c", "'a/b/c' is no name of a repository"),
+    ],
+)
+def test_what_the_hub_would_refuse(hub, saved, monkeypatch, capsys, token, repo, message):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    assert push(saved, repo=repo) == 2
+    assert message in capsys.readouterr().err
+    assert not hub.repos
+
+
+def test_no_network(hub, saved, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert push(saved) == 1
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9 could not be reached" in error and f"{saved} is unchanged; the same command" in error
+
+
+def test_what_a_repository_holds_is_not_replaced_by_accident(hub, model, tmp_path, capsys):
+    assert push(model) == 0
+    assert push(model, "--private") == 2
+    assert "user/name exists and is public, so that --private cannot hold" in capsys.readouterr().err
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    assert push(tmp_path / "llama") == 2
+    assert "user/name holds a model of type tnt, and" in (error := capsys.readouterr().err) and "--overwrite" in error
+    assert push(tmp_path / "llama", "--revision", "new-branch") == 2  # which would begin at main
+    repo = hub.repos["user/name"]
+    assert len(repo.commits) == 2 and set(repo.branches) == {"main"}
+    assert push(tmp_path / "llama", "--overwrite") == 0
+    assert json.loads(repo.files()["config.json"])["model_type"] == "llama"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def _lose_a_tensor(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["more.weight"] = "model-00002-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def _nest(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    (folder / "best").mkdir()
+    for name in names:
+        (folder / name).rename(folder / "best" / name)
+
+
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold an object, got list"),
+    "no type": (lambda f: _edit_config(f, model_type=None), "config.json names no model_type"),
+    "wrong config": (lambda f: _edit_config(f, num_heads=0), "num_heads must be an int of at least 1, got 0"),
+    "no auto_map": (lambda f: _edit_config(f, auto_map=None), "config.json has no auto_map"),
+    "no code": (lambda f: (f / "tnt_kernels_types.py").unlink(), "tnt_kernels_types.py is missing"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("model*.s*")], "neither model.safetensors nor model.safet"),
+    "cut shard": (lambda f: _cut(f / "model-00002-of-00003.safetensors"), "model-00002-of-00003.safetensors cannot"),
+    "lost shard": (lambda f: (f / "model-00001-of-00003.safetensors").unlink(), "model-00001-of-00003.safetensors is"),
+    "lost tensor": (_lose_a_tensor, "lacks 1 tensors that the index names, e.g. more.weight"),
+    "wrong card": (lambda f: (f / "README.md").write_text("---\nlicense: mine\n---\n"), "README.md: license"),
+    "no card data": (lambda f: (f / "README.md").write_text("# Mine\n"), "README.md: the card must begin"),
+    "a run": (_nest, "holds several models and is none itself; push one of"),
+    "no folder": (shutil.rmtree, "is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_before_anything_is_sent(hub, model, capsys, case):
+    break_it, message = BROKEN[case]
+    break_it(model)
+    assert push(model) == 2
+    assert message in (error := capsys.readouterr().err), error
+    assert not hub.requests
+
+
+def test_all_that_is_wrong_is_said_at_once(hub, model, capsys):
+    _cut(model / "model-00001-of-00003.safetensors")
+    _cut(model / "model-00003-of-00003.safetensors")
+    (model / "README.md").write_text("# Mine\n")
+    assert push(model, "--include", "*.none") == 2
+    error = capsys.readouterr().err
+    assert "cannot be pushed, and nothing was sent" in error
+    assert all(word in error for word in ("model-00001", "model-00003", "README.md", "--include *.none"))
