@@ -53,6 +53,8 @@ def write_run_card(folder: Path, place: Path, run: Run, state: State, score: Sco
     try:
         facts = collect_facts(run, state, score, config, accelerator)
         facts.name = f"{run.folder.root.resolve().name}-{place.name}"
+        if place == run.folder.stage(run.stages[-1].name):
+            facts.repo_id = _pushed_to(run)
         facts.remote_code = has_code(folder)
         facts.adapter = ADAPTER if (folder / ADAPTER).is_dir() else None
         save_facts(folder, facts)
@@ -146,6 +148,12 @@ def collect_facts(run: Run, state: State, score: Score, config: dict[str, Any], 
 def count_parameters(config: dict[str, Any]) -> int:
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(TNTConfig.from_dict(config)).num_parameters()
+
+
+def _pushed_to(run: Run) -> str | None:
+    """The name by which the last stage's model is loaded from the Hub, unless its owner's name is left to the token."""
+    name = run.recipe.output.push_to_hub
+    return name if name is not None and "/" in name else None
 
 
 def _stage(run: Run, state: State, index: int) -> StageFacts:

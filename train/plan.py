@@ -18,6 +18,7 @@ from .bench.models import make_llama_config
 from .data import Rows, TokenizedData, load_data, load_tokenizer
 from .distributed import find_wrong_setup
 from .options import flag_of, leaves, to_mapping
+from .push_run import find_wrong_push
 from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
 from .run_folder import RunFolder
 
@@ -109,6 +110,7 @@ def _check(
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
     problems += find_missing_trackers(recipe) + _find_missing_peft(recipe)
     problems += _find_other_run(recipe, folder)
+    problems += find_wrong_push(recipe.output, recipe.model.architecture, accelerator)
     tokenizer = _attempt(problems, lambda: load_tokenizer(recipe.data.tokenizer))
     config = stages = None
     if tokenizer is not None:

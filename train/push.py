@@ -59,6 +59,12 @@ class Pushed:
     changed: bool
     kept_card: bool
 
+    def describe(self) -> str:
+        kept = "card     the repository's README.md was written or edited by somebody else, and stays\n"
+        return (
+            kept if self.kept_card else ""
+        ) + f"commit   {self.url}{'' if self.changed else ' (nothing had changed)'}"
+
 
 def find_wrong_target(target: Target, flag: str = "REPO") -> Iterator[str]:
     """The rule that a repository's name breaks."""
@@ -68,10 +74,36 @@ def find_wrong_target(target: Target, flag: str = "REPO") -> Iterator[str]:
         yield f"{flag} {target.repo!r} is no name of a repository ({error}); use e.g. your-name/your-model"
 
 
-def check_access(api: HfApi) -> str:
-    """The name of the token's owner. Raises ValueError without a valid token, PushError without an answer."""
-    with _explained(api, "the Hub was asked who you are"):
-        return api.whoami()["name"]
+def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, ModelInfo | None]:
+    """Whether a model of this type may go there, before anything is sent.
+
+    Returns the whole name of the repository, and what is known of it: at the branch, or else at main; None if it does
+    not exist.
+
+    Raises:
+        ValueError: no valid token, one that cannot write, a repository of somebody else's that does not exist, one that
+            is public where it must be private, or one with another type of model.
+        PushError: the Hub could not be reached.
+    """
+    with _explained(api, "it was asked whose the access token is"):
+        me = api.whoami()
+    owners = [me["name"], *(org["name"] for org in me.get("orgs") or [])]
+    repo = target.repo if "/" in target.repo else f"{me['name']}/{target.repo}"
+    with _explained(api, f"{me['name']} asked for {repo}"):
+        found = _find_repo(api, repo, target.revision) or _find_repo(api, repo, None)
+        if found is not None:
+            _check_existing(api, found, model_type, target)
+    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise ValueError(
+            f"the access token of {me['name']} may only read from {api.endpoint}; use one that may write to {repo}"
+        )
+    if found is None and repo.split("/")[0] not in owners:
+        raise ValueError(
+            f"{repo} does not exist, or {me['name']} may not see it, and cannot make it; use a name that begins with "
+            f"{' or '.join(f'{owner}/' for owner in owners)}"
+        )
+    return repo, found
 
 
 def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str | None = None) -> Pushed:
@@ -81,17 +113,11 @@ def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str
     edited there stays, and one of ours is replaced.
 
     Raises:
-        ValueError: no valid token or no right to write, a repository that is public or holds another type of model.
+        ValueError: as `check_target`, and for a token that may not write there.
         PushError: the Hub could not be reached, or the connection broke.
     """
-    owner = check_access(api)
-    repo = target.repo if "/" in target.repo else f"{owner}/{target.repo}"
-    with _explained(api, f"{folder.path} was pushed to {repo}", owner, repo):
-        before = _find_repo(api, repo, target.revision)
-        if before is None:
-            before = _find_repo(api, repo, None)
-        if before is not None:
-            _check_existing(api, before, folder, target)
+    repo, before = check_target(api, target, folder.model_type)
+    with _explained(api, f"{folder.path} was pushed to {repo}"):
         repo = api.create_repo(repo, private=target.private or None, exist_ok=True).repo_id
         if target.revision is not None and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
@@ -112,7 +138,7 @@ def _find_repo(api: HfApi, repo: str, revision: str | None) -> ModelInfo | None:
         return None
 
 
-def _check_existing(api: HfApi, repo: ModelInfo, folder: ModelFolder, target: Target) -> None:
+def _check_existing(api: HfApi, repo: ModelInfo, model_type: str, target: Target) -> None:
     """Raise ValueError where a push would harm what is there."""
     if target.private and not repo.private:
         raise ValueError(
@@ -123,13 +149,13 @@ def _check_existing(api: HfApi, repo: ModelInfo, folder: ModelFolder, target: Ta
     if text is None:
         return
     try:
-        model_type = json.loads(text).get("model_type")
+        held = json.loads(text).get("model_type")
     except (ValueError, AttributeError):
-        model_type = "unknown"
-    if model_type != folder.model_type:
+        held = "unknown"
+    if held != model_type:
         raise ValueError(
-            f"{repo.id} holds a model of type {model_type}, and {folder.path} one of type {folder.model_type}; push to "
-            "another name, or use --overwrite to replace it by a new commit"
+            f"{repo.id} holds a model of type {held}, and this one is of type {model_type}; push to another name, or "
+            "use tnt push --overwrite to replace it by a new commit"
         )
 
 
@@ -156,11 +182,14 @@ def _read_file(api: HfApi, repo: ModelInfo, name: str) -> bytes | None:
 
 
 @contextmanager
-def _explained(api: HfApi, doing: str, owner: str | None = None, repo: str | None = None) -> Iterator[None]:
+def _explained(api: HfApi, doing: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into ValueError for what its user has to change, and PushError for the rest.
 
     Only calls of the Hub stand in such a block: with some versions a connection that breaks raises OSError or
     RuntimeError, so that all of them count as that.
+
+    Args:
+        doing: what fails, as a sentence.
     """
     try:
         yield
@@ -168,24 +197,20 @@ def _explained(api: HfApi, doing: str, owner: str | None = None, repo: str | Non
         raise ValueError("there is no access token of the Hub; run hf auth login, or set HF_TOKEN") from error
     except (HfHubHTTPError, OSError, RuntimeError, _transport_error()) as error:
         answer = _find_answer(error)
-        if answer is None:
-            raise PushError(f"{api.endpoint} could not be reached when {doing} ({_root_cause(error)})") from error
-        raise _explain_answer(api, answer, doing, owner, repo) from error
-
-
-def _explain_answer(api: HfApi, error: HfHubHTTPError, doing: str, owner: str | None, repo: str | None) -> Exception:
-    status, said = error.response.status_code, error.server_message or _first_line(error)
-    if status == 401:
-        return ValueError(
-            f"{api.endpoint} does not accept the access token ({said}); run hf auth login, or correct HF_TOKEN, which "
-            "goes before it"
+        status = (
+            403 if answer is None and isinstance(error, PermissionError) else answer and answer.response.status_code
         )
-    if status == 403:
-        return ValueError(
-            f"the token of {owner} may not write to {repo} ({said}); use a token with write access, and a repository "
-            "of yours or of an organisation that you belong to"
-        )
-    return PushError(f"{api.endpoint} answered with the error {status} when {doing} ({said})")
+        said = _first_line(_root_cause(error) if answer is None else answer)
+        if status == 401:
+            raise ValueError(
+                f"{api.endpoint} does not accept the access token ({said}); run hf auth login, or correct HF_TOKEN, "
+                "which goes before it"
+            ) from error
+        if status == 403:
+            raise ValueError(f"{doing}, which {api.endpoint} refused ({said}); use an access token that may") from error
+        if status is None:
+            raise PushError(f"{api.endpoint} could not be reached when {doing} ({said})") from error
+        raise PushError(f"{api.endpoint} answered with the error {status} when {doing} ({said})") from error
 
 
 def _find_answer(error: BaseException | None) -> HfHubHTTPError | None:
@@ -203,11 +228,13 @@ def _transport_error() -> type[BaseException]:
     return sys.modules[package].HTTPError
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error) or type(error).__name__
+    return error
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """What it says: of a Hub's answer the server's own words, where it has any."""
+    words = getattr(error, "server_message", None) or str(error).strip()
+    return words.partition("\n")[0] or type(error).__name__

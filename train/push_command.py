@@ -11,7 +11,7 @@ from huggingface_hub.utils import enable_progress_bars
 
 from .options import option
 from .push import PushError, Target, find_wrong_target, push_folder
-from .push_files import ModelFolder, check_folder
+from .push_files import check_folder, show_folder
 
 
 @dataclass
@@ -42,7 +42,7 @@ def run_push(arguments: PushArguments) -> int:
         for problem in find_wrong_target(target):
             raise ValueError(problem)
         folder = check_folder(arguments.model, arguments.include)
-        show_folder(folder, target, every_file=arguments.dry_run)
+        show_folder(folder, arguments.repo, arguments.revision, every_file=arguments.dry_run)
         if arguments.dry_run:
             print("dry run  nothing was sent")
             return 0
@@ -59,29 +59,5 @@ def run_push(arguments: PushArguments) -> int:
     except KeyboardInterrupt:
         print("\ntnt push: interrupted; the same command goes on, without what has arrived", file=sys.stderr)
         return 130
-    if pushed.kept_card:
-        print("card     the repository's README.md was written or edited by somebody else, and stays")
-    print(f"commit   {pushed.url}" + ("" if pushed.changed else " (nothing had changed)"))
+    print(pushed.describe())
     return 0
-
-
-def show_folder(folder: ModelFolder, target: Target, *, every_file: bool) -> None:
-    """Print what goes where, what does not, and what is missing."""
-    branch = "" if target.revision is None else f", branch {target.revision}"
-    size = _format_bytes(folder.num_bytes)
-    print(f"push     {folder.path} to {target.repo}{branch}: {len(folder.files)} files, {size}")
-    for file in folder.files if every_file else []:
-        print(f"         {_format_bytes(folder.size(file)):>9}  {file}")
-    if folder.left_out:
-        print(f"not sent {', '.join(folder.left_out)}")
-    for warning in folder.warnings:
-        print(f"warning  {warning}")
-
-
-def _format_bytes(number: float) -> str:
-    """In decimal units, as the Hub shows sizes."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

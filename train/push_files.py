@@ -217,3 +217,28 @@ def _warn(path: Path, files: list[str]) -> Iterator[str]:
         yield "there is no model card in it; tnt card writes one"
     if (path / TENSORS_FILE).is_file():
         yield "it is a checkpoint in the middle of a run; what the trainer goes on from is not sent"
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def show_folder(folder: ModelFolder, repo: str, revision: str | None, *, every_file: bool) -> None:
+    """Print what goes where, what does not, and what is missing."""
+    branch = "" if revision is None else f", branch {revision}"
+    size = _format_bytes(folder.num_bytes)
+    print(f"push     {folder.path} to {repo}{branch}: {len(folder.files)} files, {size}")
+    for file in folder.files if every_file else []:
+        print(f"         {_format_bytes(folder.size(file)):>9}  {file}")
+    if folder.left_out:
+        print(f"not sent {', '.join(folder.left_out)}")
+    for warning in folder.warnings:
+        print(f"warning  {warning}")
+
+
+def _format_bytes(number: float) -> str:
+    """In decimal units, as the Hub shows sizes."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

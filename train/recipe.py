@@ -26,6 +26,7 @@ TRAINABLE = ("all", "local", "lora")
 SHARDINGS = ("none", "fsdp2")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PRECISIONS = ("no", "bf16")
+PUSHES = ("end", "save")
 UNNAMED = "stage"
 
 
@@ -136,6 +137,17 @@ class OutputOptions:
         None, "output", "licence of the weights for their model cards, an identifier of the Hub, e.g. apache-2.0"
     )
     trackers: list[str] = option([], "output", f"report to these as well: {', '.join(TRACKERS)}")
+    push_to_hub: str | None = option(
+        None, "output", "repository on the Hub to push the model to: user/name, or name for one of your own",
+        alias="--push-to-hub",
+    )  # fmt: skip
+    push_every: str = option(
+        "end", "output", "end: push the last stage's model when the run is done; save: also each checkpoint's model, "
+        "for which training waits",
+    )  # fmt: skip
+    push_private: bool = option(False, "output", "make a new repository private; an existing one must be")
+    push_revision: str | None = option(None, "output", "branch to push to, made from main if it is new; none: main")
+    push_dry_run: bool = option(False, "output", "list what would be pushed, and send nothing")
 
 
 def _default_stages() -> list[StageOptions]:
@@ -232,6 +244,7 @@ def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
         "model.architecture": (recipe.model.architecture, ARCHITECTURES),
         "training.mixed_precision": (recipe.training.mixed_precision, PRECISIONS),
         "training.sharding": (recipe.training.sharding, SHARDINGS),
+        "output.push_every": (recipe.output.push_every, PUSHES),
     }
     yield from _not_among(choices)
     if recipe.model.architecture == "llama" and recipe.data.boundaries == "marked":

@@ -31,6 +31,7 @@ from .errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of
 from .optim import learning_rate_at, parameter_groups
 from .options import leaves, to_mapping
 from .plan import Run, Stage
+from .push_run import RunPusher
 from .report import Log, Progress, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
@@ -50,6 +51,7 @@ def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
         OutOfMemory: says what to lower.
         TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint of the last whole step is saved.
         OSError: when something cannot be saved or loaded; what was saved before is kept.
+        PushError: when all is done and saved, but could not be pushed (`output.push_to_hub`).
     """
     try:
         with Stopper() as stopper:
@@ -68,6 +70,7 @@ class Session:
         self.recipe = run.recipe
         self.began = time.perf_counter()
         self.saver = Saver(run, accelerator)
+        self.pusher = RunPusher(self.recipe.output)
         self.state, self.stop_requested = State(), False
         self.autocast = torch.bfloat16 if self.recipe.training.mixed_precision == "bf16" else None
         self.tokens_per_byte = run.data.train.num_tokens / max(1, run.data.train.num_bytes)
@@ -96,6 +99,9 @@ class Session:
             results = save_results(self.run, self.state, sample, seconds=seconds)
             finish_cards(self.run, self.state, seconds=seconds)
         self.accelerator.end_training()
+        if self.is_main:  # the other processes are done, and wait for nothing
+            last = self.run.stages[-1].name
+            self.pusher.push_end(self.run.folder.stage(last), f"{last}, {self.state.total_steps} steps in all")
         return results or {}
 
     @property
@@ -258,6 +264,8 @@ class Session:
             seconds = time.perf_counter() - self.began
             state.log_bytes = self.log.size()
             self.saver.save_checkpoint(state, model, optimizer, seconds=seconds)
+            if self.is_main and not self.stop_requested:
+                self.pusher.push_checkpoint(self.saver.newest, f"{stage.name}, step {state.step}")
         if self.stop_requested:
             raise TrainingStopped(
                 f"stopped in {stage.name} at step {state.step}; {self.saver.kept()}. --output.resume goes on from it",

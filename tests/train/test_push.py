@@ -200,8 +200,8 @@ def test_the_same_command_goes_on_after_it_was_killed(hub, saved, tmp_path):
     [
         (None, "user/name", "no access token of the Hub; run hf auth login, or set HF_TOKEN"),
         ("hf_wrong", "user/name", "does not accept the access token"),
-        (READ_TOKEN, "user/name", "the token of user may not write to user/name"),
-        (OTHER_TOKEN, "user/name", "the token of other may not write to user/name"),
+        (READ_TOKEN, "user/name", "the access token of user may only read from"),
+        (OTHER_TOKEN, "user/name", "user/name does not exist, or other may not see it, and cannot make it; use a name"),
         (WRITE_TOKEN, "user/na me", "'user/na me' is no name of a repository"),
         (WRITE_TOKEN, "a/b/c", "'a/b/c' is no name of a repository"),
     ],
@@ -211,6 +211,15 @@ def test_what_the_hub_would_refuse(hub, saved, monkeypatch, capsys, token, repo,
     assert push(saved, repo=repo) == 2
     assert message in capsys.readouterr().err
     assert not hub.repos
+
+
+def test_a_repository_of_somebody_else(hub, saved, monkeypatch, capsys):
+    assert push(saved) == 0
+    monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
+    assert push(saved) == 2
+    error = capsys.readouterr().err
+    assert "which " + hub.url + " refused (You don't have the rights to write to user/name); use an access" in error
+    assert push(saved, repo="mine") == 0 and "other/mine" in hub.repos
 
 
 def test_no_network(hub, saved, monkeypatch, capsys):
@@ -297,3 +306,82 @@ def test_all_that_is_wrong_is_said_at_once(hub, model, capsys):
     error = capsys.readouterr().err
     assert "cannot be pushed, and nothing was sent" in error
     assert all(word in error for word in ("model-00001", "model-00003", "README.md", "--include *.none"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.fixture
+def run_flags(flags, fresh_accelerator) -> list[str]:
+    """Stage 1 of 6 steps with a checkpoint every 3, stage 2 of 1 step."""
+    return [*flags, "--output.checkpoint-every", "3", "--push-to-hub", "user/run"]
+
+
+def folder_of(flags: list[str]) -> Path:
+    return Path(flags[flags.index("--output.dir") + 1])
+
+
+def test_a_run_pushes_its_last_model_at_the_end(hub, run_flags, capsys):
+    assert main([*run_flags, "--output.push-private", "--output.push-revision", "v1"]) == 0
+    repo, folder = hub.repos["user/run"], folder_of(run_flags)
+    assert repo.private and repo.titles() == ["initial commit", "stage2, 7 steps in all"]
+    files = repo.files("v1")
+    sent = {p.name: p.read_bytes() for p in (folder / "stage2").iterdir() if not p.name.startswith(".")}
+    assert files == sent | {".gitattributes": files[".gitattributes"]}
+    assert {"loss.png", "tokenizer_config.json", "model.safetensors"} < set(files)
+    assert b"user/run" in files["README.md"] and b"user/run" not in (folder / "best" / "README.md").read_bytes()
+    assert f"commit   {hub.url}/user/run/commit/" in capsys.readouterr().out
+
+
+def test_a_push_on_the_way_that_fails_stops_nothing(hub, run_flags, capsys):
+    hub.break_commit()
+    assert main([*run_flags, "--output.push-every", "save", "--overwrite"]) == 0
+    repo = hub.repos["user/run"]
+    # The first of the checkpoints at steps 3 and 6 of stage 1 and 1 of stage 2 failed.
+    assert repo.titles()[1:] == ["stage1, step 6", "stage2, step 1", "stage2, 7 steps in all"]
+    assert all("trainer_state.json" not in commit.files for commit in repo.commits)
+    assert "model.safetensors" in repo.commits[1].files
+    out = capsys.readouterr().out
+    assert "stage1-00000003 was not pushed: " in out and "training goes on, and pushes again later" in out
+
+
+def test_a_push_at_the_end_that_fails_can_be_finished(hub, run_flags, capsys):
+    hub.break_commit()
+    assert main(run_flags) == 1
+    folder = folder_of(run_flags)
+    error = capsys.readouterr().err
+    command = f"tnt push {folder / 'stage2'} user/run"
+    assert f"is kept in {folder / 'stage2'}, but was not pushed: {hub.url} could not be reached" in error
+    assert error.rstrip().endswith(command) and (folder / "metrics.json").is_file()
+    assert main(["push", *command.split()[2:]]) == 0
+    assert hub.repos["user/run"].files()["loss.png"] == (folder / "stage2" / "loss.png").read_bytes()
+    hub.repos.clear()
+    assert main([*run_flags, "--resume"]) == 0  # so does the same run again
+    assert "model.safetensors" in hub.repos["user/run"].files()
+
+
+@pytest.mark.parametrize(
+    ("token", "more", "message"),
+    [
+        (None, [], "--push-to-hub user/run: there is no access token of the Hub; run hf auth login, or set HF_TOKEN"),
+        ("hf_wrong", [], "--push-to-hub user/run: http://127.0.0.1"),
+        (READ_TOKEN, [], "the access token of user may only read"),
+        (WRITE_TOKEN, ["--push-to-hub", "a/b/c"], "--push-to-hub 'a/b/c' is no name of a repository"),
+        (WRITE_TOKEN, ["--push-to-hub", "theirs/run"], "theirs/run does not exist, or user may not see it"),
+        (WRITE_TOKEN, ["--output.push-every", "step"], "--output.push-every must be one of end, save, got 'step'"),
+        (WRITE_TOKEN, ["--push-to-hub", "none", "--output.push-private"], "--output.push-private needs a repository"),
+    ],
+)
+def test_a_run_that_could_not_push_does_not_begin(hub, run_flags, monkeypatch, capsys, token, more, message):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    assert main([*run_flags, *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder_of(run_flags).exists() and not hub.repos
+
+
+def test_a_dry_run_of_a_run_needs_no_token(hub, run_flags, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    assert main([*run_flags, "--output.push-dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "stage2 to user/run: " in out and "  model.safetensors\n" in out and "nothing was sent" in out
+    assert not hub.requests
