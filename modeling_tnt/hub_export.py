@@ -6,6 +6,7 @@ installed: `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,13 +130,25 @@ class HubExportMixin:
 
         Raises:
             OSError: also if the folder has no config.json, for which transformers would take the defaults, and if a
-                file of weights is damaged, saying which one.
+                file of weights is damaged or missing, saying which one.
+            ValueError: also if weights do not fit on their devices and would be offloaded, to the CPU beside a GPU or
+                to the disk.
         """
         _check_config_is_there(pretrained_model_name_or_path, **kwargs)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(_describe_damage(pretrained_model_name_or_path, error)) from error
+        except FileNotFoundError as error:
+            missing = _missing_shards(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+            if not missing:
+                raise
+            raise OSError(
+                f"{', '.join(missing)} missing in {os.fspath(pretrained_model_name_or_path)}, though its "
+                "model.safetensors.index.json names them; copy all files of weights, or save the model again"
+            ) from error
+        _check_nothing_is_offloaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def push_to_hub(
         self,
@@ -217,6 +230,27 @@ def _check_config_is_there(name: Any, config: Any = None, subfolder: str = "", *
         raise OSError(
             f"{folder} has no config.json and so holds no model; name a folder that save_pretrained wrote, or "
             "pass the config"
+        )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """The files of weights that the index of a folder names and that are not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in named if not (folder / name).is_file())
+
+
+def _check_nothing_is_offloaded(model: Any) -> None:
+    # accelerate brings offloaded weights for a call of the module that has them; a memory's are read outside of one.
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map and any(parameter.is_meta for parameter in model.parameters()):
+        offloaded = [name or "all" for name, device in device_map.items() if str(device) in ("cpu", "disk")]
+        raise ValueError(
+            f"device_map offloads weights of {type(model).__name__} ({', '.join(offloaded)}), which its memories "
+            "cannot read there; give more max_memory, or make the weights smaller with dtype=torch.bfloat16 or a "
+            "quantization_config"
         )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,11 +18,11 @@ from transformers.utils import can_return_tuple
 from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
+from .generation import TNTGenerationMixin
 from .hub_export import HubExportMixin
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
-from .state import expand_rows
 
 
 class TNTMLP(nn.Module):
@@ -215,6 +214,10 @@ class TNTModel(TNTPreTrainedModel):
         must be one tensor that is written into. For another prompt with as many rows, `cache.reset()`, read it and its
         first token as above, and replay.
 
+        `torch.export.export(model, (input_ids,), {"use_cache": False}, strict=False)` makes a program for inputs of
+        that one shape. Others are refused: a mask or boundaries are read by the host, the loop over chunks has a
+        length, and a cache is no plain tensor.
+
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
                 another configuration or batch size, or packed sequences behind a cache.
@@ -312,7 +315,7 @@ class TNTModel(TNTPreTrainedModel):
         return use_cache
 
 
-class TNTForCausalLM(TNTPreTrainedModel, GenerationMixin):
+class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
     """`TNTModel` with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -383,22 +386,6 @@ class TNTForCausalLM(TNTPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-        )
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """transformers repeats the prompts of a batch for beams and several sequences a prompt: their states, too."""
-        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
-        prompts = input_ids if embeds is None else embeds
-        if isinstance(cache, Cache) and prompts is not None:
-            model_kwargs["past_key_values"] = expand_rows(cache, prompts.shape[0], expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
 
