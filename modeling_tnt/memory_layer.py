@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .cache import TNTCacheLayer, cache_signature
 from .configuration import TNTConfig
@@ -51,8 +52,12 @@ def step_options(config: TNTConfig) -> tuple[StepOptions, ...]:
     return tuple(options)
 
 
-class TNTGate(nn.Linear):
-    """The logits of a gate: one for each head, from a token's hidden state."""
+class TNTGate(NonDynamicallyQuantizableLinear):
+    """The logits of a gate: one for each head, from a token's hidden state.
+
+    The base class is torch's name for a linear map that weight quantization leaves alone: a gate has a few rows only,
+    and the products of many gates need their digits.
+    """
 
     def __init__(self, hidden_size: int, heads: int, initial_logit: float) -> None:
         super().__init__(hidden_size, heads)
