@@ -153,7 +153,8 @@ def test_labels_that_do_not_fit(labels, options, message):
 
 
 def test_other_mistakes():
-    with pytest.raises(ValueError, match="problem_type must be None or one of"):
+    # With huggingface_hub 1, whose errors are no ValueErrors, the config has refused it before.
+    with pytest.raises(Exception, match="problem_type.* one of"):
         make_classifier(problem_type="classification")
     with pytest.raises(TypeError, match="atention_mask"):
         make_classifier()(make_tokens(1, 3), atention_mask=None)
@@ -222,3 +223,25 @@ def test_trainer_learns_a_toy_set_and_a_pipeline_uses_it(tmp_path):
     batched = classify(TEXTS, batch_size=3)
     # Equal but for the order of sums in float32.
     assert [a["score"] for a in batched] == pytest.approx([a["score"] for a in one_by_one], abs=1e-5)
+
+
+def test_lora_adapts_the_projections_and_trains_the_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, ids = make_classifier(dtype=torch.float32), make_tokens(4, 6)
+    mask, labels = torch.ones_like(ids), torch.tensor([0, 1, 2, 0])
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], r=2)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config).train()
+    optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path)
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(loaded(input_ids=ids, attention_mask=mask).logits, expected)

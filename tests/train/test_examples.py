@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from modeling_tnt.train import load_lora
 
 EXAMPLES = Path(__file__).parents[2] / "train" / "examples"
 SCRIPT, MEMORIZE = EXAMPLES / "finetune_stage2.py", EXAMPLES / "memorize_document.py"
+USE, CLASSIFY = EXAMPLES / "use_model.py", EXAMPLES / "classify.py"
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def run_here(monkeypatch, *arguments: str, script: Path = SCRIPT) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("script", [SCRIPT, MEMORIZE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [SCRIPT, MEMORIZE, USE, CLASSIFY], ids=lambda path: path.stem)
 def test_is_short(script):
     assert len(script.read_text().splitlines()) < 65
 
@@ -111,3 +114,32 @@ def test_memorize_needs_no_trained_model(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_here(monkeypatch, *given[:2], "--tokens", "1", *given[4:], script=MEMORIZE)
     assert "the document has 1 tokens; give at least 2" in capsys.readouterr().err
+
+
+def test_a_model_is_used_streamed_in_a_batch_and_at_other_chunks(arguments, monkeypatch, capsys):
+    """The first prompt, padded on the left in the batch, goes on as it did alone."""
+    model = arguments[arguments.index("--model") + 1]
+    given = ["--model", model, "--prompt", "the memory", "the memory reads one", "--new-tokens", "12"]
+    run_here(monkeypatch, *given, "--chunks", "1", "--device", "cpu", script=USE)
+    printed = capsys.readouterr().out
+    streamed = printed.removeprefix("'the memory', streamed:\nthe memory").partition("\n\nall prompts as one batch")[0]
+    batched, swapped = re.findall(r"chunks \[8\]:\n  'the memory' → (.+)|chunks \[1\]:\n  'the memory' → (.+)", printed)
+    assert ast.literal_eval(batched[0]).strip() == streamed.strip() != ""
+    assert swapped[1] and printed.count("'the memory reads one' → ") == 2
+
+
+def test_a_model_is_used_without_a_trained_one(monkeypatch, capsys):
+    run_here(
+        monkeypatch, "--new-tokens", "2", "--temperature", "0.7", "--dtype", "bfloat16", "--device", "cpu", script=USE
+    )
+    assert "all prompts as one batch, chunks [16]:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pretrained", [False, True], ids=["new", "language model"])
+def test_classifier_learns_the_toy_texts(arguments, tmp_path, monkeypatch, capsys, pretrained):
+    """Also from the weights of a language model, whose tokenizer it saves."""
+    given = ["--model", arguments[arguments.index("--model") + 1], "--learning-rate", "0.01"] if pretrained else []
+    run_here(monkeypatch, "--output", str(tmp_path / "classifier"), *given, script=CLASSIFY)
+    printed = capsys.readouterr().out
+    assert "accuracy on texts that were held out: 100%" in printed
+    assert printed.index("'label': 'good'") < printed.index("'label': 'bad'")
