@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from .bench.arguments import KernelBenchArguments, ModelBenchArguments
+from .bench.decode import run_decode
+from .bench.decode_arguments import DecodeBenchArguments
 from .bench.kernels import run_kernels
 from .bench.model import run_model
 from .card_command import CardArguments, run_card
@@ -94,6 +96,10 @@ def _run_bench_model(arguments: ModelBenchArguments) -> int:
     return _run_bench("bench model", run_model, arguments)
 
 
+def _run_bench_decode(arguments: DecodeBenchArguments) -> int:
+    return _run_bench("bench decode", run_decode, arguments)
+
+
 def _run_bench(command: str, run: Callable[[Any], int], arguments: Any) -> int:
     try:
         resolved = arguments.resolve()
@@ -104,7 +110,7 @@ def _run_bench(command: str, run: Callable[[Any], int], arguments: Any) -> int:
     except OSError as error:
         return _fail(command, error, status=1)
     except KeyboardInterrupt:
-        return _fail(command, "interrupted; the CSV keeps what was measured", status=130)
+        return _fail(command, "interrupted; what was measured is kept", status=130)
 
 
 def _build_parser(recipe: Recipe) -> Parser:
@@ -174,6 +180,17 @@ def _build_parser(recipe: Recipe) -> Parser:
         help="training steps of TNT, Titans and Llama",
         description="Time whole training steps (forward, backward, AdamW) of TNT at several chunk sizes beside Titans "
         "and a Llama of the same size, and say from which length on TNT is faster. On a CPU: small sizes.",
+    )
+    _add_command(
+        benchmarks,
+        "decode",
+        _run_bench_decode,
+        DecodeBenchArguments(),
+        help="the next token behind a long context, TNT and Llama",
+        description="Time the step of one new token, and count the bytes of its cache, behind contexts of 1,024 to "
+        "1,048,576 tokens: a TNT model's, whose memories have one size, beside a Llama's of as many parameters with a "
+        "KV cache, in turns. Llama's cache is filled with random keys and values, and TNT's memories have read "
+        "--read tokens and are then told the position: neither changes what a step costs.",
     )
     reproduce = commands.add_parser(
         "reproduce", help="repeat an experiment of the paper", description="Repeat an experiment of the paper.",

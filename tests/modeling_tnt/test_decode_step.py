@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_cases import VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from modeling_tnt import load_cache, save_cache
@@ -235,6 +236,78 @@ def test_a_column_that_does_not_fit_is_refused(backend):
         model(token, past_key_values=cache)
     with pytest.raises(ValueError, match="one entry for each of the model's 1 local memories"):
         model(token, past_key_values=DynamicCache(config=model.config))
+
+
+class CountOperators(TorchDispatchMode):
+    """How many of torch's operators are called, views not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_view = any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
+        self.count += not is_view
+        return function(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_token_takes_few_operators_whatever_the_rows_and_memories():
+    """Operators are what a step of a small model costs: 95 a layer were counted. A boundary takes a few more, so the
+    positions are such that there is none."""
+    counts = {}
+    for rows, chunk_sizes in ((1, [8]), (3, [8]), (3, [8, 8, 8])):
+        model, cache = prompt_read("mlp", make_tokens(rows, 2), "torch", local_chunk_sizes=chunk_sizes)
+        token = make_tokens(rows, 1)
+        model(token, past_key_values=cache)
+        with CountOperators() as counted:
+            model(token, past_key_values=cache)
+        counts[rows, len(chunk_sizes)] = counted.count
+    layers = model.config.num_hidden_layers
+    assert counts[1, 1] == counts[3, 1] <= 105 * layers
+    # A gate's product, and the product with its base step size.
+    assert counts[3, 3] - counts[3, 1] <= 2 * 2 * layers + layers
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@torch.no_grad()
+def test_half_precision_gives_what_the_reference_gives(precision):
+    """Memories and gates stay in float32; projections are rounded to 8 bits (4e-3) in both, at other places.
+
+    Without normalised projections: the first of a shard is k or −k by the sign of k·q, a matter of rounding.
+    """
+    options = {"initializer_range": 0.05, "memory_base_lr": 0.1, "normalize_projection": False}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    tokens, results = make_tokens(2, 9), {}
+    for backend in ("reference", "torch"):
+        model = make_model("mlp-momentum-forget", dtype, **options)
+        cache = DynamicCache(config=model.config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            model(tokens[:, :5], past_key_values=cache)
+            results[backend] = read(stepping(model, backend), cache, tokens[:, 5:]), state_tensors(cache)
+    (got, got_states), (want, want_states) = results["torch"], results["reference"]
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * want.abs().max().item())
+    for name, state in got_states.items():
+        assert state.dtype == want_states[name].dtype, name
+        assert (state.double() - want_states[name].double()).norm() <= 0.02 * want_states[name].double().norm(), name
+
+
+@torch.no_grad()
+def test_adapters_are_not_bypassed():
+    """PEFT's layers, which are called and never read from."""
+    peft = pytest.importorskip("peft")
+    tokens = make_tokens(2, 8)
+    base = make_model("mlp", **ONE_LAYER)
+    plain = base(tokens).logits
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lr_gate"], init_lora_weights=False)
+    model = peft.get_peft_model(base, lora).double().eval()
+    want = model(tokens, use_cache=True)
+    cache = DynamicCache(config=base.config)
+    model(tokens[:, :4], past_key_values=cache)
+    logits = read(model, cache, tokens[:, 4:])
+    torch.testing.assert_close(logits, want.logits[:, 4:], **EXACT)
+    assert (logits - plain[:, 4:]).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""The arguments of `tnt bench kernels` and `tnt bench model`: what None stands for on which device, and the checks."""
+"""The arguments of the benchmarks: what None stands for on which device, and the checks.
+
+Those of `tnt bench decode` are in `decode_arguments`.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +57,11 @@ _MODEL_QUICK: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class _BenchArguments:
-    """What both benchmarks take, the grid with other defaults. A None is filled in for the device by `resolve`."""
+class BenchArguments:
+    """What all benchmarks take. A None is filled in for the device by `resolve`."""
 
     device: str | None = option(None, "run", "cuda or cpu; by default cuda if there is one")
-    quick: bool = option(False, "run", "fewer lengths, chunk sizes and repeats, where they are not given")
-    lengths: list[int] | None = None
-    tokens: int | None = None
-    chunk_sizes: list[int] | None = None
+    quick: bool = option(False, "run", "fewer and smaller measurements, where their sizes are not given")
     case_seconds: float | None = option(None, "run", "seconds of repeats for each measurement; default 0.5 or more")
     time_limit: float | None = option(
         None, "run", "seconds after which no measurement is begun; what is left is written down as not run"
@@ -80,35 +80,54 @@ class _BenchArguments:
         fills |= defaults[device] | (quick[device] if self.quick else {})
         fills = {k: v for k, v in fills.items() if getattr(self, k) is None}
         filled = replace(self, **fills | {"device": device, "output_dir": Path(self.output_dir)})
-        problems = [*filled._find_problems(), *filled._find_wrong_grid(), *find_blocked_folder(filled.output_dir)]
+        problems = [*filled._find_problems(), *filled._find_wrong_sizes(), *find_blocked_folder(filled.output_dir)]
         if not self.overwrite and (filled.output_dir / result).exists():
             problems.append(f"--output-dir {filled.output_dir} holds {result}; give another folder, or --overwrite")
         if problems:
             raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
         return filled
 
-    def _find_wrong_grid(self) -> Iterable[str]:
-        for name in ("tokens", "lengths", "chunk_sizes"):
-            value = getattr(self, name)
-            for number in value if isinstance(value, list) else [value]:
-                if number < 1:
-                    yield f"{flag_of(name)} must be at least 1, got {number}"
+    def _find_problems(self) -> Iterable[str]:
+        """Those of one benchmark alone."""
+        raise NotImplementedError
+
+    def _find_wrong_sizes(self) -> Iterable[str]:
         for name in ("case_seconds", "time_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 yield f"{flag_of(name)} must be positive and finite, got {value}"
-        if self.tokens >= 1:
-            for length in self.lengths:
-                if length >= 1 and self.tokens % length:
-                    yield f"--lengths must divide --tokens {self.tokens}, got {length}"
         if self.seed < 0:
             yield f"--seed must be at least 0, got {self.seed}"
+
+    def _find_too_small(self, *names: str) -> Iterable[str]:
+        for name in names:
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number < 1:
+                    yield f"{flag_of(name)} must be at least 1, got {number}"
 
     def _find_unknown(self, name: str, allowed: Iterable[str]) -> Iterable[str]:
         value, allowed = getattr(self, name), list(allowed)
         for item in value if isinstance(value, list) else [value]:
             if item not in allowed:
                 yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {item!r}"
+
+
+@dataclass
+class _GridArguments(BenchArguments):
+    """What the benchmarks of many tokens take, the grid with other defaults."""
+
+    lengths: list[int] | None = None
+    tokens: int | None = None
+    chunk_sizes: list[int] | None = None
+
+    def _find_wrong_sizes(self) -> Iterable[str]:
+        yield from self._find_too_small("tokens", "lengths", "chunk_sizes")
+        yield from super()._find_wrong_sizes()
+        if self.tokens >= 1:
+            for length in self.lengths:
+                if length >= 1 and self.tokens % length:
+                    yield f"--lengths must divide --tokens {self.tokens}, got {length}"
 
 
 def _grid_option(name: str, help: str, defaults: dict[str, dict[str, Any]]) -> Any:
@@ -119,7 +138,7 @@ def _grid_option(name: str, help: str, defaults: dict[str, dict[str, Any]]) -> A
 
 
 @dataclass
-class KernelBenchArguments(_BenchArguments):
+class KernelBenchArguments(_GridArguments):
     """What `tnt bench kernels` needs to know; every field is a flag."""
 
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _KERNEL_DEFAULTS)
@@ -166,7 +185,7 @@ class KernelBenchArguments(_BenchArguments):
 
 
 @dataclass
-class ModelBenchArguments(_BenchArguments):
+class ModelBenchArguments(_GridArguments):
     """What `tnt bench model` needs to know; every field is a flag."""
 
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _MODEL_DEFAULTS)

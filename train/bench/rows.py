@@ -12,7 +12,7 @@ from .timing import Timing
 
 @dataclass(frozen=True)
 class Row:
-    """What both benchmarks write. `status`: see `attempt`; `reason`: why it is not "ok", or a remark on the time."""
+    """What all benchmarks write. `status`: see `attempt`; `reason`: why it is not "ok", or a remark on the time."""
 
     contender: str
     length: int
@@ -66,6 +66,17 @@ class ModelRow(Row):
     backend: str = ""
     attention: str = ""
     compiled: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeRow(Row):
+    """The step of one token behind `length` tokens. `relative`: its median to that of the peer in the same run."""
+
+    preset: str = ""
+    backend: str = ""
+    parameters: int | None = None
+    cache_bytes: int | None = None
+    relative: float | None = None
 
 
 def timing_fields(timing: Timing, tokens: int) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""`tnt bench decode` at contexts that take no time: what stands in a cache, what is measured, written and printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_tnt.train.bench import decode
+from modeling_tnt.train.bench.decode import DYNAMIC, STATIC, TNT, DecodeBench, summarize_decode
+from modeling_tnt.train.bench.decode_arguments import DecodeBenchArguments
+from modeling_tnt.train.bench.rows import DecodeRow
+from modeling_tnt.train.cli import main
+
+DECODE = [
+    "bench", "decode", "--device", "cpu", "--contexts", "16", "256", "--read", "20", "--case-seconds", "0.001",
+]  # fmt: skip
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    return tmp_path / "bench"
+
+
+def run(output_dir: Path, *more: str) -> list[dict]:
+    assert main([*DECODE, "--output-dir", str(output_dir), *more]) == 0
+    return json.loads((output_dir / "decode.json").read_text())["rows"]
+
+
+def test_it_measures_writes_and_prints(output_dir: Path, capsys):
+    rows = run(output_dir)
+    assert [(row["contender"], row["length"]) for row in rows] == [
+        (name, context) for context in (16, 256) for name in (TNT, DYNAMIC, STATIC)
+    ]
+    for row in rows:
+        assert row["status"] == "ok" and row["repeats"] >= 3
+        assert row["ms_lowest"] <= row["ms_median"] <= row["ms_highest"]
+        peers = [r["ms_median"] for r in rows if r["length"] == row["length"] and r["contender"] != TNT]
+        assert row["relative"] == pytest.approx(row["ms_median"] / min(peers))
+    size = {(row["contender"], row["length"]): row["cache_bytes"] for row in rows}
+    assert size[TNT, 16] == size[TNT, 256]
+    assert size[DYNAMIC, 256] == 2 * 3 * 256 * 128 * 4  # keys and values, layers, tokens, width, float32
+    assert size[STATIC, 256] == 2 * 3 * 257 * 128 * 4
+    printed = capsys.readouterr().out
+    assert "TNT's median step as a multiple" in printed and "cache, MiB" in printed
+    assert (output_dir / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*DECODE, "--output-dir", str(output_dir)]) == 2
+    assert "holds decode.json; give another folder, or --overwrite" in capsys.readouterr().err
+
+
+def test_a_cache_that_does_not_fit_is_left_out_with_its_size(output_dir: Path, capsys):
+    rows = run(output_dir, "--memory-limit", "0.0002", "--contexts", "16", "1048576", "--dtype", "bf16")
+    assert [row["status"] for row in rows] == ["ok"] * 4 + ["out of memory"] * 2
+    assert rows[-1]["cache_bytes"] == 2 * 3 * 2**20 * 128 * 2
+    # One layer more with a DynamicCache, which copies one at every token.
+    assert rows[-2]["reason"] == "a KV cache of 2.0 GiB is over the limit of 0.0 GiB"
+    assert rows[-1]["reason"] == "a KV cache of 1.5 GiB is over the limit of 0.0 GiB"
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_no_time_and_a_step_that_fails(output_dir: Path, monkeypatch):
+    rows = run(output_dir, "--time-limit", "1e-9", "--peer", "none")
+    assert [row["status"] for row in rows] == ["not run"] * 2 and "time limit" in rows[0]["reason"]
+    step = DecodeBench._step
+
+    def fail(self, contender):
+        if contender.name == STATIC:
+            raise RuntimeError("broken\nwith details")
+        return step(self, contender)
+
+    monkeypatch.setattr(DecodeBench, "_step", fail)
+    rows = run(output_dir, "--overwrite", "--contexts", "16")
+    assert [(row["status"], row["reason"]) for row in rows] == [
+        ("ok", ""),
+        ("ok", ""),
+        ("failed", "RuntimeError: broken"),
+    ]
+
+
+@torch.no_grad()
+def test_every_contender_stands_at_the_context(output_dir: Path):
+    bench = DecodeBench(DecodeBenchArguments(device="cpu", contexts=[300], read=20, output_dir=output_dir).resolve())
+    for name in (TNT, DYNAMIC, STATIC):
+        contender = bench._prepare(name, 300)
+        for step in range(2):
+            # A KV cache is cropped behind each step; what a memory has learned stays.
+            assert int(contender.cache.get_seq_length()) == (300 + step if name == TNT else 300)
+            bench._step(contender)
+        if name == TNT:
+            assert {s.position.item() for s in contender.cache.layers[0].memories.values()} == {302}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--contexts", "0"], "--contexts must be at least 1, got 0"),
+        (["--read", "0"], "--read must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--preset", "huge"], "--preset must be one of tiny, "),
+        (["--peer", "mamba"], "--peer must be one of llama, none, got 'mamba'"),
+        (["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        (["--memory-limit", "-1"], "--memory-limit must be at least 0 and finite, got -1.0"),
+        (["--backend", "reference"], "--backend must be one of auto, torch, triton, got 'reference'"),
+    ],
+)
+def test_bad_arguments(flags: list[str], message: str, output_dir: Path, capsys):
+    assert main([*DECODE, "--output-dir", str(output_dir), *flags]) == 2
+    printed = capsys.readouterr().err
+    assert "tnt bench decode: error: " in printed and message in printed
+    assert not output_dir.exists()
+
+
+def test_summary():
+    def row(name: str, context: int, ms: float, relative: float | None) -> DecodeRow:
+        return DecodeRow(name, context, 1, "ok", ms_median=ms, relative=relative)
+
+    rows = [row(TNT, 1024, 4.0, 1.25), row(DYNAMIC, 1024, 3.2, 1.0), row(TNT, 2**20, 4.4, None)]
+    lines = [line.split() for line in summarize_decode(rows).splitlines()[2:]]
+    assert lines == [["1k", "1.25", "1.00"], ["1024k", "1.10"]]
+    assert summarize_decode(rows[1:2]) == "TNT was not measured"
+
+
+def test_memory_is_read_where_linux_tells():
+    if Path("/proc/self/status").exists():
+        assert decode.resident_bytes("VmRSS", reset_peak=True) > 2**20
+        assert decode.free_bytes(torch.device("cpu")) > 2**20
+    assert decode.resident_bytes("VmNothing") is None
