@@ -66,6 +66,10 @@ def write_code(folder: str | os.PathLike) -> None:
             temporary.unlink(missing_ok=True)
 
 
+# Every file of a model's weights, as patterns.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
+
+
 class HubExportMixin:
     """`save_pretrained`, `from_pretrained` and `push_to_hub` of a model whose checkpoints carry its code."""
 
@@ -105,7 +109,7 @@ class HubExportMixin:
             self.config.auto_map = dict(AUTO_MAP)
             folder.mkdir(parents=True, exist_ok=True)
             write_code(folder)
-            self._write_card(folder)
+            self._write_card(folder, repo_id if push_to_hub else None)
         super().save_pretrained(save_directory, is_main_process, state_dict, **options)
         if push_to_hub and is_main_process:
             self._upload(
@@ -113,16 +117,23 @@ class HubExportMixin:
                 commit_message=commit_message,
             )  # fmt: skip
 
-    def _write_card(self, folder: Path) -> None:
-        """A card that says what a config tells; a copy of this code has no template."""
+    def _write_card(self, folder: Path, repo_id: str | None = None) -> None:
+        """A card that says what a config tells; a copy of this code has no template.
+
+        Args:
+            repo_id: that the model will have on the Hub, whose owner may be left out.
+        """
         if _IS_COPY or (folder / "README.md").exists():
             return
         from .hub_cards import CardFacts, write_card  # package only
 
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        write_card(
-            folder, CardFacts(config=self.config.to_dict(), parameters=parameters, class_name=type(self).__name__)
-        )
+        whole = repo_id is not None and "/" in repo_id
+        facts = CardFacts(
+            config=self.config.to_dict(), parameters=parameters, class_name=type(self).__name__,
+            name=None if whole else repo_id, repo_id=repo_id if whole else None,
+        )  # fmt: skip
+        write_card(folder, facts)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
@@ -181,6 +192,8 @@ class HubExportMixin:
             huggingface_hub.errors.HfHubHTTPError: what the Hub answers if it refuses; the model itself is unharmed.
         """
         with TemporaryDirectory() as folder:
+            if not getattr(self, "_hf_peft_config_loaded", False):
+                self._write_card(Path(folder), repo_id)  # which save_pretrained would name after this folder
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return self._upload(
                 Path(folder), repo_id, private=private, token=token, create_pr=create_pr, revision=revision, tags=tags,
@@ -209,10 +222,12 @@ class HubExportMixin:
         keep_card = api.file_exists(repo_id, card.name, revision=revision)
         if tags and card.exists() and not keep_card:
             _add_tags(card, tags)
+        # Weights of an earlier model in other files; transformers would prefer an old model.safetensors to new shards.
+        whole = any(folder.glob("model*.safetensors"))
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(self).__name__}", commit_description=commit_description,
-            ignore_patterns=[card.name] if keep_card else None,
+            ignore_patterns=[card.name] if keep_card else None, delete_patterns=list(WEIGHTS) if whole else None,
         )  # fmt: skip
 
 

@@ -21,14 +21,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_tnt.hub_cards import CARD_FILE, is_own_card
+from modeling_tnt.hub_export import WEIGHTS
 
 from .push_files import ModelFolder
-
-# Of an earlier push, removed unless sent again: transformers would prefer an old model.safetensors to new shards.
-REPLACED = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-?????-of-?????.safetensors"]
 
 
 class PushError(OSError):
@@ -90,7 +87,9 @@ def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, Mode
     owners = [me["name"], *(org["name"] for org in me.get("orgs") or [])]
     repo = target.repo if "/" in target.repo else f"{me['name']}/{target.repo}"
     with _explained(api, f"{me['name']} asked for {repo}"):
-        found = _find_repo(api, repo, target.revision) or _find_repo(api, repo, None)
+        found = _find_repo(api, repo, target.revision)
+        if found is None and target.revision is not None:
+            found = _find_repo(api, repo, None)  # where a new branch begins
         if found is not None:
             _check_existing(api, found, model_type, target)
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
@@ -124,7 +123,7 @@ def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str
         keep_card = before is not None and _has_edited_card(api, before)
         files = [file for file in folder.files if not (keep_card and file == CARD_FILE)]
         done: CommitInfo = api.upload_folder(
-            repo_id=repo, folder_path=folder.path, revision=target.revision, delete_patterns=REPLACED,
+            repo_id=repo, folder_path=folder.path, revision=target.revision, delete_patterns=list(WEIGHTS),
             allow_patterns=list(map(glob.escape, files)),
             commit_message=message or f"Upload {folder.model_type} model",
         )  # fmt: skip

@@ -3,9 +3,10 @@
     with HubServer() as hub:
         os.environ["HF_ENDPOINT"] = hub.url     # before huggingface_hub is imported
 
-Repositories are kept in memory, with commits and branches. Large files are sent as Git LFS objects ("basic" transfer),
-so that clients must run with HF_HUB_DISABLE_XET=1. Errors have the status and headers of the real Hub's. `break_upload`
-and `break_commit` say what goes wrong.
+Repositories are kept in memory, with commits and branches. Large files are sent as Git LFS objects ("basic" transfer)
+by clients with HF_HUB_DISABLE_XET=1. With a folder for `xet` they go the way that the client takes by default: its
+library hf_xet, given an address `local://FOLDER`, keeps there what it would send to the Hub's store of chunks. Errors
+have the status and headers of the real Hub's. `break_upload` and `break_commit` say what goes wrong.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import base64
 import hashlib
 import json
 import socket
+import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -27,16 +31,22 @@ LARGE = 10 * 2**20  # bytes from which a text is an LFS file
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content; `oid` is what the Hub gives as its ETag: git's SHA-1 of a regular file, SHA-256 of LFS."""
+    """A file.
+
+    content: empty where hf_xet keeps it.
+    oid: what the Hub gives as its ETag: git's SHA-1 of a regular file, SHA-256 of a large one.
+    xet: the hash by which hf_xet knows it.
+    """
 
     content: bytes
-    lfs: bool
+    oid: str
+    size: int
+    lfs: bool = False
+    xet: str | None = None
 
-    @property
-    def oid(self) -> str:
-        if self.lfs:
-            return hashlib.sha256(self.content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+    @classmethod
+    def regular(cls, content: bytes) -> Blob:
+        return cls(content, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), len(content))
 
 
 @dataclass
@@ -72,6 +82,26 @@ class Repo:
         return self.commits[-1]
 
 
+def find_xet_hash(store: Path, sha256: str) -> str | None:
+    """The hash by which hf_xet knows a file that it keeps in `store`, from its shards: tables of files in rows of 48
+    bytes. A file has a row with its hash, flags and a count, that many rows of chunks, as many again with the first
+    flag, and with the second a row with its SHA-256. Hashes are four 64-bit numbers, the lowest byte first.
+    """
+    for path in store.glob("xet/xorbs/shards/*.mdb"):
+        shard, at = path.read_bytes(), 48
+        while shard[at : at + 32] != b"\xff" * 32:
+            flags, rows = struct.unpack_from("<II", shard, at + 32)
+            last = at + 48 * (rows * (2 if flags >> 31 else 1) + (flags >> 30 & 1))
+            if flags >> 30 & 1 and _hexadecimal(shard[last : last + 32]) == sha256:
+                return _hexadecimal(shard[at : at + 32])
+            at = last + 48
+    return None
+
+
+def _hexadecimal(numbers: bytes) -> str:
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", numbers))
+
+
 class HubServer:
     """The server and all that it holds.
 
@@ -83,7 +113,8 @@ class HubServer:
         upload_began: set when the upload that `break_upload` names has begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, xet: Path | None = None) -> None:
+        self.xet = xet
         self.repos: dict[str, Repo] = {}
         self.tokens = {WRITE_TOKEN: ("user", "write"), READ_TOKEN: ("user", "read"), OTHER_TOKEN: ("other", "write")}
         self.objects: dict[str, bytes] = {}
@@ -230,6 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"branches": branches, "tags": [], "converts": []})
             case ["api", "models", owner, name, "tree", revision, *folder]:
                 self._tree(self._repo(f"{owner}/{name}"), revision, "/".join(folder))
+            case ["api", "models", owner, name, "xet-write-token" | "xet-read-token" as kind, *_]:
+                self._repo(f"{owner}/{name}", write=kind == "xet-write-token")
+                self._give_xet_access()
             case ["cdn", oid]:
                 self._content(self.hub.objects[oid], {"ETag": f'"{oid}"'})
             case [owner, name, "resolve", revision, *path]:
@@ -297,12 +331,19 @@ class _Handler(BaseHTTPRequestHandler):
             exists = name in self.hub.repos
             if not exists:
                 repo = self.hub.repos[name] = Repo(name, private)
-                repo.add("main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
+                repo.add("main", "initial commit", {".gitattributes": Blob.regular(b"*.safetensors filter=lfs\n")})
         url = f"{self.hub.url}/{name}"
         if exists:
             message = "You already created this model repo"
             raise HubError(409, message, body={"error": message, "url": url})
         self._json({"url": url, "name": name, "id": name})
+
+    def _give_xet_access(self) -> None:
+        if self.hub.xet is None:
+            raise HubError(404, "This Hub has no store of chunks; set HF_HUB_DISABLE_XET=1")
+        url, until = f"local://{self.hub.xet}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(until)}
+        self._json({"casUrl": url, "exp": until, "accessToken": "xet"}, headers=headers)
 
     def _validate(self, content: str) -> None:
         block = content.split("---\n")[1] if content.startswith("---\n") else ""
@@ -343,11 +384,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if value.get("parentCommit", parent.oid) != parent.oid:
                     raise HubError(412, "A commit has happened since. Please refresh and try again.")
             elif item["key"] == "file":
-                files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
+                files[value["path"]] = Blob.regular(base64.b64decode(value["content"]))
             elif item["key"] == "lfsFile":
-                if value["oid"] not in self.hub.objects:
-                    raise HubError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
-                files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
+                files[value["path"]] = self._large(value)
             elif item["key"] == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
@@ -355,6 +394,15 @@ class _Handler(BaseHTTPRequestHandler):
             commit = repo.add(branch, title, files)
         url = f"{self.hub.url}/{repo.id}/commit/{commit.oid}"
         self._json({"success": True, "commitUrl": url, "commitOid": commit.oid, "hookOutput": ""})
+
+    def _large(self, given: dict) -> Blob:
+        oid, size = given["oid"], given["size"]
+        if oid in self.hub.objects:
+            return Blob(self.hub.objects[oid], oid, size, lfs=True)
+        found = None if self.hub.xet is None else find_xet_hash(self.hub.xet, oid)
+        if found is None:
+            raise HubError(400, f"LFS pointer pointed to a file that does not exist: {given['path']}")
+        return Blob(b"", oid, size, lfs=True, xet=found)
 
     def _branch(self, repo: Repo, branch: str, given: dict) -> None:
         if branch in repo.branches:
@@ -376,9 +424,11 @@ class _Handler(BaseHTTPRequestHandler):
         for path, blob in commit.files.items():
             if not path.startswith(prefix):
                 continue
-            entries.append({"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid})
+            entries.append({"type": "file", "path": path, "size": blob.size, "oid": blob.oid})
             if blob.lfs:
-                entries[-1]["lfs"] = {"oid": blob.oid, "size": len(blob.content), "pointerSize": 134}
+                entries[-1]["lfs"] = {"oid": blob.oid, "size": blob.size, "pointerSize": 134}
+            if blob.xet is not None:
+                entries[-1]["xetHash"] = blob.xet
         if folder and not entries:
             raise HubError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
         self._json(entries)
@@ -391,7 +441,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid}
         if not blob.lfs:
             return self._content(blob.content, headers | {"ETag": f'"{blob.oid}"'})
-        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.oid}"'}
+        headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.oid}"'}
+        if blob.xet is not None:
+            route = f"{self.hub.url}/api/models/{repo.id}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": blob.xet, "X-Xet-Refresh-Route": route}
         # Another host than the Hub's, as in reality.
         self._send(302, b"", headers | {"Location": f"http://localhost:{self.hub.port}/cdn/{blob.oid}"})
 

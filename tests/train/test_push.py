@@ -21,6 +21,8 @@ from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.hub_cards import CardFacts, is_own_card, write_card
 from modeling_tnt.train.cli import main
 
+HERE = Path(__file__).parent
+IDS = torch.arange(3, 27)[None]
 SMALL = {
     "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16,
     "intermediate_size": 32, "global_chunk_size": 8, "local_chunk_sizes": [4], "local_shard_lengths": 8,
@@ -132,7 +134,7 @@ def test_a_card_that_was_edited_there_stays(hub, model, capsys):
     assert is_own_card(model / "README.md") and push(model) == 0
     assert b"Again" in repo.files()["README.md"]
     edited = repo.files()["README.md"] + b"\nMy own words\n"
-    repo.add("main", "edit", repo.find("main").files | {"README.md": Blob(edited, lfs=False)})
+    repo.add("main", "edit", repo.find("main").files | {"README.md": Blob.regular(edited)})
     make_model(1).save_pretrained(model, max_shard_size="60KB")
     assert push(model) == 0
     assert repo.files()["README.md"] == edited and len(repo.commits) == 5
@@ -385,3 +387,84 @@ def test_a_dry_run_of_a_run_needs_no_token(hub, run_flags, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "stage2 to user/run: " in out and "  model.safetensors\n" in out and "nothing was sent" in out
     assert not hub.requests
+
+
+# ------------------------------------------------------------------------------------------------------ and back again
+
+
+@pytest.fixture(scope="module")
+def used_hub(saved, tmp_path_factory):
+    """The Hub after all that hub_user.py does there, by the way that the client takes by default."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "store").mkdir()
+    with HubServer(xet=folder / "store") as hub:
+        command = [sys.executable, str(HERE / "hub_user.py"), str(saved), str(folder)]
+        env = environment(hub, folder / "home", HF_HUB_DISABLE_XET="0")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("all loaded\n") and not hub.uploads
+        hub.printed = done.stdout
+        yield hub
+
+
+def test_models_that_were_pushed_in_every_way_load_with_equal_logits(used_hub):
+    """Which hub_user.py asserts; here is what it left."""
+    repos = used_hub.repos
+    assert sum(name.startswith("model-") for name in repos["user/command"].files("v2")) == 3
+    assert set(repos["user/command"].files("main")) == {".gitattributes"}
+    assert [name for name in repos["user/method"].files() if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert "tokenizer_config.json" in repos["user/method"].files()
+    assert repos["user/trainer"].titles()[1:] == ["Training in progress, step 1", "End of training"]
+
+
+@pytest.mark.parametrize(("name", "commit"), [("method", 2), ("saved", 1)])
+def test_push_to_hub_brings_a_card_of_the_model_with_its_name(used_hub, name, commit):
+    card = used_hub.repos[f"user/{name}"].commits[commit].files["README.md"].content.decode()
+    assert f"# {name}\n" in card and f'from_pretrained("user/{name}"' in card and "TNT language model" in card
+
+
+def test_push_to_hub_keeps_the_card_that_is_there(used_hub):
+    repo = used_hub.repos["user/saved"]
+    assert repo.files()["README.md"].endswith(b"My own words\n")
+    assert repo.titles()[-1] == "Upload TNTForCausalLM" and "model.safetensors" not in repo.files()
+
+
+def test_the_example_shares_a_model_and_loads_it_back(used_hub):
+    assert len((HERE.parents[1] / "train" / "examples" / "share_model.py").read_text().splitlines()) < 65
+    repo = used_hub.repos["user/shared"]
+    assert repo.titles() == ["initial commit", "Upload tnt model"]
+    card = repo.files()["README.md"].decode()
+    assert "license: apache-2.0" in card and 'from_pretrained("user/shared"' in card
+    dry, real = used_hub.printed.split(" to user/shared: ")[1:]
+    assert "  config.json\n" in dry and "  config.json\n" not in real
+    assert f"pushed {used_hub.url}/user/shared/commit/" in real and "and computes the same" in real
+
+
+def test_what_was_pushed_loads_by_its_own_code(hub, saved, tmp_path):
+    """In a process that cannot import the package, from a branch of a private repository."""
+    assert push(saved, "--private", "--revision", "v2") == 0
+    with torch.no_grad():
+        expected = TNTForCausalLM.from_pretrained(saved).eval()(IDS).logits
+    torch.save(expected, tmp_path / "expected.pt")
+    code = LOAD_BY_ITS_OWN_CODE.format(expected=str(tmp_path / "expected.pt"))
+    env = environment(hub, tmp_path / "home")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("transformers_modules.user.name.")
+
+
+LOAD_BY_ITS_OWN_CODE = """
+import sys
+sys.modules["modeling_tnt"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+options = {{"trust_remote_code": True, "revision": "v2"}}
+model = AutoModelForCausalLM.from_pretrained("user/name", **options).eval()
+ids = AutoTokenizer.from_pretrained("user/name", **options)(["memory"], return_tensors="pt").input_ids
+with torch.no_grad():
+    logits = model(torch.arange(3, 27)[None]).logits
+    model(ids)
+torch.testing.assert_close(logits, torch.load({expected!r}), rtol=1e-4, atol=1e-5)
+print(type(model).__module__)
+"""
