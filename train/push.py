@@ -83,7 +83,7 @@ def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, Mode
         PushError: the Hub could not be reached.
     """
     with _explained(api, "it was asked whose the access token is"):
-        me = api.whoami()
+        me = api.whoami(cache=True)  # of this `api`: the Hub allows few such questions
     owners = [me["name"], *(org["name"] for org in me.get("orgs") or [])]
     repo = target.repo if "/" in target.repo else f"{me['name']}/{target.repo}"
     with _explained(api, f"{me['name']} asked for {repo}"):

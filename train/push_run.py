@@ -50,7 +50,7 @@ class RunPusher:
     """Pushes models of a run, from the main process."""
 
     def __init__(self, output: OutputOptions):
-        self.output = output
+        self.output, self.api = output, HfApi()
 
     def push_checkpoint(self, folder: Path, message: str) -> None:
         """The model of a checkpoint, if they are pushed. Where that fails it is said, and training goes on."""
@@ -85,7 +85,7 @@ class RunPusher:
         if self.output.push_dry_run:
             print("dry run  nothing was sent", flush=True)
             return
-        pushed = push_folder(HfApi(), checked, target, message=message)
+        pushed = push_folder(self.api, checked, target, message=message)
         print(pushed.describe(), flush=True)
 
     def _command(self, folder: Path) -> str:

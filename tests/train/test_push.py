@@ -343,6 +343,7 @@ def test_a_push_on_the_way_that_fails_stops_nothing(hub, run_flags, capsys):
     assert repo.titles()[1:] == ["stage1, step 6", "stage2, step 1", "stage2, 7 steps in all"]
     assert all("trainer_state.json" not in commit.files for commit in repo.commits)
     assert "model.safetensors" in repo.commits[1].files
+    assert hub.requests.count("GET /api/whoami-v2") == 2  # of which the Hub allows few: before the run, and once in it
     out = capsys.readouterr().out
     assert "stage1-00000003 was not pushed: " in out and "training goes on, and pushes again later" in out
 
