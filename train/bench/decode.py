@@ -1,7 +1,8 @@
 """`tnt bench decode`: the step of one new token behind a long context, TNT's beside that of a Llama of equal size.
 
 At each context all contenders stand ready and are stepped in turns, so that what else the machine does meets all of
-them; of the two steps of a turn the second is timed. A step is the forward of one token a row, through transformers' own classes; on a GPU it is waited for.
+them; of the two steps of a turn the second is timed. A step is the forward of one token a row, through transformers'
+own classes; on a GPU it is waited for.
 
 The set-up does not read the whole context. A KV cache is filled with random keys and values: attention costs the same
 whatever they are. TNT reads `--read` tokens (all of a shorter context) and its counters of tokens are then set to the
