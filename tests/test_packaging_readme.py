@@ -23,7 +23,7 @@ def test_two_commands_which_ci_reads_from_here():
     assert len(commands) == 2
     assert all("\n" not in command for command in commands)
     assert commands[0].endswith(".venv/bin/tnt train")
-    assert commands[1].endswith(".venv/bin/python -m pytest -q")
+    assert commands[1].endswith(".venv/bin/python -m pytest -q -n 2 --dist loadscope")
     prefix = re.search(r"grep '\^(.*?)' README.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8")).group(1)
     assert [line for line in README.splitlines() if line.startswith(prefix)] == commands
 
