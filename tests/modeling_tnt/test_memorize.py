@@ -270,6 +270,7 @@ def test_no_logits_are_computed(monkeypatch):
 def test_progress_counts_tokens_and_can_be_turned_off(capsys):
     model, lines = make_model(), io.StringIO()
     previous = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **kwargs | {"file": lines}))
+    logging.enable_progress_bar()  # `tnt`, which other tests run, disables it for its process
     try:
         model.memorize([[1] * 9, [1]], chunk_length=4)
         assert "memorize: 100%" in lines.getvalue() and "10.0/10.0" in lines.getvalue()
