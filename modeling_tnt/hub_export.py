@@ -16,6 +16,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .cache_file import write_whole
+
 AUTO_MAP = {
     "AutoConfig": "configuration_tnt.TNTConfig",
     "AutoModel": "modeling_tnt.TNTModel",
@@ -26,6 +28,9 @@ AUTO_MAP = {
 
 COPY_MARK = "# Copied from modeling-tnt "
 """How the first line of every copied file begins."""
+
+# Every file of a model's weights, as patterns.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 
 # In a checkpoint this file has another name.
 _IS_COPY = __name__.rpartition(".")[2] != "hub_export"
@@ -58,16 +63,7 @@ def write_code(folder: str | os.PathLike) -> None:
         if path.name not in files and is_copy:
             path.unlink()
     for name, source in files.items():
-        temporary = folder / f".{name}.saving"
-        try:
-            temporary.write_text(source, encoding="utf-8")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-# Every file of a model's weights, as patterns.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
+        write_whole(folder / name, lambda temporary, s=source: Path(temporary).write_text(s, encoding="utf-8"))
 
 
 class HubExportMixin:
@@ -145,18 +141,20 @@ class HubExportMixin:
             ValueError: also if weights do not fit on their devices and would be offloaded, to the CPU beside a GPU or
                 to the disk.
         """
-        _check_config_is_there(pretrained_model_name_or_path, **kwargs)
+        folder = _local_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        if folder is not None and kwargs.get("config") is None:
+            _check_config_is_there(folder)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            raise OSError(_describe_damage(pretrained_model_name_or_path, error)) from error
+            raise OSError(_describe_damage(pretrained_model_name_or_path, folder, error)) from error
         except FileNotFoundError as error:
-            missing = _missing_shards(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+            missing = [] if folder is None else _missing_shards(folder)
             if not missing:
                 raise
             raise OSError(
-                f"{', '.join(missing)} missing in {os.fspath(pretrained_model_name_or_path)}, though its "
-                "model.safetensors.index.json names them; copy all files of weights, or save the model again"
+                f"{', '.join(missing)} missing in {folder}, though its model.safetensors.index.json names them; copy "
+                "all files of weights, or save the model again"
             ) from error
         _check_nothing_is_offloaded(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -237,10 +235,12 @@ def _add_tags(path: Path, tags: list[str]) -> None:
     card.save(path)
 
 
-def _check_config_is_there(name: Any, config: Any = None, subfolder: str = "", **kwargs: Any) -> None:
-    if config is not None or name is None or not os.path.isdir(name):
-        return
-    folder = Path(name) / subfolder
+def _local_folder(name: Any, subfolder: str) -> Path | None:
+    """Where a model's files lie, or None for a name on the Hub."""
+    return Path(name, subfolder) if name is not None and os.path.isdir(name) else None
+
+
+def _check_config_is_there(folder: Path) -> None:
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise OSError(
             f"{folder} has no config.json and so holds no model; name a folder that save_pretrained wrote, or "
@@ -269,15 +269,15 @@ def _check_nothing_is_offloaded(model: Any) -> None:
         )
 
 
-def _describe_damage(name: Any, error: SafetensorError) -> str:
+def _describe_damage(name: Any, folder: Path | None, error: SafetensorError) -> str:
     """Which file of weights cannot be read, where the model is a local folder."""
-    if not os.path.isdir(name):
+    if folder is None:
         return (
             f"the weights of {name} cannot be read ({error}): the download is damaged; load them once with "
             "force_download=True"
         )
     broken = []
-    for path in sorted(Path(name).glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -285,6 +285,6 @@ def _describe_damage(name: Any, error: SafetensorError) -> str:
             broken.append(path.name)
     files = ", ".join(broken) or "a file of weights"
     return (
-        f"{files} in {os.fspath(name)} cannot be read ({error}): it was cut off or damaged; save the model again, or "
+        f"{files} in {folder} cannot be read ({error}): it was cut off or damaged; save the model again, or "
         "copy the file again from where it came"
     )

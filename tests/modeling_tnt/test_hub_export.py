@@ -259,6 +259,15 @@ def test_weights_that_were_cut_off(tmp_path, keep):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_subfolder_is_checked_as_a_folder_is(tmp_path):
+    make_model(dtype=torch.float32).save_pretrained(tmp_path / "part")
+    TNTForCausalLM.from_pretrained(tmp_path, subfolder="part")
+    weights = tmp_path / "part/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"model\.safetensors in .*part cannot be read"):
+        TNTForCausalLM.from_pretrained(tmp_path, subfolder="part")
+
+
 def test_a_folder_without_config(tmp_path):
     make_model(dtype=torch.float32).save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
