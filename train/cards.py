@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from modeling_tnt.hub_cards import (
     write_card,
 )
 
+from .checkpoint import atomic_file
 from .plan import Run
 from .provenance import find_origin, is_local, train_command
 from .state import Score, State
@@ -88,9 +88,8 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
             commands = {result.command for result in results}
             evaluated = [result for result in facts.results if result.command not in commands]  # by tnt card, meanwhile
             facts = replace(facts, results=[*results, *evaluated])
-        fresh = path / f".{run.folder.plot_file.stem}.saving.png"
-        shutil.copyfile(run.folder.plot_file, fresh)
-        os.replace(fresh, path / run.folder.plot_file.name)
+        with atomic_file(path / run.folder.plot_file.name) as fresh:
+            shutil.copyfile(run.folder.plot_file, fresh)
         facts = replace(facts, plot=run.folder.plot_file.name, seconds=seconds if index == last else None)
         save_facts(path, facts)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .data import DataOptions
-from .data.sources import may_be_dataset_name
+from .data.sources import is_on_hub
 from .evaluation.arguments import TASKS, EvalArguments
 from .options import flag_of, leaves, to_mapping
 from .recipe import Recipe, StageOptions
@@ -46,13 +46,8 @@ def find_origin(data: DataOptions) -> DataOrigin:
     return DataOrigin("local text, which is not published with the model", "local-text")
 
 
-def is_on_hub(sources: list[str]) -> bool:
-    """Whether `data.sources` names a dataset of the Hub: by the rule of `data.sources.find_source`."""
-    return len(sources) == 1 and not is_local(sources[0]) and may_be_dataset_name(sources[0])
-
-
 def is_local(name: str) -> bool:
-    """Whether a name of a model, a tokenizer or a dataset is a path."""
+    """Whether a name of a model or a tokenizer is a path."""
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 

@@ -30,15 +30,17 @@ from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, Stat
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.kernels import choose_step_backend
 
+from ..checkpoint import atomic_file
 from ..options import to_mapping
 from .arguments import DTYPES
-from .attempt import NOT_RUN, OK, OUT_OF_MEMORY, DeviceLostError, Outcome, attempt, free_memory
+from .attempt import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory
 from .decode_arguments import DecodeBenchArguments
 from .machine import describe_machine, describe_versions
 from .models import build_llama
 from .report import align, length_table, list_reasons, new_figure, short_length, speed
 from .rows import DecodeRow, timing_fields
-from .timing import FEWEST_REPEATS, Deadline, Timing, synchronize
+from .session import Session
+from .timing import FEWEST_REPEATS, Timing, synchronize
 
 GIB, MIB = 2**30, 2**20
 TNT, DYNAMIC, STATIC = "tnt", "llama dynamic", "llama static"
@@ -86,8 +88,7 @@ class DecodeBench:
     def __init__(self, args: DecodeBenchArguments):
         self.args, self.device, self.dtype = args, torch.device(args.device), DTYPES[args.dtype]
         self.machine, self.versions = describe_machine(self.device), describe_versions()
-        self.deadline = Deadline(args.time_limit)
-        self.lost: str | None = None  # why the device answers no more
+        self.session = Session(args.time_limit, args.case_seconds)
         self.limit = args.memory_limit * GIB if args.memory_limit is not None else None
         config = args.tnt_config()
         torch.manual_seed(args.seed)
@@ -104,15 +105,10 @@ class DecodeBench:
 
     def measure(self, context: int) -> list[DecodeRow]:
         """A row for each contender."""
-        refusal = self.lost or self.deadline.refuse()
-        if refusal is None:
-            try:
-                return self._rows(context, self._measure(context))
-            except DeviceLostError as error:
-                refusal = self.lost = str(error)
-            finally:
-                free_memory(self.device)
-        return self._rows(context, dict.fromkeys(self._names(), Outcome(NOT_RUN, refusal)))
+        outcome = self.session.run("decode", context, lambda: Outcome(OK, value=self._measure(context)))
+        free_memory(self.device)
+        outcomes = outcome.value if outcome.status == OK else dict.fromkeys(self._names(), outcome)
+        return self._rows(context, outcomes)
 
     @torch.no_grad()
     def _measure(self, context: int) -> dict[str, Outcome]:
@@ -270,12 +266,9 @@ class DecodeBench:
 
     def save(self, rows: Sequence[DecodeRow]) -> None:
         """Write decode.json, under its name only when it is complete."""
-        self.args.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.args.output_dir / "decode.json"
         facts: dict[str, Any] = {"arguments": to_mapping(self.args), "rows": [asdict(row) for row in rows]}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(self.args.output_dir / "decode.json") as path:
+            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def describe(self) -> str:
         args = self.args

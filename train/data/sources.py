@@ -213,7 +213,7 @@ def find_source(options: DataOptions) -> Source:
     sources = options.sources
     if not sources:
         return _stdlib_source(options)
-    if len(sources) == 1 and not Path(sources[0]).expanduser().exists() and may_be_dataset_name(sources[0]):
+    if is_on_hub(sources):
         revision = find_hub_revision(sources[0])
         part = HubDataset(sources[0], options.config, options.split, options.text_column, revision)
         names = ["hub", sources[0], options.config, options.split]
@@ -280,8 +280,11 @@ def _refuse_hub_options(options: DataOptions, *, split_has_meaning: bool) -> Non
         )
 
 
-def may_be_dataset_name(name: str) -> bool:
-    """Whether a name that is no path here could be one on the Hub: `dataset` or `owner/dataset`."""
+def is_on_hub(sources: list[str]) -> bool:
+    """Whether `DataOptions.sources` name a dataset of the Hub: one `dataset` or `owner/dataset` that is no path."""
+    if len(sources) != 1 or Path(sources[0]).expanduser().exists():
+        return False
+    (name,) = sources
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(KNOWN_SUFFIXES)
 
 
