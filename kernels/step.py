@@ -117,25 +117,11 @@ def step_checked(
 
     For a caller that makes all arguments itself and has had those of the first token checked.
     """
-    if active is not None and not active.all():
-        return _step_active_rows(q, k, v, gates, options, params, token_scales, stack, active)
-    if stack.stepper is None or stack.stepper.options != options:
-        stack.stepper = TorchStep(stack, options)
-    return stack.stepper(q, k, v, gates, params, token_scales)
-
-
-def _step_active_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: StepGates,
-    options: tuple[StepOptions, ...],
-    params: Sequence[MemoryParams],
-    token_scales: Sequence[Tensor | None],
-    stack: MemoryStack,
-    active: Tensor,
-) -> Tensor:
-    """The rows that have a token, in a stack of their own; seldom, so copies do not matter."""
+    if active is None or active.all():
+        if stack.stepper is None or stack.stepper.options != options:
+            stack.stepper = TorchStep(stack, options)
+        return stack.stepper(q, k, v, gates, params, token_scales)
+    # The rows that have a token, in a stack of their own; seldom, so copies do not matter.
     o, rows = torch.zeros_like(q), active.nonzero().squeeze(1)
     if rows.shape[0] > 0:
         part = stack.select(rows)

@@ -148,18 +148,7 @@ class TorchStep:
         """
         if torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
-                return self._step(q, k, v, gates, params, token_scales)
-        return self._step(q, k, v, gates, params, token_scales)
-
-    def _step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: StepGates,
-        params: Sequence[MemoryParams],
-        token_scales: Sequence[Tensor | None],
-    ) -> Tensor:
+                return self(q, k, v, gates, params, token_scales)
         positions = self._positions.tolist()
         self._start(positions, params)
         norm = self._norm(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -76,7 +77,7 @@ class TNTState(DynamicCache):
 
     def clone(self) -> TNTState:
         """An independent copy: reading on from one leaves the other alone."""
-        return self._copy(Tensor.clone)
+        return _map_cache(self, Tensor.clone)
 
     def repeat(self, repeats: int) -> TNTState:
         """A new state with every row `repeats` times, one after the other, as `torch.repeat_interleave` does.
@@ -87,7 +88,7 @@ class TNTState(DynamicCache):
             raise ValueError(
                 f"repeats must be an int of at least 1, got {repeats!r}; it is the number of copies of a row"
             )
-        return self._copy(lambda t: t.repeat_interleave(repeats, dim=0))
+        return _map_cache(self, lambda t: t.repeat_interleave(repeats, dim=0))
 
     def reset_local(self) -> None:
         """Forget the recent past: local memories back to their learned initial states at position 0, and with them the
@@ -176,12 +177,6 @@ class TNTState(DynamicCache):
             "made_for": layer.signature,
         }
 
-    def _copy(self, fn: Callable[[Tensor], Tensor]) -> TNTState:
-        copied = self.__class__.__new__(self.__class__)
-        copied.__dict__.update(self.__dict__)
-        copied.layers = [layer.map(fn) for layer in self.layers]
-        return copied
-
     def _forget(self, which: Callable[[str], bool], conv_tail: bool) -> None:
         for layer in self.layers:
             layer.forget([name for name in layer.memories if which(name)], conv_tail)
@@ -204,10 +199,14 @@ def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
     repeats = {prompts: copies, 1: prompts * copies}.get(rows, 1)
     if repeats == 1 or rows == prompts * copies:
         return cache
-    expanded = cache.__class__.__new__(cache.__class__)
-    expanded.__dict__.update(cache.__dict__)
-    expanded.layers = [layer.map(lambda t: t.repeat_interleave(repeats, dim=0)) for layer in cache.layers]
-    return expanded
+    return _map_cache(cache, lambda t: t.repeat_interleave(repeats, dim=0))
+
+
+def _map_cache(cache: Cache, fn: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache of the same kind that holds `fn` of every state tensor."""
+    mapped = copy.copy(cache)
+    mapped.layers = [layer.map(fn) for layer in cache.layers]
+    return mapped
 
 
 def _same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
