@@ -56,7 +56,7 @@ class TNTGate(NonDynamicallyQuantizableLinear):
     """The logits of a gate: one for each head, from a token's hidden state.
 
     The base class is torch's name for a linear map that weight quantization leaves alone: a gate has a few rows only,
-    and the products of many gates need their digits.
+    so that there is nothing to be saved.
     """
 
     def __init__(self, hidden_size: int, heads: int, initial_logit: float) -> None:
