@@ -1,7 +1,7 @@
 """Train a classifier of texts with transformers' Trainer, on a toy set that is made here, and use it.
 
 python train/examples/classify.py --output runs/classifier
-python train/examples/classify.py --model runs/quickstart --output runs/classifier    # from a language model's weights
+python train/examples/classify.py --model runs/quickstart/stage2 --output runs/classifier    # from a trained model
 """
 
 import argparse

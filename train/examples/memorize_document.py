@@ -1,6 +1,6 @@
 """Read a document of any length in constant memory, continue it, and keep what was read as a folder.
 
-python train/examples/memorize_document.py --model runs/quickstart --text book.txt --output runs/book
+python train/examples/memorize_document.py --model runs/quickstart/stage2 --text book.txt --output runs/book
 python train/examples/memorize_document.py --preset tiny --tokens 1000000 --output runs/million
 """
 

@@ -45,5 +45,6 @@ if not args.dry_run:
     loaded = AutoModelForCausalLM.from_pretrained(args.repo)
     ids = tokenizer("The memory reads", add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        # Equal but for the order of sums, which depends on where weights lie in memory.
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     print(f"{args.repo} holds {loaded.num_parameters():,} parameters and computes the same")

@@ -1,6 +1,6 @@
 """Use a model: text that appears while it is made, several prompts at once, and the same model at other local chunks.
 
-python train/examples/use_model.py --model runs/quickstart --prompt "def main" "import " --chunks 1
+python train/examples/use_model.py --model runs/quickstart/stage2 --prompt "def main" "import " --chunks 1
 python train/examples/use_model.py                    # an untrained model, which answers with noise
 """
 
