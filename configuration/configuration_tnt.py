@@ -68,7 +68,7 @@ class TNTConfig(PreTrainedConfig):
     """
 
     model_type = "tnt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # Tools that ask for the standard name read num_heads.
     attribute_map = {"num_attention_heads": "num_heads"}
 

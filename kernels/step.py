@@ -144,14 +144,18 @@ def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
     Raises:
         ValueError: for an unknown name, and for "triton" where it cannot run.
     """
+    return step_backend_for(backend, *params.w1.shape[1:], params.w1.device)
+
+
+def step_backend_for(backend: str, head_dim: int, hidden: int, device: torch.device) -> BackendChoice:
+    """`choose_step_backend` of parameters w1 [H, head_dim, hidden] on `device`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "torch"):
         return BackendChoice(backend, "named by the caller")
-    device = params.w1.device.type
-    if backend == "auto" and device != "cuda":
-        return BackendChoice("torch", f"the torch backend is the fastest one on {device}")
-    obstacle = _why_not_triton(params)
+    if backend == "auto" and device.type != "cuda":
+        return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
+    obstacle = _why_not_triton(head_dim, hidden, device)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
@@ -161,20 +165,19 @@ def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
     return BackendChoice("triton", "one launch for all memories of a layer")
 
 
-def _why_not_triton(params: MemoryParams) -> str | None:
+def _why_not_triton(D: int, M: int, on: torch.device) -> str | None:
     """What keeps the kernel from running, in words, or None."""
     obstacle = missing()
     if obstacle is not None:
         return obstacle
     from .fused import limits  # imports triton
 
-    device = limits.device_of(params.w1.device)
+    device = limits.device_of(on)
     if device is None or device.capability < limits.MIN_CAPABILITY:
         return (
-            f"its tensors are on {params.w1.device}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
+            f"its tensors are on {on}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
             "TRITON_INTERPRET=1: slowly, a CPU)"
         )
-    D, M = params.w1.shape[1:]
     if D not in limits.HEAD_DIMS:
         return f"its head dim must be one of {', '.join(map(str, limits.HEAD_DIMS))}, got {D}"
     if M % HIDDEN_MULTIPLE:

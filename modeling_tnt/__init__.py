@@ -7,7 +7,7 @@ from .classification import TNTForSequenceClassification
 from .configuration import TNTConfig
 from .configuration.version import VERSION as __version__
 from .modeling import TNTForCausalLM, TNTModel, TNTPreTrainedModel
-from .state import TNTState
+from .state import TNTState, detach_cache
 
 AutoConfig.register("tnt", TNTConfig, exist_ok=True)
 AutoModel.register(TNTConfig, TNTModel, exist_ok=True)
@@ -22,6 +22,7 @@ __all__ = [
     "TNTPreTrainedModel",
     "TNTState",
     "__version__",
+    "detach_cache",
     "load_cache",
     "save_cache",
 ]

@@ -8,7 +8,6 @@ state is several tensors, of which some are shared at a chunk boundary, hence a 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ class TNTCacheLayer(CacheLayerMixin):
 
     memories   name of a memory ("global", "local0", …) → `MemoryState`, whose `position` counts each row's real tokens.
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
+    tokens_before  [rows] int64 or 0: what a row had read before column 0 of input_ids; None where that is not known.
 
     A call of several tokens replaces these tensors and leaves the old ones alone. A single token (without gradients;
     not with the "reference" backend) writes them in place: the memories are then views of `stack`, whose buffers, and
@@ -59,7 +59,20 @@ class TNTCacheLayer(CacheLayerMixin):
         self.conv_tail: Tensor | None = None
         self.signature: dict[str, Any] | None = None
         self.cumulative_length = 0
+        self.tokens_before: Tensor | int | None = 0
         self.is_initialized = False
+
+    @property
+    def tokens_read(self) -> Tensor:
+        """[rows] int64, the real tokens behind each row's state; empty if nothing was read. After a reset of a part of
+        the memories, those that the other part has read."""
+        positions = [state.position for state in self.memories.values()]
+        return torch.stack(positions).amax(0) if positions else torch.zeros(0, dtype=torch.int64)
+
+    def start_prompt(self) -> None:
+        """Let all that has been read stand before column 0 of the next input_ids."""
+        self.cumulative_length = 0
+        self.tokens_before = self.tokens_read if self.is_initialized else 0
 
     def forget(self, names: Sequence[str], conv_tail: bool) -> None:
         """Let the memories of these names, and the convolution, start anew; no memory left means `reset`.
@@ -73,12 +86,24 @@ class TNTCacheLayer(CacheLayerMixin):
             columns = self.cumulative_length
             self.reset()
             self.advance(columns)
+        self.tokens_before = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TNTCacheLayer:
         """A layer that holds `fn` of every state tensor; this one stays as it is."""
-        mapped = copy.copy(self)
+        mapped = self.__new__(type(self))
+        mapped.__dict__.update(self.__dict__)
         mapped._map(fn)
         return mapped
+
+    def detach(self) -> TNTCacheLayer:
+        """A layer with the same states, cut from the graph that they were computed in."""
+        return self.map(Tensor.detach)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: states of their own. Views of one buffer would not be views of it afterwards, and
+        in shared memory two processes would write the same one. (Without a token read, a state may be a parameter: a
+        clone of it with a graph could not be copied.)"""
+        return self.map(lambda t: t.detach().clone() if t.is_leaf else t.clone()).__dict__
 
     def store(self, memories: dict[str, MemoryState], conv_tail: Tensor | None, signature: dict[str, Any]) -> None:
         """Replace the state; see the class for the arguments."""
@@ -170,10 +195,16 @@ class TNTCacheLayer(CacheLayerMixin):
             self._map(lambda t: t.to(self.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Always raises: what a memory has learned from a token cannot be taken out of it again."""
+        """Raises ValueError unless that removes nothing: what a memory has learned from a token cannot be taken out.
+
+        As in transformers, a negative number is that of tokens to remove, and a positive one the length to keep.
+        """
+        if tokens_to_remove == 0 or 0 < self.cumulative_length <= tokens_to_remove or not self.is_initialized:
+            return
         raise ValueError(
-            "a TNT cache cannot be cropped: its memories keep no tokens. Copy it (copy.deepcopy, save_cache) before "
-            "reading on, or reset() it and read the shorter prompt again"
+            f"a TNT cache cannot be cropped, got {tokens_to_remove} behind {self.cumulative_length} tokens: memories "
+            "keep no tokens. Copy it (copy.deepcopy, save_cache) before reading on, or reset() it and read the shorter "
+            "prompt again"
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -186,6 +217,8 @@ class TNTCacheLayer(CacheLayerMixin):
         self.stack = self._tail_buffer = None
         self.memories = {name: state.map(fn) for name, state in self.memories.items()}
         self.conv_tail = None if self.conv_tail is None else fn(self.conv_tail)
+        if isinstance(self.tokens_before, Tensor):
+            self.tokens_before = fn(self.tokens_before)
 
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)
@@ -201,23 +234,50 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
     """Raise ValueError unless a model of `config` can read on from `cache` with a batch of `rows`."""
     # By name and not isinstance: a model loaded as remote code brings a class of its own, which replaces the
     # registration of the installed one.
+    if isinstance(cache, Cache) and any(getattr(layer, "keys", None) is not None for layer in cache.layers):
+        raise ValueError(
+            "cache (past_key_values) holds keys and values of attention, as prefix tuning makes them: a TNT model has "
+            "none that could stand before its memories; use prompt tuning or LoRA, or a cache of a TNT model"
+        )
     if not isinstance(cache, Cache) or [getattr(layer, "_layer_type", None) for layer in cache.layers] != (
         [LAYER_TYPE] * config.num_hidden_layers
     ):
         raise ValueError(
-            f"past_key_values must hold {config.num_hidden_layers} TNT cache layers, got {cache!r:.200}; make it with "
-            "DynamicCache(config=model.config)"
+            f"cache (past_key_values) must hold {config.num_hidden_layers} TNT cache layers, got {cache!r:.200}; make "
+            "it with DynamicCache(config=model.config)"
         )
     signature = cache_signature(config)
     for layer in cache.layers:
         if not layer.is_initialized:
             continue
-        check_signature("past_key_values", layer.signature, signature)
+        check_signature("cache (past_key_values)", layer.signature, signature)
         if layer.batch_size != rows:
             raise ValueError(
-                f"past_key_values holds {layer.batch_size} rows but the batch has {rows}; give as many rows, or repeat "
-                "those of the cache (`repeat(n)` of a TNTState, `batch_repeat_interleave(n)` of any cache)"
+                f"cache (past_key_values) holds {layer.batch_size} rows but the batch has {rows}; give as many, or "
+                "repeat those of the cache (`repeat(n)` of a TNTState, `batch_repeat_interleave(n)` of any cache)"
             )
+
+
+def check_mask(cache: Cache, attention_mask: Tensor | None, columns: int) -> None:
+    """Raise ValueError if a mask over all columns shows other than as many tokens as the cache has read of them."""
+    layer = cache.layers[0]
+    past = layer.cumulative_length
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] != past + columns or not past:
+        return
+    # A step of one token must not wait for a device.
+    waits = columns == 1 and attention_mask.device.type != "cpu"
+    if waits or torch.compiler.is_compiling() or layer.tokens_before is None or not layer.is_initialized:
+        return
+    shown = (attention_mask[:, :past] != 0).sum(1).cpu()
+    read = (layer.tokens_read - layer.tokens_before).cpu()
+    if not torch.equal(shown, read):
+        row = int((shown != read).nonzero()[0, 0])
+        raise ValueError(
+            f"attention_mask shows {int(shown[row])} tokens among the {past} columns that the cache has read of row "
+            f"{row}, and its memories have learned {int(read[row])}: what a memory has read cannot be hidden, nor what "
+            "it has not be shown. Pass the mask that those columns were read with (generate hides what it fills a row "
+            "with behind its eos_token_id), or all tokens without a cache"
+        )
 
 
 def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:

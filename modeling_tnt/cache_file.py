@@ -22,7 +22,7 @@ _FORMAT, _VERSION = "tnt-cache-", 1
 
 
 def save_cache(cache: Cache, path: str | os.PathLike) -> None:
-    """Write the memories of `cache` (the `past_key_values` of a TNT model, or a `TNTState`) to a safetensors file.
+    """Write the memories of `cache` (the `cache` of a TNT model's output, or a `TNTState`) to a safetensors file.
 
     The file appears under its name only when it is complete; an existing one survives a failed write.
 
@@ -32,7 +32,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     """
     layers = cache.layers
     if not layers or not all(getattr(c, "_layer_type", None) == LAYER_TYPE and c.is_initialized for c in layers):
-        raise ValueError("save_cache needs the filled past_key_values of a TNT model; call it with use_cache=True")
+        raise ValueError("save_cache needs the filled cache of a TNT model; call it with use_cache=True")
     tensors = {}
     for i, layer in enumerate(layers):
         flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
@@ -44,6 +44,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         "format": f"{_FORMAT}{_VERSION}",
         "signature": json.dumps(layers[0].signature),
         "cumulative_length": str(layers[0].cumulative_length),
+        "tokens_before": json.dumps(_as_number(layers[0].tokens_before)),
         "checksum": _checksum(tensors),
         "origin": json.dumps(getattr(cache, "origin", None)),
     }
@@ -69,6 +70,8 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     try:
         signature, origin = json.loads(metadata["signature"]), json.loads(metadata.get("origin", "null"))
         signature, columns = dict(signature), int(metadata["cumulative_length"])
+        before = json.loads(metadata.get("tokens_before", "null"))  # files of 0.1 have none
+        before = torch.tensor(before, dtype=torch.int64, device=device) if isinstance(before, list) else before
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from error
     check_signature(path, signature, cache_signature(config))
@@ -85,7 +88,12 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
         memories = {name: MemoryState.from_tensors(_split(flat, f"{name}.")) for name in _memory_names(flat)}
         layer.store(memories, conv_tail, signature)
         layer.advance(columns)
+        layer.tokens_before = before
     return origin
+
+
+def _as_number(tokens_before: Tensor | int | None) -> list[int] | int | None:
+    return tokens_before.tolist() if isinstance(tokens_before, Tensor) else tokens_before
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .compat import SequenceClassifierOutputWithPast, cache_of, named_cache, one_cache
 from .configuration import TNTConfig
 from .modeling import TNTModel, TNTPreTrainedModel
 
@@ -35,12 +35,13 @@ class TNTForSequenceClassification(TNTPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
     ) -> SequenceClassifierOutputWithPast:
         """Logits [B, num_labels] of each row's last token, and their loss if `labels` are given.
 
@@ -65,7 +66,7 @@ class TNTForSequenceClassification(TNTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -80,8 +81,8 @@ class TNTForSequenceClassification(TNTPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **named_cache(cache_of(outputs)),
         )
 
     def _find_padding(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:

@@ -20,7 +20,12 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, tail: Tensor | None = None, return_tail: bool = False
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        tail: Tensor | None = None,
+        return_tail: bool = False,
+        one_token: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Convolve.
 
@@ -28,10 +33,14 @@ class ShortConvolution(nn.Module):
             x: [B, T, C], or [1, total, C] with `packing`.
             tail: the last K − 1 inputs of each sequence of an earlier call, [rows, K − 1, C].
             return_tail: also return those of this call, for every sequence; an empty one keeps its own.
+            one_token: x holds one token of every row and nothing is packed, which takes fewer operations. The tail that
+                is returned is a view.
 
         Returns:
             y, shaped like x, and the tail or None.
         """
+        if one_token:
+            return self._step(x, tail)
         reach = self.weight.shape[1] - 1
         rows = x.shape[0] if packing is None else packing.rows
         tail = x.new_zeros(rows, reach, x.shape[-1]) if tail is None else tail.to(x.dtype)
@@ -49,7 +58,7 @@ class ShortConvolution(nn.Module):
         ends = begins + packing.cu_seqlens.diff()
         return y, padded[ends[:, None] + window] if return_tail else None
 
-    def step(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         """One token of every row, x [B, 1, C], behind its tail [B, K − 1, C] (None: zeros): y [B, 1, C] and the new
         tail, a view. A window of K tokens is no work for a convolution: it is one product and one sum."""
         if tail is None:

@@ -3,17 +3,83 @@
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import logging
 
+from .compat import CACHE_NAME, give_both_names, rename_cache
 from .state import expand_rows
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Answers:
+    """How the answers of a call of `generate` end.
+
+    eos_token_ids  behind which `generate` fills a row with padding until the last row has ended, too.
+    begin          the column of the first generated token, or None before it is known.
+    """
+
+    eos_token_ids: list[int]
+    begin: int | None = None
+
+    def hide_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask [B, 1] of the last column, 0 in rows that have ended before it; as it was if no row can have."""
+        if self.begin is None or not self.eos_token_ids or input_ids.shape[1] - self.begin < 2:
+            return attention_mask
+        ends = torch.tensor(self.eos_token_ids, device=input_ids.device)
+        has_ended = torch.isin(input_ids[:, self.begin : -1], ends).any(1, keepdim=True)
+        if attention_mask is not None:
+            has_ended = has_ended | (attention_mask[:, -1:] == 0)
+        return (~has_ended).long()
+
+
+# Of the call that runs now: `generate` has no other way to tell its loop, and a model may serve several threads.
+_ANSWERS: ContextVar[_Answers | None] = ContextVar("answers", default=None)
+
+
+def warn_no_cache_when_checkpointing() -> None:
+    """Once a process."""
+    logger.warning_once(
+        "use_cache=True is incompatible with gradient checkpointing in training: this goes on without a cache. Call "
+        "model.eval() to generate with one, or use use_cache=False to do without this warning."
+    )
 
 
 class TNTGenerationMixin(GenerationMixin):
     """transformers' `generate` for a TNT model."""
+
+    # With the signature of transformers' own, which is looked into.
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        rename_cache(kwargs)
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        if (
+            self.training
+            and self.base_model.gradient_checkpointing
+            and kwargs.get("use_cache", config.use_cache) is not False
+        ):
+            warn_no_cache_when_checkpointing()
+            kwargs["use_cache"] = False
+        prompt = next((kwargs[n] for n in ("inputs_embeds", "inputs", "input_ids") if kwargs.get(n) is not None), None)
+        _check_something_is_left_to_read(
+            kwargs.get(CACHE_NAME), args[0] if args and prompt is None else prompt, kwargs.get("attention_mask")
+        )
+        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        eos = self.generation_config.eos_token_id if eos is None else eos
+        eos = torch.as_tensor([] if eos is None else eos).flatten().tolist()
+        token = _ANSWERS.set(_Answers(eos))
+        try:
+            return give_both_names(super().generate(*args, **kwargs))
+        finally:
+            _ANSWERS.reset(token)
 
     def _expand_inputs_for_generation(
         self,
@@ -23,19 +89,31 @@ class TNTGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """transformers repeats the prompts of a batch for beams and several sequences a prompt: their states, too."""
-        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         prompts = input_ids if embeds is None else embeds
         if isinstance(cache, Cache) and prompts is not None:
-            model_kwargs["past_key_values"] = expand_rows(cache, prompts.shape[0], expand_size)
+            model_kwargs[CACHE_NAME] = expand_rows(cache, prompts.shape[0], expand_size)
+        answers = _ANSWERS.get()
+        if answers is not None:
+            answers.begin = 0 if input_ids is None else input_ids.shape[1]
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
     # With the signature of transformers' own, which is looked into.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         # With stop_strings, transformers passes the tokenizer on to here, and from here to the model, which takes none.
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        answers, read = _ANSWERS.get(), inputs.get("input_ids")
+        if answers is not None and inputs.get(CACHE_NAME) is not None and read is not None and read.shape[1] == 1:
+            # What a row is filled with behind its end must not reach its memories: the next turn reads on from them.
+            mask = answers.hide_padding(input_ids, inputs.get("attention_mask"))
+            if mask is not None:
+                inputs["attention_mask"] = mask
+        return inputs
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
@@ -52,3 +130,17 @@ class TNTGenerationMixin(GenerationMixin):
                 "that are rejected; leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+
+def _check_something_is_left_to_read(cache: Any, prompt: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raise ValueError if a cache has read the whole prompt: there is no token that an answer could begin behind."""
+    columns = 1 if prompt is None else prompt.shape[1]
+    # With a longer mask the prompt holds new tokens only.
+    new_only = attention_mask is not None and attention_mask.shape[-1] != columns
+    read = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if read and read >= columns and not new_only:
+        raise ValueError(
+            f"cache (past_key_values) has read {read} tokens and the prompt has {columns}: pass all of the tokens that "
+            "were read and at least one more. To answer a prompt again, copy the cache (copy.deepcopy, clone() of a "
+            "TNTState) before the prompt's last token is read, or generate without one"
+        )

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import FastWeights, MemoryState, global_memory, local_memory
-from .memory_layer import MemoryOptions, TNTMemory, TNTMemoryLayer
+from .compat import cache_of
+from .kernels import FastWeights, MemoryParams, MemoryState
+from .kernels.torch_step import StepOptions
+from .memory_layer import MemoryInputs, TNTMemoryLayer, read_memory
 from .modeling import TNTPreTrainedModel
 
 
@@ -35,7 +37,7 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
     hooks = [layer.memory.register_forward_pre_hook(record(i)) for i, layer in enumerate(base.layers)]
     was_training = model.training
     try:
-        cache = model.eval()(input_ids=input_ids, use_cache=True, return_dict=True).past_key_values
+        cache = cache_of(model.eval()(input_ids=input_ids, use_cache=True, return_dict=True))
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -45,46 +47,36 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
     for i, layer in enumerate(base.layers):
         states = cache.layers[i].memories
         for name, memory, options in layer.memory.operations():
-            values = _look_at_memory(layer.memory, memory, options, inputs[i], states[name])
+            memory_inputs = memory(inputs[i], options.chunk_size)
+            values = _look_at_memory(layer.memory, memory_inputs, options, inputs[i], states[name])
             report |= {f"layer{i}/{name}/{quantity}": value for quantity, value in values.items()}
     return report
 
 
 def _look_at_memory(
-    layer: TNTMemoryLayer, memory: TNTMemory, options: MemoryOptions, x: Tensor, state: MemoryState
+    layer: TNTMemoryLayer, inputs: MemoryInputs, options: StepOptions, x: Tensor, state: MemoryState
 ) -> dict[str, float]:
     """What `memory_health` reports of one memory, which has read x [B, T, hidden_size] and is now in `state`."""
     q, k, v, _ = layer.project(x)
     rows, length = x.shape[:2]
-    initial = memory.params.fast_weights.map(lambda t: t.expand(rows, *t.shape))
-    loss, grad_norm = _inner_loss(memory, initial, k, v)
-    begin = max(0, length - options.options["chunk_size"])
-    shard_length = options.options.get("shard_length")
+    params, gates = inputs.params, inputs.gates()
+    initial = params.fast_weights.map(lambda t: t.expand(rows, *t.shape))
+    loss, grad_norm = _inner_loss(params, initial, k, v)
+    begin = max(0, length - options.chunk_size)
     before = initial
-    if begin > 0 and not (shard_length and begin % shard_length == 0):
-        before = _read(memory, options, x, q, k, v, begin).weights
+    if begin > 0 and not (options.shard_length and begin % options.shard_length == 0):
+        first = type(gates)(*(None if gate is None else gate[:, :begin] for gate in gates))
+        read = read_memory(inputs, first, options, q[:, :begin], k[:, :begin], v[:, :begin], output_final_state=True)
+        before = read[1].weights
     last_k, last_v = k[:, begin:], v[:, begin:]
     return {
-        "step_size": memory.gates(x).lr.mean().item(),
+        "step_size": gates.lr.mean().item(),
         "inner_loss": loss.mean().item(),
         "inner_grad_norm": grad_norm.mean().item(),
-        "loss_before": _inner_loss(memory, before, last_k, last_v)[0].mean().item(),
-        "loss_after": _inner_loss(memory, state.weights, last_k, last_v)[0].mean().item(),
+        "loss_before": _inner_loss(params, before, last_k, last_v)[0].mean().item(),
+        "loss_after": _inner_loss(params, state.weights, last_k, last_v)[0].mean().item(),
         "state_norm": (_norm(state.weights) / _norm(initial)).mean().item(),
     }
-
-
-def _read(
-    memory: TNTMemory, options: MemoryOptions, x: Tensor, q: Tensor, k: Tensor, v: Tensor, end: int
-) -> MemoryState:
-    """The state after the first `end` tokens."""
-    gates = memory.gates(x[:, :end])
-    operation = global_memory if options.is_global else local_memory
-    _, state = operation(
-        q[:, :end], k[:, :end], v[:, :end], gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
-        output_final_state=True, **options.options,
-    )  # fmt: skip
-    return state
 
 
 def _norm(weights: FastWeights) -> Tensor:
@@ -92,7 +84,7 @@ def _norm(weights: FastWeights) -> Tensor:
     return sum(t.float().square().flatten(1).sum(-1) for t in weights if t is not None).sqrt()
 
 
-def _inner_loss(memory: TNTMemory, weights: FastWeights, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _inner_loss(params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Inner loss and gradient norm at `weights` (with a leading batch dimension) of every token and head, [B, T, H]
     each; k, v [B, T, H, D].
 
@@ -110,9 +102,9 @@ def _inner_loss(memory: TNTMemory, weights: FastWeights, k: Tensor, v: Tensor) -
                 y = y if bias is None else y + bias[:, None]
                 layers.append((x, y, bias is not None))
                 x = y
-        if memory.norm_weight is not None:
+        if params.norm_weight is not None:
             normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-            x = k + normed * memory.norm_weight.detach().float() + memory.norm_bias.detach().float()
+            x = k + normed * params.norm_weight.detach().float() + params.norm_bias.detach().float()
         loss = 0.5 * (x - v).square().sum(-1)
         deltas = torch.autograd.grad(loss.sum(), [y for _, y, _ in layers])
     squares = sum(

@@ -138,14 +138,12 @@ class HubExportMixin:
         Raises:
             OSError: also if the folder has no config.json, for which transformers would take the defaults, and if a
                 file of weights is damaged or missing, saying which one.
-            ValueError: also if weights do not fit on their devices and would be offloaded, to the CPU beside a GPU or
-                to the disk.
         """
         folder = _local_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if folder is not None and kwargs.get("config") is None:
             _check_config_is_there(folder)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(_describe_damage(pretrained_model_name_or_path, folder, error)) from error
         except FileNotFoundError as error:
@@ -156,8 +154,6 @@ class HubExportMixin:
                 f"{', '.join(missing)} missing in {folder}, though its model.safetensors.index.json names them; copy "
                 "all files of weights, or save the model again"
             ) from error
-        _check_nothing_is_offloaded(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
 
     def push_to_hub(
         self,
@@ -255,18 +251,6 @@ def _missing_shards(folder: Path) -> list[str]:
         return []
     named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return sorted(name for name in named if not (folder / name).is_file())
-
-
-def _check_nothing_is_offloaded(model: Any) -> None:
-    # accelerate brings offloaded weights for a call of the module that has them; a memory's are read outside of one.
-    device_map = getattr(model, "hf_device_map", None)
-    if device_map and any(parameter.is_meta for parameter in model.parameters()):
-        offloaded = [name or "all" for name, device in device_map.items() if str(device) in ("cpu", "disk")]
-        raise ValueError(
-            f"device_map offloads weights of {type(model).__name__} ({', '.join(offloaded)}), which its memories "
-            "cannot read there; give more max_memory, or make the weights smaller with dtype=torch.bfloat16 or a "
-            "quantization_config"
-        )
 
 
 def _describe_damage(name: Any, folder: Path | None, error: SafetensorError) -> str:

@@ -33,7 +33,7 @@ class MemorizeMixin:
     ) -> TNTState:
         """Read a document of any length, without gradients, in memory that does not depend on the length.
 
-        The result stands before input_ids: `generate(input_ids, past_key_values=state)` continues the document, and
+        The result stands before input_ids: `generate(input_ids, cache=state)` continues the document, and
         input_ids hold new tokens only, see `TNTState`.
 
         Args:
@@ -86,16 +86,16 @@ class MemorizeMixin:
     def load_memory(self, save_directory: str | os.PathLike) -> TNTState:
         """The state that `state.save_pretrained(save_directory)` wrote, on this model's device; see
         `TNTState.from_pretrained` for what it raises."""
-        return TNTState.from_pretrained(save_directory, self, self.device)
+        return TNTState.from_pretrained(save_directory, self, _device_of_inputs(self))
 
     def memory_origin(self) -> dict[str, Any]:
         """What tells the states of this model from those of others: its name, and a few of the numbers that its first
         and last layers' memories start from."""
         name = self.config.name_or_path
         layers = self.base_model.layers
-        starts = [
-            memory.w1.detach() for block in (layers[0], layers[-1]) for memory in block.memory.memories().values()
-        ]
+        memories = [memory for block in (layers[0], layers[-1]) for memory in block.memory.memories().values()]
+        # By name: an adapter of a memory's parameters stands in front of it.
+        starts = [next(p.detach() for n, p in m.named_parameters() if n.split(".")[-1] == "w1") for m in memories]
         samples = None  # of weights that are offloaded nothing is known
         if not any(w.is_meta for w in starts):
             samples = torch.cat([w.flatten()[:: max(1, w.numel() // 8)][:8].double().cpu() for w in starts]).tolist()
@@ -111,9 +111,7 @@ class MemorizeMixin:
                 ids, mask = self._piece(rows, lengths, begin, end)
                 kept = _keep(state, end - begin)
                 try:
-                    self.base_model(
-                        input_ids=ids.to(self.device), attention_mask=mask, past_key_values=state, use_cache=True
-                    )
+                    self.base_model(input_ids=ids, attention_mask=mask, cache=state, use_cache=True)
                 except BaseException:  # KeyboardInterrupt, too: layers that have read the piece go back before it
                     state.layers = kept
                     raise
@@ -132,8 +130,13 @@ class MemorizeMixin:
                 f"document has the token id {bad}, and this model's ids are 0 to {self.config.vocab_size - 1}; use the "
                 "tokenizer that the model was trained with"
             )
-        columns = torch.arange(begin, end)
-        return ids, None if lengths.min() >= end else (columns < lengths.unsqueeze(1)).long().to(self.device)
+        device, is_token = _device_of_inputs(self), torch.arange(begin, end) < lengths.unsqueeze(1)
+        return ids.to(device), None if lengths.min() >= end else is_token.long().to(device)
+
+
+def _device_of_inputs(model: Any) -> torch.device:
+    """Where a model's inputs go. Offloaded weights are on no device until they are used: hooks move the inputs then."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def _pieces(length: int, chunk_length: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,9 @@ from .cache import TNTCacheLayer, cache_signature
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .kernels import MemoryParams, MemoryState, global_memory, initial_memory_state, local_memory
-from .kernels.step import StepMemory, choose_step_backend, step_checked, step_memories
+from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
 from .kernels.torch_step import StepGates, StepOptions
 from .packing import Packing, TokenStep
-
-# Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
-_apart_from_graphs = {operation: torch.compiler.disable(operation) for operation in (global_memory, local_memory)}
-
 
 # Initial gates: half of the earlier surprise stays in the momentum; a token's trace halves after about 280 tokens.
 # The step size starts at half of its base.
@@ -36,15 +32,27 @@ class MemoryGates(NamedTuple):
     decay: Tensor | None
 
 
-class MemoryOptions(NamedTuple):
-    """How one memory reads: the keywords of its operation that a config fixes."""
+class MemoryInputs(NamedTuple):
+    """What a memory brings to a call of its operation, as it stands inside of the memory's own forward.
 
-    is_global: bool
-    options: dict[str, Any]
+    gate_logits  of its step size, momentum and decay, [B, T, H] each, or None where one is not enabled.
+    base_lr      η_base, by which the gate of the step size is multiplied.
+    token_scale  [chunk_size] or None.
+    """
+
+    params: MemoryParams
+    gate_logits: MemoryGates
+    base_lr: float
+    token_scale: Tensor | None
+
+    def gates(self) -> MemoryGates:
+        """η(x) = η_base σ(θ·x + b) (TTT), and Titans' momentum and decay."""
+        lr, momentum, decay = (None if logits is None else torch.sigmoid(_widen(logits)) for logits in self.gate_logits)
+        return MemoryGates(self.base_lr * lr, momentum, decay)
 
 
 def step_options(config: TNTConfig) -> tuple[StepOptions, ...]:
-    """How the memories of any layer read, in their order: what `MemoryOptions` says, for all layers of a token."""
+    """How the memories of any layer read, in their order. Read from the config at each call: sizes may change."""
     options = [StepOptions(config.global_chunk_size, is_global=True)] if config.global_chunk_size is not None else []
     projection = (config.qk_projection, config.normalize_projection, config.token_scale)
     for chunk_size, shard_length in zip(config.local_chunk_sizes, config.shard_lengths, strict=True):
@@ -67,7 +75,9 @@ class TNTGate(NonDynamicallyQuantizableLinear):
 class TNTMemory(nn.Module):
     """The learned parameters of one memory: initial fast weights, output norm, and the gates of its inner optimiser.
 
-    No shape depends on a chunk size or a shard length, so that both can be changed after training.
+    No shape depends on a chunk size or a shard length, so that both can be changed after training. Whatever wraps this
+    module's forward (adapters of its parameters, hooks that bring offloaded ones) holds inside of it only: a model
+    reads a memory's parameters nowhere else.
     """
 
     def __init__(self, config: TNTConfig, base_lr: float, with_token_scale: bool) -> None:
@@ -92,11 +102,13 @@ class TNTMemory(nn.Module):
         """What the memory operations take."""
         return MemoryParams(self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias)
 
-    def gates(self, x: Tensor) -> MemoryGates:
-        """Gates of the tokens x [B, T, hidden_size]: η(x) = η_base σ(θ·x + b) (TTT) and Titans' momentum and decay."""
-        momentum = None if self.momentum_gate is None else _sigmoid_gate(self.momentum_gate, x)
-        decay = None if self.decay_gate is None else _sigmoid_gate(self.decay_gate, x)
-        return MemoryGates(self.base_lr * _sigmoid_gate(self.lr_gate, x), momentum, decay)
+    def forward(self, x: Tensor, chunk_size: int, use: Callable[[MemoryInputs], Any] | None = None) -> Any:
+        """What `use` makes of this memory's inputs for the tokens x [B, T, hidden_size]; None: the inputs."""
+        with torch.autocast(x.device.type, enabled=False):  # products of many gates follow: bfloat16 has too few digits
+            gates = (self.lr_gate, self.momentum_gate, self.decay_gate)
+            logits = (None if gate is None else gate(x.to(gate.weight.dtype)) for gate in gates)
+            inputs = MemoryInputs(self.params, MemoryGates(*logits), self.base_lr, self.token_scale(chunk_size))
+        return inputs if use is None else use(inputs)
 
     def token_scale(self, chunk_size: int) -> Tensor | None:
         """r [chunk_size], r_pos = scale · (pos + 1)^(−exponent): TTT's learned 1/(pos + 1), for any chunk size."""
@@ -106,18 +118,21 @@ class TNTMemory(nn.Module):
         return self.row_scale * torch.exp(-_widen(self.row_exponent) * positions.log())
 
 
-def _sigmoid_gate(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Outside of autocast: products of many gates follow, and those need more digits than bfloat16 has."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.sigmoid(_widen(linear(x.to(linear.weight.dtype))))
+def read_memory(
+    inputs: MemoryInputs, gates: MemoryGates, options: StepOptions, q: Tensor, k: Tensor, v: Tensor, **given: Any
+) -> tuple[Tensor, MemoryState | None]:
+    """`global_memory` or `local_memory`, as the options say; `given` are the keywords that both have."""
+    given |= {"chunk_size": options.chunk_size, "momentum": gates.momentum, "decay": gates.decay}
+    if options.is_global:
+        return global_memory(q, k, v, gates.lr, inputs.params, **given)
+    return local_memory(
+        q, k, v, gates.lr, inputs.params, shard_length=options.shard_length, qk_projection=options.qk_projection,
+        normalize_projection=options.normalize_projection, token_scale=inputs.token_scale, **given,
+    )  # fmt: skip
 
 
-def _sigmoid_gates(linears: Sequence[nn.Linear], x: Tensor) -> Tensor:
-    """`_sigmoid_gate` of several gates, stacked."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _sigmoid_gates(linears, x)
-    return torch.sigmoid(_widen(torch.stack([linear(x.to(linear.weight.dtype)) for linear in linears])))
+# Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
+_read_apart_from_graphs = torch.compiler.disable(read_memory)
 
 
 class TNTMemoryLayer(nn.Module):
@@ -149,8 +164,13 @@ class TNTMemoryLayer(nn.Module):
     def project(
         self, x: Tensor, packing: Packing | None = None, conv_tail: Tensor | None = None, return_tail: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [B, T, hidden_size] → q, k, v [B, T, H, D] as the memories see them, and the convolution's new tail."""
+        """x [B, T, hidden_size] → q, k, v as the memories see them, and the convolution's new tail.
+
+        [B, T, H, D], or [1, total, H, D] with `packing`: the real tokens alone.
+        """
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        if packing is not None:
+            qkv = packing.gather(qkv)
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, packing, conv_tail, return_tail)
         qkv = F.silu(qkv).unflatten(-1, (3, self.config.num_heads, self.config.head_dim))
@@ -161,23 +181,10 @@ class TNTMemoryLayer(nn.Module):
         """`project` for one token a row, x [B, 1, hidden_size] → q, k, v [B, H, D], in fewer operations."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
-            qkv, conv_tail = self.conv.step(qkv, conv_tail)
+            qkv, conv_tail = self.conv(qkv, tail=conv_tail, one_token=True)
         qkv = F.silu(qkv).view(x.shape[0], 3, *self.head_shape)
         q, k = _l2_normalize(qkv[:, :2]).unbind(1)
         return q, k, qkv[:, 2], conv_tail
-
-    def gates(self, x: Tensor) -> StepGates:
-        """`TNTMemory.gates` of all memories for one token a row, x [B, 1, hidden_size]: [memories, B, H], float32."""
-        memories = list(self.memories().values())
-        gates = [m.lr_gate for m in memories]
-        gates += [m.momentum_gate for m in memories if m.momentum_gate is not None]
-        gates += [m.decay_gate for m in memories if m.decay_gate is not None]
-        stacked = _sigmoid_gates(gates, x).view(-1, len(memories), x.shape[0], self.head_shape[0])
-        for lr, memory in zip(stacked[0], memories, strict=True):
-            lr.mul_(memory.base_lr)
-        has_momentum = memories[0].momentum_gate is not None
-        momentum = stacked[1] if has_momentum else None
-        return StepGates(stacked[0], momentum, stacked[-1] if memories[0].decay_gate is not None else None)
 
     def forward(
         self,
@@ -187,16 +194,20 @@ class TNTMemoryLayer(nn.Module):
         update_cache: bool = False,
         step: TokenStep | None = None,
     ) -> Tensor:
-        """Mix the tokens of x [B, T, hidden_size], or of [1, total, hidden_size] with `packing`.
+        """Mix the tokens of x [B, T, hidden_size]; what `packing` does not count as a token mixes to zero.
 
         With a `cache_layer` the memories start from its states; with `update_cache` it gets those after the last token.
         With `step` there is one token a row and the states in the cache are written in place, see `steps`.
         """
+        if packing is not None and packing.total == 0:
+            return torch.zeros_like(x)
         if step is None:
             o = self._read(x, packing, cache_layer, update_cache)
         else:
             o = self._step(x, cache_layer, step)
         o = self.norm(o.to(self.norm.weight.dtype)).flatten(-2)
+        if packing is not None:
+            o = packing.scatter(o)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
@@ -204,28 +215,35 @@ class TNTMemoryLayer(nn.Module):
     def step_backend(self) -> str:
         """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
         it as any other number of tokens."""
-        memory = next(iter(self.memories().values()))
-        return choose_step_backend(self.config.kernel_backend, memory.params).name
+        dim, expansion = self.config.head_dim, self.config.memory_expansion  # 1 of a linear memory
+        return step_backend_for(self.config.kernel_backend, dim, dim * expansion, self.norm.weight.device).name
 
     def _read(
         self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
     ) -> Tensor:
-        """The sum of the memories' outputs [B, T, H, D]."""
+        """The sum of the memories' outputs, shaped like q of `project`."""
         states = {} if cache_layer is None else cache_layer.memories
         tail = None if cache_layer is None else cache_layer.conv_tail
         q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
         outputs, new_states = [], {}
         # Triton's kernels are operators that torch.compile sees, but boundaries and positions are read by the host.
         in_graph = packing is None and not states and self.step_backend() == "triton"
-        for name, memory, (is_global, options) in self.operations():
-            gates = memory.gates(x)
-            operation = global_memory if is_global else local_memory
-            o, new_states[name] = (operation if in_graph else _apart_from_graphs[operation])(
-                q, k, v, gates.lr, memory.params, momentum=gates.momentum, decay=gates.decay,
-                cu_seqlens=None if packing is None else packing.boundaries, initial_state=states.get(name),
-                output_final_state=update_cache, backend=self.config.kernel_backend, **options,
-            )  # fmt: skip
-            outputs.append(_KeepInGraph.apply(o, *gates))
+        read = read_memory if in_graph else _read_apart_from_graphs
+        for name, memory, options in self.operations():
+
+            def use(inputs: MemoryInputs, name: str = name, options: StepOptions = options) -> tuple:
+                gates = inputs.gates()
+                if packing is not None:
+                    gates = MemoryGates(*(None if gate is None else packing.gather(gate) for gate in gates))
+                o, state = read(
+                    inputs, gates, options, q, k, v,
+                    cu_seqlens=None if packing is None else packing.boundaries, initial_state=states.get(name),
+                    output_final_state=update_cache, backend=self.config.kernel_backend,
+                )  # fmt: skip
+                return _KeepInGraph.apply(o, *gates), state
+
+            o, new_states[name] = memory(x, options.chunk_size, use)
+            outputs.append(o)
         if update_cache:
             cache_layer.store(new_states, tail, cache_signature(self.config))
         return sum(outputs[1:], outputs[0])
@@ -233,36 +251,34 @@ class TNTMemoryLayer(nn.Module):
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
         q, k, v, tail = self.project_token(x, cache_layer.conv_tail)
+        memories = self.memories()
+        if len(step.options) != len(memories):
+            self._check_count()
         advance = self._advance
         if step.backend == "torch" and torch.compiler.is_compiling():
             advance = torch.compiler.disable(advance)  # it asks the host where chunks end
-        return advance(q, k, v, self.gates(x), tail, cache_layer, step).unsqueeze(1)
+        reads = list(zip(memories.values(), step.options, strict=True))
+        return _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
 
     def _advance(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gates: StepGates,
+        inputs: list[MemoryInputs],
         tail: Tensor | None,
         cache_layer: TNTCacheLayer,
         step: TokenStep,
     ) -> Tensor:
         """The same, o [B, H, D], behind the projections."""
-        memories = self.memories()
-        if len(step.options) != len(memories):
-            self._check_count()
+        memories, params = self.memories(), [given.params for given in inputs]
         is_new = not cache_layer.is_stacked(memories)
         if is_new:
             cache_layer.stack_memories(
-                list(memories), lambda: self._initial_states(q), tail, cache_signature(self.config)
+                list(memories), lambda: self._initial_states(q, params), tail, cache_signature(self.config)
             )
-        stack = cache_layer.stack
-        params = [memory.params for memory in memories.values()]
-        token_scales = [
-            memory.token_scale(options.chunk_size) if options.has_token_scale else None
-            for memory, options in zip(memories.values(), step.options, strict=True)
-        ]
+        stack, gates = cache_layer.stack, _stack_gates(inputs)
+        token_scales = [given.token_scale for given in inputs]
         if step.backend == "torch" and not is_new and stack.weights.device == q.device:
             # All arguments but the cache are our own, and that was checked when it was stacked.
             o = step_checked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
@@ -279,16 +295,16 @@ class TNTMemoryLayer(nn.Module):
         cache_layer.advance_tail(tail, step)
         return o
 
-    def _initial_states(self, x: Tensor) -> dict[str, MemoryState]:
-        """Before the first token of the rows of x."""
+    def _initial_states(self, like: Tensor, params: Sequence[MemoryParams]) -> dict[str, MemoryState]:
+        """Before the first token of the rows of `like`, of memories with these parameters."""
         return {
             name: initial_memory_state(
-                memory.params, x.shape[0],
+                one, like.shape[0],
                 with_momentum=self.config.use_momentum,
-                with_projection=not is_global and self.config.qk_projection != "none",
-                dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+                with_projection=not options.is_global and self.config.qk_projection != "none",
+                dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
             )
-            for name, memory, (is_global, _) in self.operations()
+            for (name, _, options), one in zip(self.operations(), params, strict=True)
         }  # fmt: skip
 
     def _check_count(self) -> None:
@@ -298,33 +314,44 @@ class TNTMemoryLayer(nn.Module):
                 f"{len(self.local_memories)} local memories"
             )
 
-    def operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
-        """Name, parameters and options of each memory. Sizes are read from the config each time: they may change."""
-        config, memories = self.config, self.memories()
+    def operations(self) -> Iterator[tuple[str, TNTMemory, StepOptions]]:
+        """Name, module and options of each memory."""
         self._check_count()
-        if self.global_memory is not None:
-            yield "global", memories["global"], MemoryOptions(True, {"chunk_size": config.global_chunk_size})
-        for i, (chunk_size, shard_length) in enumerate(
-            zip(config.local_chunk_sizes, config.shard_lengths, strict=True)
-        ):
-            memory = memories[f"local{i}"]
-            options = {
-                "chunk_size": chunk_size,
-                "shard_length": shard_length,
-                "qk_projection": config.qk_projection,
-                "normalize_projection": config.normalize_projection,
-                "token_scale": memory.token_scale(chunk_size),
-            }
-            yield f"local{i}", memory, MemoryOptions(False, options)
+        for (name, memory), options in zip(self.memories().items(), step_options(self.config), strict=True):
+            yield name, memory, options
+
+
+def _inside(
+    reads: Sequence[tuple[TNTMemory, StepOptions]],
+    x: Tensor,
+    use: Callable[[list[MemoryInputs]], Any],
+    inputs: Sequence[MemoryInputs] = (),
+) -> Any:
+    """`use` of the inputs of several memories, inside of the forward of each of them at once."""
+    if not reads:
+        return use(list(inputs))
+    (memory, options), *others = reads
+    return memory(x, options.chunk_size, lambda one: _inside(others, x, use, [*inputs, one]))
+
+
+def _stack_gates(inputs: list[MemoryInputs]) -> StepGates:
+    """`MemoryInputs.gates` of all memories for one token a row, [memories, B, H]: one sigmoid for all."""
+    kinds = [[given.gate_logits[i] for given in inputs] for i in range(len(MemoryGates._fields))]
+    enabled = [kind for kind in kinds if kind[0] is not None]
+    gates = iter(torch.sigmoid(_widen(torch.stack([g[:, 0] for kind in enabled for g in kind]))).chunk(len(enabled)))
+    lr, momentum, decay = (None if kind[0] is None else next(gates) for kind in kinds)
+    for one, given in zip(lr, inputs, strict=True):
+        one.mul_(given.base_lr)
+    return StepGates(lr, momentum, decay)
 
 
 def _each(gates: Tensor | None, memories: int) -> Sequence[Tensor | None]:
-    """Of every memory; [memories, …] or None for all."""
+    """One gate per memory, or None for each."""
     return [None] * memories if gates is None else gates.unbind()
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """The first argument. The others get a gradient of zero if they have no part in it.
+    """Returns `o`; gives unused gates a zero gradient.
 
     What a memory learns in a chunk that nobody reads back (the global one in its last) depends on its gates, but the
     output does not: without a gradient at all, DistributedDataParallel would wait for it.

@@ -12,13 +12,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache import TNTCacheLayer, check_cache
+from .cache import TNTCacheLayer, check_cache, check_mask
+from .compat import OTHER_NAME, BaseModelOutputWithPast, CausalLMOutputWithPast, cache_of, named_cache, one_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
-from .generation import TNTGenerationMixin
+from .generation import TNTGenerationMixin, warn_no_cache_when_checkpointing
 from .hub_export import HubExportMixin
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
@@ -71,7 +71,7 @@ class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TNTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", OTHER_NAME]
     _is_stateful = True
 
     def set_local_chunks(
@@ -165,7 +165,7 @@ class TNTModel(TNTPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -176,6 +176,7 @@ class TNTModel(TNTPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        past_key_values: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """Read a batch of sequences.
 
@@ -189,8 +190,9 @@ class TNTModel(TNTPreTrainedModel):
             seq_idx: [B, T] or [1, T] index of the packed sequence of each token, instead of position_ids.
             cu_seqlens: [N + 1] boundaries of the packed sequences of a single row (B = 1), instead of either.
             cu_seq_lens_q, cu_seq_lens_k: the same under transformers' names; must agree. max_length_* are not needed.
-            past_key_values: `DynamicCache(config=model.config)`, or what an earlier call returned: the states to start
-                from. They are replaced by those after the last token unless use_cache is False.
+            cache: `DynamicCache(config=model.config)`, or what an earlier call returned: the states to start from. They
+                are replaced by those after the last token unless use_cache is False.
+            past_key_values: the same, under its name in transformers before 5.24. Outputs have it under both names.
             use_cache: return the states. None: if a cache is given, or else `config.use_cache` outside of training and
                 packing (packed sequences have no state of their own to return).
             output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
@@ -203,10 +205,10 @@ class TNTModel(TNTPreTrainedModel):
         `torch.compile(model, fullgraph=True)`, and captured in a CUDA graph, once a first one after the prompt has made
         the cache's buffers:
 
-            model(prompt, past_key_values=cache)
-            token.copy_(...); model(token, past_key_values=cache)
+            model(prompt, cache=cache)
+            token.copy_(...); model(token, cache=cache)
             with torch.cuda.graph(graph):
-                out = model(token, past_key_values=cache)
+                out = model(token, cache=cache)
             token.copy_(...); graph.replay(); out.logits ...
 
         A replay does not run Python: `layer.advance(1)` counts its column for each of `cache.layers` if
@@ -222,52 +224,47 @@ class TNTModel(TNTPreTrainedModel):
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
                 another configuration or batch size, or packed sequences behind a cache.
         """
+        cache = one_cache(cache, past_key_values)
         given = self._check_inputs(input_ids, inputs_embeds)
         batch_shape = (given.shape[0], given.shape[1])
         if output_attentions:
             raise ValueError("output_attentions=True: a TNT model has no attention weights; use False")
-        if past_key_values is not None:
-            check_cache(past_key_values, self.config, batch_shape[0])
+        if cache is not None:
+            check_cache(cache, self.config, batch_shape[0])
+            check_mask(cache, attention_mask, batch_shape[1])
         boundaries = _same_boundaries(cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k)
         columns = {
             "attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
-            "past_length": 0 if past_key_values is None else past_key_values.get_seq_length(),
+            "past_length": 0 if cache is None else cache.get_seq_length(),
         }  # fmt: skip
         packing = step = None
-        backend = self._step_backend(batch_shape, past_key_values, use_cache) if boundaries is None else None
+        backend = self._step_backend(batch_shape, cache, use_cache) if boundaries is None else None
         if backend is not None:
             step = plan_step(batch_shape, given.device, backend, step_options(self.config), **columns)
         else:
             packing = plan_packing(batch_shape, given.device, cu_seqlens=boundaries, **columns)
-        use_cache = self._decide_use_cache(use_cache, past_key_values, packing, batch_shape[0])
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        use_cache = self._decide_use_cache(use_cache, cache, packing, batch_shape[0])
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if packing is not None:
-            hidden_states = packing.gather(hidden_states)
+        tokens = step or packing
+        if tokens is not None:
+            hidden_states = tokens.hide(hidden_states)
         all_hidden_states = []
         for i, layer in enumerate(self.layers):
             all_hidden_states.append(hidden_states)
-            cache_layer = None if past_key_values is None else past_key_values.layers[i]
-            if hidden_states.shape[1] > 0:
-                hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step)
+            cache_layer = None if cache is None else cache.layers[i]
+            hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step)
             if use_cache:
                 cache_layer.advance(batch_shape[1])
-        hidden_states = self.norm(hidden_states)
-        all_hidden_states.append(hidden_states)
-
-        def unpack(h: Tensor) -> Tensor:
-            """[B, T, hidden_size], zero at padding."""
-            return step.hide(h) if step is not None else h if packing is None else packing.scatter(h)
-
-        hidden_states = unpack(hidden_states)
-        if output_hidden_states:
-            all_hidden_states = (*map(unpack, all_hidden_states[:-1]), hidden_states)
+        all_hidden_states.append(self.norm(hidden_states))
+        if tokens is not None:  # zero already, but for what an adapter may add to it
+            all_hidden_states = [tokens.hide(hidden) for hidden in all_hidden_states]
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=all_hidden_states if output_hidden_states else None,
+            last_hidden_state=all_hidden_states[-1],
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            **named_cache(cache if use_cache else None),
         )
 
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -286,32 +283,33 @@ class TNTModel(TNTPreTrainedModel):
             raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
         return given
 
-    def _step_backend(
-        self, batch_shape: tuple[int, int], past_key_values: Cache | None, use_cache: bool | None
-    ) -> str | None:
+    def _step_backend(self, batch_shape: tuple[int, int], cache: Cache | None, use_cache: bool | None) -> str | None:
         """The backend of a call that reads a token a row behind a cache and writes it in place; None for any other."""
-        if batch_shape[1] != 1 or past_key_values is None or use_cache is False or torch.is_grad_enabled():
+        if batch_shape[1] != 1 or cache is None or use_cache is False or torch.is_grad_enabled():
             return None
         backend = self.layers[0].memory.step_backend()
         return None if backend == "reference" else backend
 
     def _decide_use_cache(
-        self, use_cache: bool | None, past_key_values: Cache | None, packing: Packing | None, batch: int
+        self, use_cache: bool | None, cache: Cache | None, packing: Packing | None, batch: int
     ) -> bool:
         """Whether this call replaces or makes a cache; see `forward`."""
         packed = packing is not None and packing.rows != batch
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training and not packed)
-        if packed and (use_cache or past_key_values is not None):
+            use_cache = cache is not None or (self.config.use_cache and not self.training and not packed)
+        if packed and (use_cache or cache is not None):
             raise ValueError(
                 f"{packing.rows} packed sequences in {batch} rows leave no state per row; use use_cache=False and no "
-                "past_key_values, or one sequence a row with an attention_mask"
+                "cache, or one sequence a row with an attention_mask"
             )
-        if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
-            raise ValueError(
-                "gradient checkpointing runs every block twice; in training it excludes use_cache and past_key_values; "
-                "use use_cache=False, or call model.eval() to generate"
-            )
+        if self.training and self.gradient_checkpointing and (use_cache or cache is not None):
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing runs every block twice; in training it excludes a cache (past_key_values); "
+                    "use use_cache=False, or call model.eval() to read on behind one"
+                )
+            warn_no_cache_when_checkpointing()
+            return False
         return use_cache
 
 
@@ -333,7 +331,7 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -347,6 +345,7 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        past_key_values: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and their cross-entropy if `labels` are given. See `TNTModel.forward` for the rest.
 
@@ -361,7 +360,7 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -384,8 +383,8 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **named_cache(cache_of(outputs)),
         )
 
 

@@ -1,9 +1,10 @@
 """Which columns of a batch are tokens, and which tokens form a sequence.
 
 Chunk and shard positions count the real tokens of each sequence, so padding must not reach the memories at all, and
-packed sequences must not see each other. Both are the same operation: the real tokens are gathered into one row
-[1, total] with the boundaries of its sequences, every layer runs on that row, and the result is scattered back. A batch
-without padding or packing stays [B, T] and pays nothing.
+packed sequences must not see each other. Both are the same operation: inside of each token mixer the real tokens are
+gathered into one row [1, total] with the boundaries of its sequences, the memories read that row, and the result is
+scattered back. Between blocks everything is [B, T, ...], as adapters and hooks expect. A batch without padding or
+packing pays nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Packing(NamedTuple):
     sequence_index  [total] int64, the sequence of each token.
     token_index     [total] int64, the place of each token in the flattened batch [B·T]; None: every column is a token.
     batch_shape     (B, T).
+    active          [B, T] bool, True at the tokens, or None with token_index.
     boundaries      cu_seqlens in the host's memory: every memory of every layer reads them there, and asking a GPU each
                     time would wait for it each time.
     """
@@ -31,6 +33,7 @@ class Packing(NamedTuple):
     sequence_index: Tensor
     token_index: Tensor | None
     batch_shape: tuple[int, int]
+    active: Tensor | None
     boundaries: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
@@ -45,6 +48,15 @@ class Packing(NamedTuple):
             rows = self.batch_shape[0] * self.batch_shape[1]
             flat = flat.new_zeros(rows, *flat.shape[1:]).index_copy(0, self.token_index, flat)
         return flat.unflatten(0, self.batch_shape)
+
+    def hide(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] with zeros where there is no token."""
+        return x if self.active is None else torch.where(self.active.unsqueeze(-1), x, 0)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens."""
+        return self.sequence_index.shape[0]
 
     @property
     def rows(self) -> int:
@@ -133,12 +145,12 @@ def plan_packing(
         row = token.div(length, rounding_mode="floor")
         starts = _sequence_starts(row, token_index, batch_shape, position_ids, seq_idx)
         if starts is None:
-            return None if mask is None else _from_lengths(mask.sum(1).to(device), token_index, batch_shape)
-        packing = _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape)
+            return None if mask is None else _from_lengths(mask.sum(1).to(device), token_index, batch_shape, mask)
+        packing = _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape, mask)
     if past_length:
         raise ValueError(
             "packed sequences (cu_seqlens, seq_idx, or position_ids that do not rise) cannot continue a filled "
-            "past_key_values; pass one sequence a row, or no cache"
+            "cache; pass one sequence a row, or no cache"
         )
     return packing
 
@@ -211,7 +223,9 @@ def _pack_boundaries(
     return _from_lengths(cu_seqlens.to(device).long().diff(), None, batch_shape)
 
 
-def _from_lengths(lengths: Tensor, token_index: Tensor | None, batch_shape: tuple[int, int]) -> Packing:
+def _from_lengths(
+    lengths: Tensor, token_index: Tensor | None, batch_shape: tuple[int, int], mask: Tensor | None = None
+) -> Packing:
     total = batch_shape[0] * batch_shape[1] if token_index is None else token_index.shape[0]
     sequences = torch.arange(lengths.shape[0], device=lengths.device)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -220,5 +234,6 @@ def _from_lengths(lengths: Tensor, token_index: Tensor | None, batch_shape: tupl
         sequence_index=sequences.repeat_interleave(lengths, output_size=total),
         token_index=token_index,
         batch_shape=batch_shape,
+        active=None if mask is None else mask.to(lengths.device),
         boundaries=cu_seqlens.cpu(),
     )

@@ -24,7 +24,7 @@ DESCRIPTION_FILE = "memory.json"
 class TNTState(DynamicCache):
     """The memories of every layer for a batch of rows, of a size that does not depend on how much they have read.
 
-    A transformers cache: pass it as `past_key_values` to a model's call or to `generate`, which read on from it and
+    A transformers cache: pass it as `cache` to a model's call or to `generate`, which read on from it and
     advance it (give them `state.clone()` to keep it as it is). `model.memorize(document)` makes one that stands
     *before* input_ids: the document must not be in them, and `get_seq_length()`, the number of columns of input_ids
     that have been read, starts at 0. From there on it is used as every cache is: a conversation passes all of its
@@ -44,7 +44,7 @@ class TNTState(DynamicCache):
 
     @classmethod
     def from_cache(cls, cache: Cache, config: TNTConfig) -> TNTState:
-        """A copy of any cache of a TNT model of `config`, for instance the `past_key_values` of an output."""
+        """A copy of any cache of a TNT model of `config`, for instance the `cache` of an output."""
         state = cls(config)
         kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", [])]
         if kinds != [LAYER_TYPE] * len(state.layers):
@@ -56,7 +56,7 @@ class TNTState(DynamicCache):
     def start_prompt(self) -> None:
         """Let all that has been read stand before the next input_ids, which then hold new tokens only."""
         for layer in self.layers:
-            layer.cumulative_length = 0
+            layer.start_prompt()
 
     @property
     def is_initialized(self) -> bool:
@@ -67,8 +67,7 @@ class TNTState(DynamicCache):
     def tokens_read(self) -> Tensor:
         """[rows] int64, the real tokens behind each row's state; empty if nothing was read. After a reset of a part of
         the memories, those that the other part has read."""
-        positions = [state.position for state in self.layers[0].memories.values()]
-        return torch.stack(positions).amax(0) if positions else torch.zeros(0, dtype=torch.int64)
+        return self.layers[0].tokens_read
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +77,11 @@ class TNTState(DynamicCache):
     def clone(self) -> TNTState:
         """An independent copy: reading on from one leaves the other alone."""
         return _map_cache(self, Tensor.clone)
+
+    def detach(self) -> TNTState:
+        """The same state, cut from the graph that it was computed in: for truncated back-propagation, see
+        `detach_cache`."""
+        return detach_cache(self)
 
     def repeat(self, repeats: int) -> TNTState:
         """A new state with every row `repeats` times, one after the other, as `torch.repeat_interleave` does.
@@ -190,6 +194,15 @@ class TNTState(DynamicCache):
             f"TNTState(tokens_read={self.tokens_read.tolist()}, columns={self.get_seq_length()}, "
             f"{len(self.layers)} layers of {', '.join(layer.memories)}, {self.nbytes / 2**20:.1f} MiB on {device})"
         )
+
+
+def detach_cache(cache: Cache) -> Cache:
+    """A cache of the same kind with the same states, cut from the graph that they were computed in.
+
+    For truncated back-propagation through time: `model(piece, cache=detach_cache(cache), use_cache=True)` reads on from
+    what the pieces before have taught, and gradients end where the piece begins.
+    """
+    return _map_cache(cache, Tensor.detach)
 
 
 def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:

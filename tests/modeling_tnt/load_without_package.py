@@ -47,7 +47,7 @@ def check(folder: Path) -> None:
     model.memorize(expected["ids"][0][:-1], progress=False).save_pretrained(folder / "memory")
     state = model.load_memory(folder / "memory")
     with torch.no_grad():
-        assert_same(model(prompt.input_ids[:, -1:], past_key_values=state).logits, logits[:, -1:])
+        assert_same(model(prompt.input_ids[:, -1:], cache=state).logits, logits[:, -1:])
 
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():

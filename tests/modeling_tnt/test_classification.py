@@ -101,9 +101,9 @@ def test_a_text_may_be_read_in_pieces():
     model = make_classifier()
     rows, ids, mask = make_batch("left")
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    model(ids[:, :6], attention_mask=mask[:, :6], cache=cache)
     for piece in (mask, mask[:, 6:]):  # of all columns so far, or of this call's
-        logits = model(ids[:, 6:], attention_mask=piece, past_key_values=copy.deepcopy(cache)).logits
+        logits = model(ids[:, 6:], attention_mask=piece, cache=copy.deepcopy(cache)).logits
         torch.testing.assert_close(logits, score_alone(model, rows))
 
 

@@ -47,7 +47,7 @@ def prompt_read(variant, tokens, backend="triton", **overrides):
     """A stepping model and its cache after a prompt."""
     model = make_model(variant, **overrides)
     cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache)
+    model(tokens, cache=cache)
     return stepping(model, backend), cache
 
 
@@ -57,7 +57,7 @@ def read(model, cache, tokens, **columns):
     logits = []
     for t in range(tokens.shape[1]):
         now = {name: value[:, : value.shape[1] - tokens.shape[1] + t + 1] for name, value in columns.items()}
-        logits.append(model(tokens[:, t : t + 1], past_key_values=cache, **now).logits)
+        logits.append(model(tokens[:, t : t + 1], cache=cache, **now).logits)
     return torch.cat(logits, 1)
 
 
@@ -72,13 +72,13 @@ def test_steps_give_what_the_whole_sequence_gives(variant, backend):
     want = make_model(variant, **ONE_LAYER)(tokens, attention_mask=mask, use_cache=True, output_hidden_states=True)
     model = make_model(variant, **ONE_LAYER)
     cache = DynamicCache(config=model.config)
-    model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    model(tokens[:, :6], attention_mask=mask[:, :6], cache=cache)
     logits = read(stepping(model, backend), cache, tokens[:, 6:9], attention_mask=mask[:, :9])
-    last = model(tokens[:, 9:], attention_mask=mask, past_key_values=cache, output_hidden_states=True)
+    last = model(tokens[:, 9:], attention_mask=mask, cache=cache, output_hidden_states=True)
     torch.testing.assert_close(torch.cat([logits, last.logits], 1), want.logits[:, 6:], **EXACT)
     for ours, theirs in zip(last.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(ours, theirs[:, 9:], **EXACT)
-    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert_same_states(cache, want.cache, **EXACT)
     assert cache.get_seq_length() == 10 and cache.layers[0].stack is not None
 
 
@@ -94,8 +94,8 @@ def test_greedy_generation_is_the_most_probable_token_of_the_whole_sequence(vari
     model = make_model(variant)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(rows[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-    got = stepping(model, backend).generate(rows, attention_mask=mask, past_key_values=cache, **greedy)
+        model(rows[:, :-1], attention_mask=mask[:, :-1], cache=cache)
+    got = stepping(model, backend).generate(rows, attention_mask=mask, cache=cache, **greedy)
     assert len(calls) == 4 * 2
     with torch.no_grad():
         all_real = torch.cat([mask, mask.new_ones(2, 4)], 1)
@@ -114,11 +114,11 @@ def test_a_prompt_of_one_token_and_an_empty_cache(backend):
     cache = DynamicCache(config=model.config)
     logits = read(model, cache, tokens * mask, attention_mask=mask)
     torch.testing.assert_close(logits, want.logits, **EXACT)
-    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert_same_states(cache, want.cache, **EXACT)
     with torch.inference_mode():  # buffers made outside of it may be written within, and those made within outside
         inside = DynamicCache(config=model.config)
         read(model, inside, tokens[:, :1])
-        model(tokens[:, 1:2], past_key_values=cache)
+        model(tokens[:, 1:2], cache=cache)
     read(model, inside, tokens[:, 1:])
     assert inside.layers[0].memories["local0"].position.tolist() == [3, 3]
 
@@ -134,7 +134,7 @@ def test_a_stepped_cache_can_do_what_every_cache_can(variant, backend, tmp_path)
     tokens, more = make_tokens(2, 5), make_tokens(3, 4, seed=2)
     torch_model = make_model(variant, **ONE_LAYER)
     want = DynamicCache(config=torch_model.config)
-    torch_model(tokens, past_key_values=want)
+    torch_model(tokens, cache=want)
     model, cache = prompt_read(variant, tokens[:, :3], backend, **ONE_LAYER)
     read(model, cache, tokens[:, 3:])
     kept = copy.deepcopy(cache)
@@ -150,11 +150,11 @@ def test_a_stepped_cache_can_do_what_every_cache_can(variant, backend, tmp_path)
     copied = copy.deepcopy(cache)
     cache.layers[0].offload()
     cache.layers[0].prefetch()
-    wanted = torch_model(more, past_key_values=want).logits
+    wanted = torch_model(more, cache=want).logits
     for each in (cache, loaded, copied):
         logits = [read(model, each, more[:, :1])]
         model.config.kernel_backend = "torch"
-        logits.append(model(more[:, 1:3], past_key_values=each).logits)
+        logits.append(model(more[:, 1:3], cache=each).logits)
         logits.append(read(stepping(model, backend), each, more[:, 3:]))
         torch.testing.assert_close(torch.cat(logits, 1), wanted, **EXACT)
         assert_same_states(each, want, **EXACT)
@@ -163,7 +163,7 @@ def test_a_stepped_cache_can_do_what_every_cache_can(variant, backend, tmp_path)
     assert layer.is_stacked(list(model.model.layers[0].memory.memories())) and layer.stack is not cache.layers[0].stack
     fresh = DynamicCache(config=model.config)
     model.config.kernel_backend = "torch"
-    model(tokens, past_key_values=fresh)
+    model(tokens, cache=fresh)
     assert_same_states(kept, fresh, **EXACT)
 
 
@@ -184,7 +184,7 @@ def test_buffers_keep_their_addresses_over_prompts(backend):
     for _ in range(2):
         cache.reset()
         model.config.kernel_backend = "torch"
-        model(tokens[:, :4], past_key_values=cache)
+        model(tokens[:, :4], cache=cache)
         read(stepping(model, backend), cache, tokens[:, 4:])
         assert addresses() == before and cache.get_seq_length() == 6
         for name, t in state_tensors(cache).items():
@@ -210,12 +210,12 @@ def test_where_states_must_not_change_the_call_is_no_step(backend, monkeypatch):
     # What the other path computes, and on which backend, is not at stake here.
     monkeypatch.setattr(TNTMemoryLayer, "_read", lambda self, x, *args: x.new_zeros(*x.shape[:2], 2, 16))
     with torch.no_grad():
-        model(tokens[:, :1], past_key_values=cache, use_cache=False)
+        model(tokens[:, :1], cache=cache, use_cache=False)
         model(tokens[:, :1], use_cache=True)
-        model(tokens[:, :2], past_key_values=cache)
+        model(tokens[:, :2], cache=cache)
         with nullcontext() if backend == "reference" else pytest.raises(AssertionError, match="stepped"):
-            model(tokens[:, :1], past_key_values=cache)
-    model(tokens[:, :1], past_key_values=cache)
+            model(tokens[:, :1], cache=cache)
+    model(tokens[:, :1], cache=cache)
 
 
 @BOTH
@@ -225,17 +225,17 @@ def test_a_column_that_does_not_fit_is_refused(backend):
     model, cache = prompt_read("linear", tokens, backend, **ONE_LAYER)
     token = tokens[:, :1]
     with pytest.raises(ValueError, match=r"= \(2, 1\) or \(2, 5\) \(4 tokens are in the cache\), got \(2, 3\)"):
-        model(token, past_key_values=cache, attention_mask=torch.ones(2, 3))
+        model(token, cache=cache, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"position_ids must have shape \(2, 1\) or \(1, 1\), got \(2, 5\)"):
-        model(token, past_key_values=cache, position_ids=torch.ones(2, 5))
+        model(token, cache=cache, position_ids=torch.ones(2, 5))
     with pytest.raises(ValueError, match="holds 2 rows but the batch has 1"):
-        model(token[:1], past_key_values=cache)
-    model(token, past_key_values=cache)
+        model(token[:1], cache=cache)
+    model(token, cache=cache)
     model.config.local_chunk_sizes = [2, 4]
     with pytest.raises(ValueError, match=r"was filled by a model with local_chunk_sizes=\[4\] \(now \[2, 4\]\)"):
-        model(token, past_key_values=cache)
+        model(token, cache=cache)
     with pytest.raises(ValueError, match="one entry for each of the model's 1 local memories"):
-        model(token, past_key_values=DynamicCache(config=model.config))
+        model(token, cache=DynamicCache(config=model.config))
 
 
 class CountOperators(TorchDispatchMode):
@@ -259,9 +259,9 @@ def test_a_token_takes_few_operators_whatever_the_rows_and_memories():
     for rows, chunk_sizes in ((1, [8]), (3, [8]), (3, [8, 8, 8])):
         model, cache = prompt_read("mlp", make_tokens(rows, 2), "torch", local_chunk_sizes=chunk_sizes)
         token = make_tokens(rows, 1)
-        model(token, past_key_values=cache)
+        model(token, cache=cache)
         with CountOperators() as counted:
-            model(token, past_key_values=cache)
+            model(token, cache=cache)
         counts[rows, len(chunk_sizes)] = counted.count
     layers = model.config.num_hidden_layers
     assert counts[1, 1] == counts[3, 1] <= 105 * layers
@@ -283,7 +283,7 @@ def test_half_precision_gives_what_the_reference_gives(precision):
         model = make_model("mlp-momentum-forget", dtype, **options)
         cache = DynamicCache(config=model.config)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            model(tokens[:, :5], past_key_values=cache)
+            model(tokens[:, :5], cache=cache)
             results[backend] = read(stepping(model, backend), cache, tokens[:, 5:]), state_tensors(cache)
     (got, got_states), (want, want_states) = results["torch"], results["reference"]
     assert got.dtype == want.dtype
@@ -304,7 +304,7 @@ def test_adapters_are_not_bypassed():
     model = peft.get_peft_model(base, lora).double().eval()
     want = model(tokens, use_cache=True)
     cache = DynamicCache(config=base.config)
-    model(tokens[:, :4], past_key_values=cache)
+    model(tokens[:, :4], cache=cache)
     logits = read(model, cache, tokens[:, 4:])
     torch.testing.assert_close(logits, want.logits[:, 4:], **EXACT)
     assert (logits - plain[:, 4:]).abs().max() > 1e-3
@@ -319,16 +319,16 @@ def test_a_compiled_model_is_one_graph():
     want = make_model("linear", **ONE_LAYER)(tokens * mask, attention_mask=mask, use_cache=True)
     model = make_model("linear", **ONE_LAYER)
     cache = DynamicCache(config=model.config)
-    model((tokens * mask)[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+    model((tokens * mask)[:, :4], attention_mask=mask[:, :4], cache=cache)
     read(stepping(model), cache, tokens[:, 4:5], attention_mask=mask[:, :5].contiguous())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     logits = [
-        compiled(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1].clone(), past_key_values=cache).logits
+        compiled(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1].clone(), cache=cache).logits
         for t in range(5, 10)
     ]
     torch.testing.assert_close(torch.cat(logits, 1), want.logits[:, 5:], **EXACT)
-    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert_same_states(cache, want.cache, **EXACT)
     assert counter.frame_count <= 3, "compiled anew for every length"
     torch._dynamo.reset()
 
@@ -340,9 +340,9 @@ def test_a_compiled_model_with_the_torch_backend_breaks_its_graph_and_is_right()
     want = make_model("linear", **ONE_LAYER)(tokens, use_cache=True)
     model, cache = prompt_read("linear", tokens[:, :4], "torch", **ONE_LAYER)
     compiled = torch.compile(model, backend="aot_eager")
-    logits = [compiled(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(4, 10)]
+    logits = [compiled(tokens[:, t : t + 1], cache=cache).logits for t in range(4, 10)]
     torch.testing.assert_close(torch.cat(logits, 1), want.logits[:, 4:], **EXACT)
-    assert_same_states(cache, want.past_key_values, **EXACT)
+    assert_same_states(cache, want.cache, **EXACT)
     torch._dynamo.reset()
 
 
@@ -355,18 +355,18 @@ def test_a_captured_model_decodes():
     cache, graph, token = DynamicCache(config=model.config), None, torch.zeros(2, 1, dtype=torch.long, device="cuda")
     for prompt in prompts:
         plain = DynamicCache(config=model.config)
-        first = model(prompt, past_key_values=plain).logits[:, -1:].argmax(-1)
+        first = model(prompt, cache=plain).logits[:, -1:].argmax(-1)
         want = [first]
         for _ in range(12):
-            want.append(model(want[-1], past_key_values=plain).logits.argmax(-1))
+            want.append(model(want[-1], cache=plain).logits.argmax(-1))
         cache.reset()
-        model(prompt, past_key_values=cache)
+        model(prompt, cache=cache)
         token.copy_(first)
-        got = [first, model(token, past_key_values=cache).logits.argmax(-1)]
+        got = [first, model(token, cache=cache).logits.argmax(-1)]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = model(token, past_key_values=cache).logits
+                out = model(token, cache=cache).logits
         while len(got) < len(want):
             token.copy_(got[-1])
             graph.replay()

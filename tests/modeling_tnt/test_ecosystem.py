@@ -218,12 +218,17 @@ def test_device_map_places_the_model(saved, device_map):
               "lm_head": "cpu"}],
     ids=["auto", "a layer"],
 )  # fmt: skip
-def test_offloaded_weights_are_refused(saved, tmp_path, device_map):
+def test_offloaded_weights_are_brought_when_they_are_used(saved, tmp_path, device_map):
+    model, folder = saved
     options = {"max_memory": {"cpu": 40_000}} if device_map == "auto" else {}
-    with pytest.raises(ValueError, match="device_map offloads weights of TNTForCausalLM .*give more max_memory"):
-        AutoModelForCausalLM.from_pretrained(
-            saved[1], device_map=device_map, offload_folder=str(tmp_path / "offload"), **options
-        )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=device_map, offload_folder=str(tmp_path / "offload"), **options
+    )
+    assert any(p.is_meta for p in loaded.parameters())
+    prompt = make_tokens(2, 6)
+    assert torch.equal(loaded(prompt).logits, model(prompt).logits)
+    assert torch.equal(loaded.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+    assert loaded.memorize(prompt, progress=False).tokens_read.tolist() == [6, 6]
 
 
 def test_weights_in_several_files(tmp_path):
@@ -248,8 +253,8 @@ def test_the_compiled_step_equals_the_eager_one():
     compiled = torch.compile(model, backend="aot_eager")
     expected = model(tokens).logits[:, 5:]
     cache = DynamicCache(config=model.config)
-    model(tokens[:, :5], past_key_values=cache)
-    steps = [compiled(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(5, 13)]
+    model(tokens[:, :5], cache=cache)
+    steps = [compiled(tokens[:, t : t + 1], cache=cache).logits for t in range(5, 13)]
     # Over the boundaries of chunks and shards; equal but for the order of sums in float64.
     torch.testing.assert_close(torch.cat(steps, 1), expected)
     torch._dynamo.reset()
@@ -271,7 +276,7 @@ def test_export_makes_a_program_of_one_shape(tmp_path):
         torch.export.export(model, (tokens,), {"use_cache": False, "attention_mask": mask}, strict=False)
     cache = DynamicCache(config=model.config)
     with pytest.raises(Exception, match="DynamicCache"):
-        torch.export.export(model, (tokens[:, :1],), {"past_key_values": cache}, strict=False)
+        torch.export.export(model, (tokens[:, :1],), {"cache": cache}, strict=False)
 
 
 def test_trainer_evaluates_without_the_caches(tmp_path):

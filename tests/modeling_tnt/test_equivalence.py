@@ -19,9 +19,9 @@ def read_in_pieces(model, tokens, cuts, **kwargs):
     """Logits and cache of a read that is cut before the given columns."""
     cache, logits = DynamicCache(config=model.config), []
     for begin, end in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
-        out = model(tokens[:, begin:end], past_key_values=cache, **{k: v[:, :end] for k, v in kwargs.items()})
+        out = model(tokens[:, begin:end], cache=cache, **{k: v[:, :end] for k, v in kwargs.items()})
         logits.append(out.logits)
-        assert out.past_key_values is cache and cache.get_seq_length() == end
+        assert out.cache is cache and cache.get_seq_length() == end
     return torch.cat(logits, dim=1), cache
 
 
@@ -35,7 +35,7 @@ def test_a_read_may_be_cut_anywhere(variant, cuts):
     whole = model(tokens, use_cache=True)
     logits, cache = read_in_pieces(model, tokens, list(cuts))
     torch.testing.assert_close(logits, whole.logits, **EXACT)
-    assert_same_states(cache, whole.past_key_values, **EXACT)
+    assert_same_states(cache, whole.cache, **EXACT)
 
 
 @every_variant
@@ -45,7 +45,7 @@ def test_the_reference_backend_agrees(variant):
     ours = make_model(variant)(tokens, use_cache=True)
     reference = make_model(variant, kernel_backend="reference")(tokens, use_cache=True)
     torch.testing.assert_close(ours.logits, reference.logits, **EXACT)
-    assert_same_states(ours.past_key_values, reference.past_key_values, **EXACT)
+    assert_same_states(ours.cache, reference.cache, **EXACT)
 
 
 @every_variant
@@ -87,8 +87,8 @@ def test_padding_on_either_side_changes_nothing(variant):
         assert out.hidden_states[1].shape == (4, 21, 32)
         for i, single in enumerate(alone):
             torch.testing.assert_close(out.logits[i][mask[i] == 1], single.logits[0], **EXACT)
-            assert_same_states(single.past_key_values, out.past_key_values, slice(i, i + 1), **EXACT)
-        assert out.past_key_values.get_seq_length() == 21
+            assert_same_states(single.cache, out.cache, slice(i, i + 1), **EXACT)
+        assert out.cache.get_seq_length() == 21
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_padding_of_a_single_row():
         ids, mask = pad(list(row), 12, side)
         out = model(ids, attention_mask=mask.bool(), use_cache=True)
         torch.testing.assert_close(out.logits[mask == 1], alone.logits[0], **EXACT)
-        assert_same_states(out.past_key_values, alone.past_key_values, **EXACT)
+        assert_same_states(out.cache, alone.cache, **EXACT)
 
 
 @every_variant
@@ -112,7 +112,7 @@ def test_a_padded_batch_may_be_cut_anywhere(variant):
     for cuts in ([2, 3, 11, 18], list(range(1, T))):
         logits, cache = read_in_pieces(model, ids, cuts, attention_mask=mask)
         torch.testing.assert_close(logits[mask == 1], whole.logits[mask == 1], **EXACT)
-        assert_same_states(cache, whole.past_key_values, **EXACT)
+        assert_same_states(cache, whole.cache, **EXACT)
 
 
 @every_variant
@@ -174,7 +174,7 @@ def test_padding_inside_a_row_is_no_boundary():
     out = model(ids, attention_mask=mask, position_ids=torch.arange(12)[None], use_cache=True)
     alone = model(row, use_cache=True)
     torch.testing.assert_close(out.logits[mask == 1], alone.logits[0], **EXACT)
-    assert_same_states(out.past_key_values, alone.past_key_values, **EXACT)
+    assert_same_states(out.cache, alone.cache, **EXACT)
 
 
 @every_variant

@@ -178,9 +178,9 @@ def test_copies_and_the_package_work_in_one_process(tmp_path, monkeypatch):
         torch.testing.assert_close(gradient(model), expected)
         assert torch.equal(model.generate(tokens, max_new_tokens=9, do_sample=False), continued)
         with torch.no_grad():
-            cache = model(tokens[:, :5], use_cache=True).past_key_values
+            cache = model(tokens[:, :5], use_cache=True).cache
             for other in copies:
-                cache = other(tokens[:, 5:6], past_key_values=cache).past_key_values
+                cache = other(tokens[:, 5:6], cache=cache).cache
 
 
 def test_the_namespaces_of_the_operators_differ():

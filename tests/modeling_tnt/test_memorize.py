@@ -28,19 +28,17 @@ def test_a_prompt_behind_a_document_is_read_as_if_they_were_one(variant, chunk_l
     state = model.memorize(document, chunk_length=chunk_length, **QUIET)
     assert state.tokens_read.tolist() == [22, 22] and state.get_seq_length() == 0
     expected = model(whole, use_cache=True)
-    out = model(prompt, past_key_values=state.clone())
+    out = model(prompt, cache=state.clone())
     torch.testing.assert_close(out.logits, expected.logits[:, 22:], **CLOSE)
-    assert_same_states(out.past_key_values, expected.past_key_values, **CLOSE)
-    continued = model.generate(prompt, past_key_values=state, **GREEDY)
+    assert_same_states(out.cache, expected.cache, **CLOSE)
+    continued = model.generate(prompt, cache=state, **GREEDY)
     assert torch.equal(continued[:, 5:], model.generate(whole, use_cache=False, **GREEDY)[:, 27:])
 
 
 @torch.no_grad()
 def test_the_memory_is_used():
     model, prompt = make_model(), make_tokens(1, 5)
-    one, other = (
-        model(prompt, past_key_values=model.memorize(make_tokens(1, 30, seed=s), **QUIET)).logits for s in (3, 4)
-    )
+    one, other = (model(prompt, cache=model.memorize(make_tokens(1, 30, seed=s), **QUIET)).logits for s in (3, 4))
     assert (one - other).abs().max() > 0.01 and (one - model(prompt).logits).abs().max() > 0.01
 
 
@@ -124,7 +122,7 @@ def test_rows_of_different_lengths_and_a_padded_prompt():
     state = model.memorize(rows, chunk_length=4, **QUIET)
     assert state.tokens_read.tolist() == [17, 1, 9]
     padded = torch.stack([torch.cat([torch.zeros(4 - len(p), dtype=torch.long), p]) for p in prompts])
-    out = model.generate(padded, attention_mask=(padded > 0).long(), past_key_values=state, **GREEDY)
+    out = model.generate(padded, attention_mask=(padded > 0).long(), cache=state, **GREEDY)
     for row, (ids, prompt) in enumerate(zip(rows, prompts, strict=True)):
         alone = model.generate(torch.cat([torch.tensor(ids), prompt])[None], use_cache=False, **GREEDY)
         assert torch.equal(out[row, 4:], alone[0, len(ids) + len(prompt) :])
@@ -136,17 +134,17 @@ def test_a_state_is_read_on_from_and_a_conversation_passes_all_of_its_ids():
     first, second, turn, answer = (make_tokens(1, n, seed=n) for n in (13, 6, 5, 3))
     state = model.memorize(first, **QUIET)
     assert model.memorize(second, state=state, **QUIET) is state and state.tokens_read.tolist() == [19]
-    said = model.generate(turn, past_key_values=state, **GREEDY)
+    said = model.generate(turn, cache=state, **GREEDY)
     assert state.get_seq_length() == said.shape[1] - 1
     longer = torch.cat([said, answer], dim=1)
-    more = model.generate(longer, past_key_values=state, **GREEDY)
+    more = model.generate(longer, cache=state, **GREEDY)
     whole = torch.cat([first, second, longer], dim=1)
     expected = model.generate(whole, use_cache=False, **GREEDY)
     assert torch.equal(more, expected[:, 19:])
     model.memorize(second, state=state, **QUIET)  # the conversation is before it, and before what follows
     assert state.get_seq_length() == 0
     before = torch.cat([expected[:, :-1], second, turn], dim=1)
-    logits = model(turn, past_key_values=state).logits
+    logits = model(turn, cache=state).logits
     torch.testing.assert_close(logits, model(before).logits[:, -5:], **CLOSE)
 
 

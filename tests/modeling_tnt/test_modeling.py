@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from model_cases import VARIANTS, VOCAB, make_model, make_tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
 from modeling_tnt.health import memory_health
@@ -112,8 +112,8 @@ def test_outputs_that_were_asked_for():
     out = model(tokens, output_hidden_states=True)
     assert [h.shape for h in out.hidden_states] == [(2, 9, 32)] * 3
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-    assert out.past_key_values is not None and model(tokens, use_cache=False).past_key_values is None
-    assert model.train()(tokens).past_key_values is None, "training does not pay for states"
+    assert out.cache is not None and model(tokens, use_cache=False).cache is None
+    assert model.train()(tokens).cache is None, "training does not pay for states"
     model.eval()
     # Exact but for the rounding of a smaller matrix product.
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:], **EXACT)
@@ -138,8 +138,9 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
         gradients.append([p.grad for p in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
+    assert model(tokens, use_cache=True).cache is None, "as other models do, with a warning"
     with pytest.raises(ValueError, match="gradient checkpointing runs every block twice"):
-        model(tokens, use_cache=True)
+        model(tokens, cache=DynamicCache(config=model.config))
 
 
 @pytest.mark.parametrize("variant", ["mlp-momentum-forget", "linear"])
@@ -151,7 +152,7 @@ def test_bfloat16_and_autocast(variant):
     half = make_model(variant, torch.bfloat16, initializer_range=0.05)
     out = half(tokens, labels=tokens)
     assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
-    states = out.past_key_values.layers[0].memories.values()
+    states = out.cache.layers[0].memories.values()
     assert {t.dtype for s in states for t in s.tensors().values()} == {torch.float32, torch.int64}
     with torch.autocast("cpu", torch.bfloat16):
         auto = full(tokens, labels=tokens)
@@ -167,8 +168,8 @@ def test_gates_are_computed_in_float32():
     memory = make_model("mlp-momentum-forget", torch.float32).model.layers[0].memory.local_memories[0]
     x = torch.randn(1, 5, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = memory.gates(x)
-    for gate, expected in zip(inside, memory.gates(x), strict=True):
+        inside = memory(x, 4).gates()
+    for gate, expected in zip(inside, memory(x, 4).gates(), strict=True):
         assert gate.dtype == torch.float32 and torch.equal(gate, expected)
 
 
@@ -180,7 +181,7 @@ def test_compiled_equals_eager():
     results = []
     for run in (model, compiled):
         out = run(tokens, labels=tokens, use_cache=True)
-        step = run(tokens[:, :1], past_key_values=out.past_key_values)
+        step = run(tokens[:, :1], cache=out.cache)
         results.append((out.logits, step.logits, torch.autograd.grad(out.loss, parameters)))
     torch.testing.assert_close(results[0], results[1], **EXACT)
 
@@ -243,10 +244,10 @@ def test_wrong_inputs_are_refused():
 def test_a_batch_of_nothing_but_padding_is_read_as_nothing():
     model = make_model()
     out = model(make_tokens(2, 3), attention_mask=torch.zeros(2, 3), use_cache=True)
-    assert not out.logits.any() and out.past_key_values.get_seq_length() == 3
+    assert not out.logits.any() and out.cache.get_seq_length() == 3
     tokens = make_tokens(2, 4)
     mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 4)], dim=1)
-    later = model(tokens, attention_mask=mask, past_key_values=out.past_key_values)
+    later = model(tokens, attention_mask=mask, cache=out.cache)
     assert torch.equal(later.logits, model(tokens).logits)
 
 

@@ -107,16 +107,16 @@ def test_a_check_changes_nothing():
 @torch.no_grad()
 def test_a_cache_filled_before_the_swap_is_refused(tmp_path):
     model, tokens = make_model(), make_tokens(1, 10)
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True).cache
     save_cache(cache, tmp_path / "memory.safetensors")
     model.set_local_chunks([2])
     message = r"filled by a model with local_chunk_sizes=\[4\] \(now \[2\]\); use that configuration, or start"
     with pytest.raises(ValueError, match=message):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], cache=cache)
     with pytest.raises(ValueError, match=message):
         load_cache(tmp_path / "memory.safetensors", model.config)
     model.set_local_chunks([4])
-    model(tokens[:, :1], past_key_values=cache)
+    model(tokens[:, :1], cache=cache)
 
 
 def test_a_compiled_model_follows():

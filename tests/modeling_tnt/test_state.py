@@ -38,13 +38,13 @@ def test_a_clone_is_independent(read):
     kept = copy.deepcopy(state)
     for prompt in (make_tokens(1, 4), make_tokens(1, 1)):
         cloned = state.clone()
-        model.generate(prompt, past_key_values=cloned, **GREEDY)
+        model.generate(prompt, cache=cloned, **GREEDY)
         assert cloned.tokens_read.item() > 13 and cloned.get_seq_length() > 0 and state.get_seq_length() == 0
         assert_same_states(state, kept, **EQUAL)
     after_decoding = cloned.clone()
     assert_same_states(after_decoding, cloned, **EQUAL)
-    model(make_tokens(1, 1), past_key_values=cloned)
-    model(make_tokens(1, 1), past_key_values=after_decoding)
+    model(make_tokens(1, 1), cache=cloned)
+    model(make_tokens(1, 1), cache=after_decoding)
     assert_same_states(after_decoding, cloned, **CLOSE)
 
 
@@ -54,7 +54,7 @@ def test_repeat_makes_rows_that_go_their_own_way(read):
     prompts = make_tokens(3, 4, seed=2)
     repeated = state.repeat(3)
     assert (state.batch_size, repeated.batch_size, repeated.tokens_read.tolist()) == (1, 3, [13] * 3)
-    out = model(prompts, past_key_values=repeated)
+    out = model(prompts, cache=repeated)
     torch.testing.assert_close(out.logits, model(whole(prompts)).logits[:, 13:], **CLOSE)
     rows = model.memorize([[1, 2], [3]], progress=False).repeat(2)
     assert rows.tokens_read.tolist() == [2, 2, 1, 1]
@@ -70,7 +70,7 @@ def test_repeat_makes_rows_that_go_their_own_way(read):
 def test_generate_spreads_a_state_of_one_row(read, options, prompts):
     model, state = read
     ids, kept = make_tokens(prompts, 4, seed=2), state.clone()
-    out = model.generate(ids, past_key_values=state, **GREEDY, **options)
+    out = model.generate(ids, cache=state, **GREEDY, **options)
     expected = model.generate(whole(ids), use_cache=False, **GREEDY, **options)
     assert torch.equal(out, expected[:, 13:])
     if prompts > 1 or options:
@@ -86,7 +86,7 @@ def test_generate_samples_several_sequences_behind_a_state(read):
     several = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
     for prompt, cache in ((ids, state), (ids, state.repeat(2)), (ids, state.repeat(6)), (whole(ids), None)):
         torch.manual_seed(3)
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {"cache": cache}
         outs.append(model.generate(prompt, use_cache=cache is not None, **given, **several)[:, -6:])
     assert len(outs[0].unique(dim=0)) > 2
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -95,7 +95,7 @@ def test_generate_samples_several_sequences_behind_a_state(read):
 def test_generate_refuses_rows_that_fit_no_prompt(read):
     model, state = read
     with pytest.raises(ValueError, match=r"holds 2 rows but the batch has 3; .*repeat\(n\)"):
-        model.generate(make_tokens(3, 2), past_key_values=state.repeat(2), **GREEDY)
+        model.generate(make_tokens(3, 2), cache=state.repeat(2), **GREEDY)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -113,8 +113,8 @@ def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens)
     start = reference.model.layers[0].memory.global_memory
     for name, tensor in learned._asdict().items():
         getattr(start, name).copy_(tensor[0])
-    logits = [model(more, past_key_values=state).logits]  # several tokens, or one in place
-    logits += [model(make_tokens(1, 1, seed=3), past_key_values=state).logits]
+    logits = [model(more, cache=state).logits]  # several tokens, or one in place
+    logits += [model(make_tokens(1, 1, seed=3), cache=state).logits]
     expected = reference(torch.cat([more, make_tokens(1, 1, seed=3)], dim=1)).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
     assert (expected[:, :tokens] - model(more).logits).abs().max() > 1e-3, "the global memory made no difference"
@@ -141,8 +141,8 @@ def test_a_global_reset_keeps_the_local_memories(tokens):
             weights=weights, anchor=weights, position=torch.zeros(1, dtype=torch.int64)
         )
         layer.memories = {"global": initial} | layer.memories
-    out = model(more, past_key_values=state)
-    torch.testing.assert_close(out.logits, model(more, past_key_values=by_hand).logits, **CLOSE)
+    out = model(more, cache=state)
+    torch.testing.assert_close(out.logits, model(more, cache=by_hand).logits, **CLOSE)
     assert_same_states(state, by_hand, **CLOSE)
 
 
@@ -153,17 +153,17 @@ def test_resetting_all_there_is_forgets_everything(variant):
     state = model.memorize(make_tokens(1, 9), progress=False)
     state.reset_local() if variant == "mlp-token-scale" else state.reset_global()
     assert not state.is_initialized and state.tokens_read.tolist() == [] and state.nbytes == 0
-    assert torch.equal(model(tokens, past_key_values=state).logits, model(tokens).logits)
+    assert torch.equal(model(tokens, cache=state).logits, model(tokens).logits)
     state.reset()
     assert repr(state) == "TNTState(nothing read, 2 layers)" and state.get_seq_length() == 0
 
 
 def test_a_reset_in_a_conversation_keeps_its_columns(read):
     model, state = read
-    said = model.generate(make_tokens(1, 4), past_key_values=state, **GREEDY)
+    said = model.generate(make_tokens(1, 4), cache=state, **GREEDY)
     state.reset_local()
     assert state.get_seq_length() == 11
-    model.generate(said, past_key_values=state, **GREEDY)  # one new column, read behind the global memory alone
+    model.generate(said, cache=state, **GREEDY)  # one new column, read behind the global memory alone
     assert state.layers[0].memories["local0"].position.item() == 8
 
 
@@ -173,11 +173,12 @@ def test_a_reset_of_memories_that_are_written_in_place(read, tmp_path):
     model, state = read
     layer, memory = state.layers[0], model.model.layers[0].memory
     names, x = list(memory.memories()), torch.zeros(1, 1, 32, dtype=torch.float64)
+    params = [one.params for one in memory.memories().values()]
     for _ in range(2):
-        layer.stack_memories(names, lambda: memory._initial_states(x), layer.conv_tail, layer.signature)
+        layer.stack_memories(names, lambda: memory._initial_states(x, params), layer.conv_tail, layer.signature)
         layer.forget(["local0"], conv_tail=False)
     assert layer.memories["global"].position.tolist() == [13]
-    layer.stack_memories(names, lambda: memory._initial_states(x), layer.conv_tail, layer.signature)
+    layer.stack_memories(names, lambda: memory._initial_states(x, params), layer.conv_tail, layer.signature)
     state.layers[1] = layer
     state.save_pretrained(tmp_path)  # views of buffers, with strides of their own
     assert_same_states(model.load_memory(tmp_path), state, **EQUAL)
@@ -187,11 +188,11 @@ def test_a_reset_of_memories_that_are_written_in_place(read, tmp_path):
 @torch.no_grad()
 def test_any_cache_becomes_a_state(read):
     model, _ = read
-    cache = model(make_tokens(2, 7), use_cache=True).past_key_values
+    cache = model(make_tokens(2, 7), use_cache=True).cache
     state = TNTState.from_cache(cache, model.config)
     assert_same_states(state, cache, **EQUAL)
     assert state.get_seq_length() == 7
-    model(make_tokens(2, 3), past_key_values=state)
+    model(make_tokens(2, 3), cache=state)
     assert cache.get_seq_length() == 7 and cache.layers[0].memories["local0"].position.tolist() == [7, 7]
     with pytest.raises(ValueError, match="cache must be that of a TNT model with 2 layers"):
         TNTState.from_cache(DynamicCache(), model.config)
@@ -222,8 +223,8 @@ def test_a_saved_state_is_read_on_from(variant, reset, tmp_path):
     loaded = model.load_memory(tmp_path / "new" / "folder")
     assert_same_states(loaded, state, **EQUAL)
     assert loaded.origin == state.origin and repr(loaded) == repr(state)
-    expected = model.generate(prompt, past_key_values=state, **GREEDY)
-    assert torch.equal(model.generate(prompt, past_key_values=loaded, **GREEDY), expected)
+    expected = model.generate(prompt, cache=state, **GREEDY)
+    assert torch.equal(model.generate(prompt, cache=loaded, **GREEDY), expected)
 
 
 def test_the_description_says_what_was_read(read, tmp_path):

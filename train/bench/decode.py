@@ -28,6 +28,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from modeling_tnt import TNTForCausalLM
+from modeling_tnt.compat import named_cache
 from modeling_tnt.kernels import choose_step_backend
 
 from ..checkpoint import atomic_file
@@ -153,7 +154,7 @@ class DecodeBench:
         config, length = self.tnt.config, min(context, self.args.read)
         cache = DynamicCache(config=config)
         tokens = torch.randint(config.vocab_size, (self.args.batch_size, length), device=self.device)
-        self.tnt(tokens, past_key_values=cache, logits_to_keep=1)
+        self.tnt(tokens, cache=cache, logits_to_keep=1)
         for layer in cache.layers:
             layer.advance(context - length)
             layer.memories = {
@@ -212,7 +213,7 @@ class DecodeBench:
     def _step(self, contender: Contender) -> float:
         synchronize(self.device)
         began = time.perf_counter()
-        contender.model(self.token, past_key_values=contender.cache, use_cache=True)
+        contender.model(self.token, **named_cache(contender.cache), use_cache=True)
         synchronize(self.device)
         took = time.perf_counter() - began
         contender.undo()

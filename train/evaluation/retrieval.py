@@ -120,9 +120,9 @@ def read_to_the_end(model: nn.Module, input_ids: Tensor, keep: int) -> Tensor:
     if isinstance(model, TNTForCausalLM):
         cache = None
         for piece in input_ids[:, :-keep].split(PIECE, dim=1):
-            read = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = read.past_key_values
-        return model(input_ids=input_ids[:, -keep:], past_key_values=cache, use_cache=True).logits
+            read = model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = read.cache
+        return model(input_ids=input_ids[:, -keep:], cache=cache, use_cache=True).logits
     spared = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     return model(input_ids=input_ids, use_cache=False, **spared).logits[:, -keep:]
 

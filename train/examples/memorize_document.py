@@ -51,8 +51,8 @@ for i in range(0, len(document), args.every):
 
 state.save_pretrained(args.output)
 greedy = {"max_new_tokens": args.new_tokens, "do_sample": False}
-continued = model.generate(prompt, past_key_values=state.clone(), **greedy)
+continued = model.generate(prompt, cache=state.clone(), **greedy)
 print("continues:", repr(tokenizer.decode(continued[0, 1:], skip_special_tokens=True)))
 reloaded = model.load_memory(args.output)
-assert torch.equal(model.generate(prompt, past_key_values=reloaded.clone(), **greedy), continued)
+assert torch.equal(model.generate(prompt, cache=reloaded.clone(), **greedy), continued)
 print(f"{args.output} holds {reloaded}, and continues in the same way")

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from modeling_tnt import TNTForCausalLM
+from modeling_tnt.compat import enable_checkpointing
 
 from ..bench.attempt import OK, attempt
 from ..bench.machine import describe_machine
@@ -136,7 +137,7 @@ def _build(job: Job) -> PreTrainedModel:
         if stage.local_chunk_sizes:
             model.set_local_chunks(stage.local_chunk_sizes, stage.local_shard_lengths)
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     if training.compile:
         model.compile()
     return model

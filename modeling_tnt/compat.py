@@ -1,0 +1,115 @@
+"""What differs between the releases of transformers that this package runs on: no other module asks for a version.
+
+transformers 5.24 calls `cache` what was `past_key_values`, in every forward, in `generate` and in outputs. The models
+take and give both names under any release; inside of this package it is `cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import transformers.generation.utils as generation
+from transformers import Cache, PreTrainedModel, modeling_outputs
+from transformers.utils import ModelOutput
+
+OTHER_NAME = "past_key_values"
+CACHE_NAME = "cache" if any(f.name == "cache" for f in fields(modeling_outputs.BaseModelOutputWithPast)) else OTHER_NAME
+"""The name under which this release's `generate` passes the cache to a model, and outputs have it as a field."""
+
+LEANS_ON = (
+    # Cache layers: registration by `_layer_type`, and what `cache_implementation="static"` is made of.
+    "transformers.cache_utils:CacheLayerMixin.__init_subclass__",
+    "transformers.cache_utils:STATIC_LAYER_TYPE_MAPPING",
+    # `generate`: the rows of a state are repeated with the prompts; what cannot go is refused before anything is read.
+    "transformers:GenerationMixin._expand_inputs_for_generation",
+    "transformers:GenerationMixin._validate_generation_mode",
+    "transformers:GenerationMixin.prepare_inputs_for_generation",
+    "transformers.generation.configuration_utils:GenerationMode.ASSISTED_GENERATION",
+    "transformers.generation.utils:GenerateDecoderOnlyOutput",
+    "transformers.generation.utils:GenerateBeamDecoderOnlyOutput",
+    # What a model class tells transformers.
+    "transformers:PreTrainedModel._no_split_modules",
+    "transformers:PreTrainedModel._skip_keys_device_placement",
+    "transformers:PreTrainedModel._is_stateful",
+    "transformers:PreTrainedModel._tied_weights_keys",
+    "transformers:PreTrainedModel._init_weights",
+    "transformers.initialization:constant_",
+    "transformers.modeling_layers:GradientCheckpointingLayer",
+    "transformers.utils:can_return_tuple",
+    "torch.nn.modules.linear:NonDynamicallyQuantizableLinear",
+    # The code of checkpoints, pushes and the trainer.
+    "transformers.dynamic_module_utils:get_relative_imports",
+    "transformers.utils:cached_file",
+    "transformers.trainer_callback:ExportableState",
+    "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR",
+    "accelerate.utils:extract_model_from_parallel",
+    "torch.distributed.fsdp:fully_shard",
+    "torch.distributed.tensor:distribute_tensor",
+)
+"""Names of other libraries that are private or have moved before, as module:attribute; a test looks for each."""
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The one that is given. Raises ValueError if both are."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument and both are given; leave one out")
+    return past_key_values if cache is None else cache
+
+
+def rename_cache(arguments: dict[str, Any]) -> None:
+    """Let keyword arguments hold a cache, if any, under this release's name. Raises ValueError if both are given."""
+    given = one_cache(arguments.pop("cache", None), arguments.pop(OTHER_NAME, None))
+    if given is not None:
+        arguments[CACHE_NAME] = given
+
+
+def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as this release's keyword argument, for any model of transformers."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(output: ModelOutput) -> Cache | None:
+    """The cache in the output of any model of transformers."""
+    return output.get(CACHE_NAME)
+
+
+class _BothNames:
+    """Before 5.24: the field `past_key_values` under its later name, too. (5.24 sees to the earlier name itself.)"""
+
+    @property
+    def cache(self) -> Cache | None:
+        return self.past_key_values
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(OTHER_NAME if key == "cache" else key)
+
+
+def _with_both_names(output: type[ModelOutput]) -> type[ModelOutput]:
+    if CACHE_NAME == "cache":
+        return output
+    return type(output.__name__, (_BothNames, output), {"__module__": __name__, "__doc__": output.__doc__})
+
+
+BaseModelOutputWithPast = _with_both_names(modeling_outputs.BaseModelOutputWithPast)
+CausalLMOutputWithPast = _with_both_names(modeling_outputs.CausalLMOutputWithPast)
+SequenceClassifierOutputWithPast = _with_both_names(modeling_outputs.SequenceClassifierOutputWithPast)
+GenerateDecoderOnlyOutput = _with_both_names(generation.GenerateDecoderOnlyOutput)
+GenerateBeamDecoderOnlyOutput = _with_both_names(generation.GenerateBeamDecoderOnlyOutput)
+
+_GENERATED: dict[type, Callable[..., ModelOutput]] = {
+    generation.GenerateDecoderOnlyOutput: GenerateDecoderOnlyOutput,
+    generation.GenerateBeamDecoderOnlyOutput: GenerateBeamDecoderOnlyOutput,
+}
+
+
+def give_both_names(generated: Any) -> Any:
+    """What `generate` returns, with the cache under both names where it is an output with one."""
+    kind = _GENERATED.get(type(generated), type(generated))
+    return generated if kind is type(generated) else kind(**generated)
+
+
+def enable_checkpointing(model: PreTrainedModel, **options: Any) -> None:
+    """`gradient_checkpointing_enable`, which later releases call `activation_checkpointing_enable`."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(**options)
