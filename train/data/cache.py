@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..progress import progress_bar
 from .encode import Encoder
 from .options import DataOptions
 from .sources import Document, Position, Source, find_source, hash_json
@@ -148,9 +149,8 @@ class _LimitedText:
 
 
 def _progress_bar(source: Source, text: _LimitedText) -> tqdm:
-    """A bar of the bytes of text read, in a log file a line every 20 seconds; none when it takes less than a second."""
+    """A bar of the bytes of text read; none when it takes less than a second."""
     totals = [size for size in (source.num_bytes, text.limit) if size]
-    return tqdm(
-        desc="tokenising", total=min(totals, default=None), initial=text.num_bytes, unit="B", unit_scale=True, delay=1,
-        leave=False, mininterval=0.2 if sys.stderr.isatty() else 20.0, dynamic_ncols=True,
-    )  # fmt: skip
+    return progress_bar(
+        min(totals, default=None), "tokenising", "B", initial=text.num_bytes, leave=False, unit_scale=True, delay=1
+    )
