@@ -9,13 +9,11 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from modeling_tnt.hub_cards import LICENSES
 
 from .data import DataOptions
 from .options import find_blocked_folder, flag_of, from_mapping, option
@@ -175,8 +173,13 @@ class Recipe:
 
 def available_recipes() -> list[str]:
     """The names that `load_recipe` accepts besides files, sorted."""
-    files = resources.files("modeling_tnt.configuration").joinpath("recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return sorted(file.stem for file in _shipped_folder().glob("*.yaml"))
+
+
+def _shipped_folder() -> Path:
+    """Found without importing its package, which imports transformers."""
+    (folder,) = find_spec("modeling_tnt.configuration").submodule_search_locations
+    return Path(folder) / "recipes"
 
 
 def load_recipe(name: str) -> Recipe:
@@ -190,7 +193,7 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         text = path.read_text(encoding="utf-8")
     elif name in available_recipes():
-        text = resources.files("modeling_tnt.configuration").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+        text = (_shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise FileNotFoundError(
             f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
@@ -260,6 +263,8 @@ def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
 
 
 def _find_wrong_license(name: str | None) -> Iterator[str]:
+    from modeling_tnt.hub_cards import LICENSES  # imported here: it takes longer than the rest of a recipe
+
     if name == "other":
         yield "--output.license other needs its name; use tnt card --license other --license-name NAME afterwards"
     elif name is not None and name not in LICENSES:

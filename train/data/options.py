@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ..options import option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BOUNDARIES = ("joined", "marked")
 
@@ -73,6 +76,8 @@ class DataOptions:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer `byt5`, or what AutoTokenizer finds under a name or in a folder. Raises OSError."""
+    from transformers import AutoTokenizer, ByT5Tokenizer  # imported here: the command's help needs no tokenizer
+
     if name == "byt5":
         return ByT5Tokenizer()
     try:
