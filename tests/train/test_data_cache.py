@@ -100,6 +100,16 @@ def test_every_text_is_held_once_and_the_second_time_nothing_is_read(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_is_not_read_is_told_each_time(options: DataOptions, jsonl: Path):
+    (jsonl.parent / "texts").mkdir()
+    folder = jsonl.rename(jsonl.parent / "texts" / jsonl.name).parent
+    options.sources = [str(folder)]
+    assert load_data(options, ByT5Tokenizer()).description == str(folder)
+    (folder / "later.bin").touch()
+    told = f"{folder}; not read: 1 .bin ({folder / 'later.bin'})"
+    assert load_data(options, ByT5Tokenizer()).description == told
+
+
 def test_the_held_out_documents_are_shuffled(options: DataOptions, jsonl: Path):
     """The first few rows stand for all of them only if they are no particular part of the corpus."""
     train, held_out = _texts(load_data(options, ByT5Tokenizer()))
@@ -113,6 +123,7 @@ def test_what_matters_is_tokenised_anew(options: DataOptions, jsonl: Path, tmp_p
     seen = len(_entries(options))
     tokenizers = [_fast_tokenizer([jsonl.read_text()]), _fast_tokenizer([jsonl.read_text()[::-1]])]
     changes = [{"text_column": "other"}, {"limit_megabytes": 0.001}, {"validation_share": 0.3}]
+    changes += [{"encoding": "latin-1"}, {"encoding_errors": "ignore"}]
     asked = [(DataOptions(**vars(options) | change), ByT5Tokenizer()) for change in changes]
     for given, tokenizer in asked + [(options, tokenizer) for tokenizer in tokenizers]:
         load_data(given, tokenizer)
@@ -194,9 +205,11 @@ def test_the_end_of_sequence_is_needed(options: DataOptions):
 def test_every_broken_rule_is_told_at_once(tmp_path: Path):
     (tmp_path / "file").touch()
     wrong = DataOptions(
-        limit_megabytes=-1, validation_share=1, boundaries="packed", text_column="", cache_dir=tmp_path / "file" / "x"
-    )
-    flags = ["limit-megabytes", "validation-share", "boundaries", "text-column", "cache-dir"]
+        limit_megabytes=-1, validation_share=1, boundaries="packed", text_column="", cache_dir=tmp_path / "file" / "x",
+        encoding="rot13", encoding_errors="xmlcharrefreplace",
+    )  # fmt: skip
+    flags = ["limit-megabytes", "validation-share", "boundaries", "encoding-errors", "encoding", "text-column"]
+    flags.append("cache-dir")
     assert [p.split()[0] for p in wrong.problems()] == [f"--data.{flag}" for flag in flags]
     with pytest.raises(ValueError, match=r"(?s)limit-megabytes.*cache-dir .*/file is a file"):
         load_data(wrong, ByT5Tokenizer())

@@ -5,6 +5,7 @@ A corpus is a folder `{what was asked for}-{version of the text}`, both as hashe
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,11 @@ def load_data(options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Token
     if problems:
         raise ValueError("\n  ".join(["the data cannot be loaded:", *problems]))
     source, encoder, root = find_source(options), Encoder(tokenizer), options.find_cache_dir()
-    asked = [source.names, options.text_column, options.limit_megabytes, options.validation_share]
+    encoding = [codecs.lookup(options.encoding).name, options.encoding_errors]
+    asked = [source.names, options.text_column, *encoding, options.limit_megabytes, options.validation_share]
     name = hash_json([FORMAT, *asked, encoder.fingerprint()])
-    folder, note = root / f"{name}-{source.revision or UNKNOWN}", ""
+    folder = root / f"{name}-{source.revision or UNKNOWN}"
+    note = f"; {source.skipped}" if source.skipped else ""
     if source.revision is None:
         known = [path.parent for path in root.glob(f"{name}-*/{MANIFEST}") if path.parent.suffix != PARTIAL]
         if known:
