@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .data import DataOptions
 from .options import find_blocked_folder, flag_of, from_mapping, option
 
@@ -189,20 +187,17 @@ def load_recipe(name: str) -> Recipe:
         OSError: when there is no such file and no such recipe.
         ValueError: for a file that is no YAML, and for all unknown keys and values of a wrong type at once.
     """
+    from modeling_tnt.hub_cards.strict_yaml import load_yaml  # imported here, as the licences below
+
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name in available_recipes():
-        text = (_shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise FileNotFoundError(
-            f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
-            f"{', '.join(available_recipes())}"
-        )
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {name} is not valid YAML: {error}") from error
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if name not in available_recipes():
+            raise FileNotFoundError(
+                f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
+                f"{', '.join(available_recipes())}"
+            )
+        path = _shipped_folder() / f"{name}.yaml"
+    mapping = load_yaml(path.read_bytes(), f"--config {name}")
     return recipe_from_mapping({} if mapping is None else mapping, f"--config {name}")
 
 
