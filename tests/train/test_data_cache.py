@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_tnt.train.data import DataOptions, TokenizedData, cache, load_data, load_tokenizer, split
+from modeling_tnt.train.data import DataOptions, TokenizedData, cache, load_data, load_tokenizer, split, store
 from modeling_tnt.train.data import sources as sources_module
 from modeling_tnt.train.data.encode import PROBE, Encoder
 from modeling_tnt.train.data.store import CorpusWriter
@@ -261,13 +261,35 @@ def test_a_cache_that_cannot_be_made(options: DataOptions):
         load_data(options, ByT5Tokenizer())
 
 
-def test_a_damaged_corpus_is_made_again(options: DataOptions):
+@pytest.mark.parametrize("block", [store.BLOCK, 64])
+def test_a_damaged_corpus_is_made_again(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, block: int
+):
+    monkeypatch.setattr(store, "BLOCK", block)
     texts = _texts(load_data(options, ByT5Tokenizer()))
     folder = options.cache_dir / _entries(options)[0]
     os.truncate(folder / "train.tokens", 100)
     assert _texts(load_data(options, ByT5Tokenizer())) == texts
-    (folder / "manifest.json").write_text("{")
-    assert _texts(load_data(options, ByT5Tokenizer())) == texts
+    for manifest in ("{", "[]", "{}"):
+        (folder / "manifest.json").write_text(manifest)
+        assert _texts(load_data(options, ByT5Tokenizer())) == texts
+    assert capfd.readouterr().err == ""
+    for name in ("train.tokens", "train.starts", "validation.tokens", "validation.bytes"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        assert _texts(load_data(options, ByT5Tokenizer())) == texts
+        assert capfd.readouterr().err == f"{folder / name} of the tokenised data is damaged; it is made again\n"
+
+
+def test_of_a_large_corpus_a_part_is_verified(options: DataOptions, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "BLOCK", 64)
+    monkeypatch.setattr(store, "VERIFIED", 640)
+    load_data(options, ByT5Tokenizer())
+    computed, real = [], store.zlib.crc32
+    monkeypatch.setattr(store.zlib, "crc32", lambda data: computed.append(len(data)) or real(data))
+    load_data(options, ByT5Tokenizer())
+    assert len(computed) == 10 and max(computed) <= 64
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
