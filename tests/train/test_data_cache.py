@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_tnt.train.data import DataOptions, TokenizedData, cache, load_data, load_tokenizer, split, store
+from modeling_tnt.train.data import DataOptions, TokenizedData, cache, encode, load_data, load_tokenizer, split, store
 from modeling_tnt.train.data import sources as sources_module
 from modeling_tnt.train.data.encode import PROBE, Encoder
 from modeling_tnt.train.data.store import CorpusWriter
@@ -179,6 +179,15 @@ def test_a_fast_tokenizer_and_special_tokens_spelled_in_the_text(tmp_path: Path)
         row = tokens.rows(tokens.num_tokens).token_bytes(0)
         assert row.sum().item() == pytest.approx(tokens.num_bytes, rel=1e-6)
     assert sorted(decoded) == sorted(texts)
+
+
+def test_a_long_document_is_told_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(encode, "LONG", 20)
+    encoder = Encoder(_fast_tokenizer(["text"]))
+    encoder(["text" * 4, ""])
+    assert capfd.readouterr().err == ""
+    encoder(["text" * 5])
+    assert "million characters is tokenised in one piece, by one thread" in capfd.readouterr().err
 
 
 def test_large_vocabularies_take_four_bytes_a_token():
