@@ -106,20 +106,26 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: training stopped (a non-finite loss, no memory, a disk that is full), or a backend failed the
     benchmark's gate; 2: arguments or data that cannot be used; 130: interrupted from the keyboard; 143: by SIGTERM.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    chosen = next((command for command in COMMANDS if argv[: len(command.name.split())] == command.name.split()), None)
     try:
-        flags = None if chosen is None else _default_arguments(chosen, argv)
+        command, arguments = parse(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         return fail("train", error, status=2)
-    parsed = _build_parser(chosen, flags).parse_args(argv)
-    arguments = to_arguments(parsed)
 
     from transformers.utils import logging as transformers_logging
 
     import_module("modeling_tnt.auto")  # see modeling_tnt/__init__.py
     transformers_logging.disable_progress_bar()  # saving and loading a model of this size needs none of its own
-    return _load(chosen.run)(arguments)
+    return _load(command.run)(arguments)
+
+
+def parse(argv: list[str]) -> tuple[Command, Any]:
+    """The command that was asked for and its arguments. Ends the process for flags that cannot be read.
+
+    Raises ValueError or OSError for a recipe that cannot be read.
+    """
+    chosen = next((command for command in COMMANDS if argv[: len(command.name.split())] == command.name.split()), None)
+    arguments = None if chosen is None else _default_arguments(chosen, argv)
+    return chosen, to_arguments(_build_parser(chosen, arguments).parse_args(argv))
 
 
 def _default_arguments(command: Command, argv: list[str]) -> Any:
