@@ -89,11 +89,11 @@ class TableFile:
         if self.path.stat().st_size == 0:
             return
         kind = find_format(self.path).kind
+        options = reader_options(self.path, self.text_column, self.encoding, self.errors)
         try:
             prepare_zstd()
             # Streaming reads the file itself; without it `datasets` would write a copy to its cache.
             name = glob.escape(str(self.path))  # `datasets` takes file names for patterns
-            options = reader_options(self.path, self.text_column, self.encoding, self.errors)
             records = load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
             yield from _to_documents(islice(records, done, None), self.text_column, str(self.path))
         except ColumnError:
@@ -101,7 +101,8 @@ class TableFile:
         except StopIteration:  # of `datasets`, for an empty compressed file
             return
         except Exception as error:  # those of decompression are no OSErrors
-            remedy = f"; {_ENCODINGS}" if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error) else ""
+            undecodable = options and (isinstance(error, UnicodeDecodeError) or "UTF8" in str(error))
+            remedy = f"; {_ENCODINGS}" if undecodable else ""
             raise ValueError(f"data.sources: {str(self.path)!r} cannot be read as {kind}: {error}{remedy}") from error
 
     def state(self) -> None:
@@ -218,6 +219,8 @@ class Source:
                     position.records += 1
                     yield document
             except UnicodeDecodeError as error:
+                if not isinstance(part, TextFile):
+                    raise
                 raise ValueError(_explain_undecodable(part, error, self.parts[index + 1 :])) from error
 
     def save_position(self, position: Position) -> dict[str, Any]:
