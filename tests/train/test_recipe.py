@@ -82,6 +82,11 @@ def test_no_such_recipe(tmp_path: Path, capsys):
         (b"stages:\n- {steps: 1,\n   name: a, steps: 2}\n", r"duplicate key 'steps', first in line 2; .*line 3"),
         ("data: {sources: [für]}".encode("latin-1"), r"is not UTF-8 text \(.*0xfc in position 18.*; save it as UTF-8"),
         (b"a: [", "is not valid YAML: while parsing"),
+        (b"a: " + b"[" * 3000, "is not valid YAML: maximum recursion depth"),
+        (
+            b"x0: &x0 [a, a]\n" + b"".join(b"x%d: &x%d [*x%d, *x%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
+            "is not valid YAML: more than 100,000 values\n.*line 16",
+        ),
     ],
 )
 def test_a_file_that_says_two_things_or_cannot_be_read(tmp_path: Path, content: bytes, says: str):
