@@ -16,6 +16,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .strict_yaml import StrictLoader
+
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset(
     """
@@ -51,7 +53,7 @@ def find_problems(card: str | ModelCard) -> list[str]:
     if found is None:
         return ["the card must begin with its metadata, YAML between two lines of ---; a template has {{ card_data }}"]
     try:
-        data = yaml.load(found.group(2), Loader=_StrictLoader)
+        data = yaml.load(found.group(2), Loader=StrictLoader)
     except yaml.YAMLError as error:
         return [f"the metadata must be valid YAML: {error}"]
     if not isinstance(data, dict):
@@ -64,17 +66,6 @@ def find_problems(card: str | ModelCard) -> list[str]:
         *_find_wrong_names(data),
         *_find_wrong_index(data.get("model-index")),
     ]
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key stands once in a mapping, as on the Hub."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _find_empty(value: Any, at: str) -> Iterator[str]:

@@ -1,20 +1,10 @@
 """TNT for Transformers: importing this package makes the Auto classes know the model type "tnt"."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+import sys
+from importlib import import_module
+from pathlib import Path
 
-from .cache_file import load_cache, save_cache
-from .classification import TNTForSequenceClassification
-from .configuration import TNTConfig
-from .configuration.version import VERSION as __version__
-from .modeling import TNTForCausalLM, TNTModel, TNTPreTrainedModel
-from .state import TNTState, detach_cache
-
-AutoConfig.register("tnt", TNTConfig, exist_ok=True)
-AutoModel.register(TNTConfig, TNTModel, exist_ok=True)
-AutoModelForCausalLM.register(TNTConfig, TNTForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(TNTConfig, TNTForSequenceClassification, exist_ok=True)
-
-__all__ = [
+__all__ = [  # noqa: F822 (of `auto`, see __getattr__)
     "TNTConfig",
     "TNTForCausalLM",
     "TNTForSequenceClassification",
@@ -26,3 +16,14 @@ __all__ = [
     "load_cache",
     "save_cache",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".auto", __name__), name)
+
+
+# The `tnt` command imports `auto` itself, once it knows what to do: its help does not wait seconds for torch.
+if Path((getattr(sys, "argv", None) or [""])[0]).name not in ("tnt", "tnt.exe"):
+    import_module(".auto", __name__)

@@ -10,6 +10,7 @@ import argparse
 import copy
 import difflib
 import json
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import field, fields, is_dataclass
@@ -39,6 +40,12 @@ def option(default: Any, group: str, help: str, *, positional: bool = False, ali
 def flag_of(path: str) -> str:
     """The flag of a field: `--data.text-column` for `data.text_column`."""
     return "--" + path.replace("_", "-")
+
+
+def fail(command: str, error: BaseException | str, status: int) -> int:
+    """Say why a command ends, and return its exit status."""
+    print(f"\ntnt {command}: error: {error}", file=sys.stderr)
+    return status
 
 
 def find_blocked_folder(output_dir: Path, name: str = "output_dir") -> Iterable[str]:
@@ -104,11 +111,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args if args is None else [_with_dashes(arg) for arg in args], namespace)
 
     def reject(self, unknown: list[str], parsed: argparse.Namespace) -> NoReturn:
+        """Ends with the usage of the command that was asked for."""
         known = list(parsed.known_flags) if "known_flags" in parsed else []
         hints = []
         for flag in (item.split("=")[0] for item in unknown if item.startswith("-")):
             hints.append(f"{flag} is unknown" + _suggestion(flag, known, "; see --help"))
-        self.error("\n  ".join(hints) or f"unexpected arguments: {' '.join(unknown)}")
+        parser = parsed.parser if "parser" in parsed else self
+        parser.error("\n  ".join(hints) or f"unexpected arguments: {' '.join(unknown)}")
 
 
 def _with_dashes(arg: str) -> str:
@@ -145,7 +154,7 @@ def add_flags(parser: argparse.ArgumentParser, arguments: Any) -> None:
         names = [flag_of(path), *([metadata["alias"]] if metadata["alias"] else [])]
         known += names
         groups[group].add_argument(*names, dest=path, **options)
-    parser.set_defaults(arguments=arguments, known_flags=known)
+    parser.set_defaults(arguments=arguments, known_flags=known, parser=parser)
 
 
 def _flag_options(hint: Any, value: Any) -> dict[str, Any]:

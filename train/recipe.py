@@ -9,13 +9,9 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import yaml
-
-from modeling_tnt.hub_cards import LICENSES
 
 from .data import DataOptions
 from .options import find_blocked_folder, flag_of, from_mapping, option
@@ -175,8 +171,13 @@ class Recipe:
 
 def available_recipes() -> list[str]:
     """The names that `load_recipe` accepts besides files, sorted."""
-    files = resources.files("modeling_tnt.configuration").joinpath("recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return sorted(file.stem for file in _shipped_folder().glob("*.yaml"))
+
+
+def _shipped_folder() -> Path:
+    """Found without importing its package, which imports transformers."""
+    (folder,) = find_spec("modeling_tnt.configuration").submodule_search_locations
+    return Path(folder) / "recipes"
 
 
 def load_recipe(name: str) -> Recipe:
@@ -186,20 +187,17 @@ def load_recipe(name: str) -> Recipe:
         OSError: when there is no such file and no such recipe.
         ValueError: for a file that is no YAML, and for all unknown keys and values of a wrong type at once.
     """
+    from modeling_tnt.hub_cards.strict_yaml import load_yaml  # imported here, as the licences below
+
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name in available_recipes():
-        text = resources.files("modeling_tnt.configuration").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
-    else:
-        raise FileNotFoundError(
-            f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
-            f"{', '.join(available_recipes())}"
-        )
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {name} is not valid YAML: {error}") from error
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if name not in available_recipes():
+            raise FileNotFoundError(
+                f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
+                f"{', '.join(available_recipes())}"
+            )
+        path = _shipped_folder() / f"{name}.yaml"
+    mapping = load_yaml(path.read_bytes(), f"--config {name}")
     return recipe_from_mapping({} if mapping is None else mapping, f"--config {name}")
 
 
@@ -260,6 +258,8 @@ def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
 
 
 def _find_wrong_license(name: str | None) -> Iterator[str]:
+    from modeling_tnt.hub_cards import LICENSES  # imported here: it takes longer than the rest of a recipe
+
     if name == "other":
         yield "--output.license other needs its name; use tnt card --license other --license-name NAME afterwards"
     elif name is not None and name not in LICENSES:

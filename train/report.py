@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,13 +13,13 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .checkpoint import atomic_file
 from .options import to_mapping
 from .plan import Run, Stage
 from .plot import save_plot
+from .progress import progress_bar
 from .state import Score, State
 
 
@@ -63,17 +62,6 @@ class Log:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def progress_bar(
-    total: int, name: str, unit: str, *, leave: bool = True, initial: int = 0, active: bool = True
-) -> tqdm:
-    """A bar on a terminal; in a log file a line every 20 seconds."""
-    interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(
-        total=total, desc=name, unit=unit, leave=leave, initial=initial, disable=not active, mininterval=interval,
-        dynamic_ncols=True,
-    )  # fmt: skip
 
 
 class Progress:

@@ -16,7 +16,7 @@ from .distributed import sum_over_processes
 from .evaluation.sample import generate_sample
 from .evaluation.scores import score_rows
 from .plan import Run
-from .report import progress_bar
+from .progress import progress_bar
 from .state import Score
 
 

@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_tnt.train.data import DataOptions, TokenizedData, cache, load_data, load_tokenizer, split
+from modeling_tnt.train.data import DataOptions, TokenizedData, cache, encode, load_data, load_tokenizer, split, store
 from modeling_tnt.train.data import sources as sources_module
 from modeling_tnt.train.data.encode import PROBE, Encoder
 from modeling_tnt.train.data.store import CorpusWriter
@@ -100,6 +100,16 @@ def test_every_text_is_held_once_and_the_second_time_nothing_is_read(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_is_not_read_is_told_each_time(options: DataOptions, jsonl: Path):
+    (jsonl.parent / "texts").mkdir()
+    folder = jsonl.rename(jsonl.parent / "texts" / jsonl.name).parent
+    options.sources = [str(folder)]
+    assert load_data(options, ByT5Tokenizer()).description == str(folder)
+    (folder / "later.bin").touch()
+    told = f"{folder}; not read: 1 .bin ({folder / 'later.bin'})"
+    assert load_data(options, ByT5Tokenizer()).description == told
+
+
 def test_the_held_out_documents_are_shuffled(options: DataOptions, jsonl: Path):
     """The first few rows stand for all of them only if they are no particular part of the corpus."""
     train, held_out = _texts(load_data(options, ByT5Tokenizer()))
@@ -113,6 +123,7 @@ def test_what_matters_is_tokenised_anew(options: DataOptions, jsonl: Path, tmp_p
     seen = len(_entries(options))
     tokenizers = [_fast_tokenizer([jsonl.read_text()]), _fast_tokenizer([jsonl.read_text()[::-1]])]
     changes = [{"text_column": "other"}, {"limit_megabytes": 0.001}, {"validation_share": 0.3}]
+    changes += [{"encoding": "latin-1"}, {"encoding_errors": "ignore"}]
     asked = [(DataOptions(**vars(options) | change), ByT5Tokenizer()) for change in changes]
     for given, tokenizer in asked + [(options, tokenizer) for tokenizer in tokenizers]:
         load_data(given, tokenizer)
@@ -170,6 +181,15 @@ def test_a_fast_tokenizer_and_special_tokens_spelled_in_the_text(tmp_path: Path)
     assert sorted(decoded) == sorted(texts)
 
 
+def test_a_long_document_is_told_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(encode, "LONG", 20)
+    encoder = Encoder(_fast_tokenizer(["text"]))
+    encoder(["text" * 4, ""])
+    assert capfd.readouterr().err == ""
+    encoder(["text" * 5])
+    assert "million characters is tokenised in one piece, by one thread" in capfd.readouterr().err
+
+
 def test_large_vocabularies_take_four_bytes_a_token():
     class Wide(ByT5Tokenizer):
         def get_vocab(self) -> dict[str, int]:
@@ -194,9 +214,11 @@ def test_the_end_of_sequence_is_needed(options: DataOptions):
 def test_every_broken_rule_is_told_at_once(tmp_path: Path):
     (tmp_path / "file").touch()
     wrong = DataOptions(
-        limit_megabytes=-1, validation_share=1, boundaries="packed", text_column="", cache_dir=tmp_path / "file" / "x"
-    )
-    flags = ["limit-megabytes", "validation-share", "boundaries", "text-column", "cache-dir"]
+        limit_megabytes=-1, validation_share=1, boundaries="packed", text_column="", cache_dir=tmp_path / "file" / "x",
+        encoding="rot13", encoding_errors="xmlcharrefreplace",
+    )  # fmt: skip
+    flags = ["limit-megabytes", "validation-share", "boundaries", "encoding-errors", "encoding", "text-column"]
+    flags.append("cache-dir")
     assert [p.split()[0] for p in wrong.problems()] == [f"--data.{flag}" for flag in flags]
     with pytest.raises(ValueError, match=r"(?s)limit-megabytes.*cache-dir .*/file is a file"):
         load_data(wrong, ByT5Tokenizer())
@@ -248,13 +270,35 @@ def test_a_cache_that_cannot_be_made(options: DataOptions):
         load_data(options, ByT5Tokenizer())
 
 
-def test_a_damaged_corpus_is_made_again(options: DataOptions):
+@pytest.mark.parametrize("block", [store.BLOCK, 64])
+def test_a_damaged_corpus_is_made_again(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, block: int
+):
+    monkeypatch.setattr(store, "BLOCK", block)
     texts = _texts(load_data(options, ByT5Tokenizer()))
     folder = options.cache_dir / _entries(options)[0]
     os.truncate(folder / "train.tokens", 100)
     assert _texts(load_data(options, ByT5Tokenizer())) == texts
-    (folder / "manifest.json").write_text("{")
-    assert _texts(load_data(options, ByT5Tokenizer())) == texts
+    for manifest in ("{", "[]", "{}"):
+        (folder / "manifest.json").write_text(manifest)
+        assert _texts(load_data(options, ByT5Tokenizer())) == texts
+    assert capfd.readouterr().err == ""
+    for name in ("train.tokens", "train.starts", "validation.tokens", "validation.bytes"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        assert _texts(load_data(options, ByT5Tokenizer())) == texts
+        assert capfd.readouterr().err == f"{folder / name} of the tokenised data is damaged; it is made again\n"
+
+
+def test_of_a_large_corpus_a_part_is_verified(options: DataOptions, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "BLOCK", 64)
+    monkeypatch.setattr(store, "VERIFIED", 640)
+    load_data(options, ByT5Tokenizer())
+    computed, real = [], store.zlib.crc32
+    monkeypatch.setattr(store.zlib, "crc32", lambda data: computed.append(len(data)) or real(data))
+    load_data(options, ByT5Tokenizer())
+    assert len(computed) == 10 and max(computed) <= 64
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import os
+import sysconfig
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -35,6 +41,106 @@ def test_text_jsonl_parquet_arrow_and_folders_of_them(tmp_path: Path):
     assert _read(tmp_path / "b.jsonl") == ["one", "zwei ü"]
     assert _read(tmp_path / "c.parquet", tmp_path / "a.txt") == ["in a table", "a text\r\nof two lines"]
     assert _read(tmp_path) == ["a text\r\nof two lines", "one", "zwei ü", "in a table", "streamed", "at random"]
+
+
+PACKED = {
+    ".gz": gzip.compress, ".BZ2": bz2.compress, ".xz": lzma.compress,
+    ".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True),
+}  # fmt: skip
+CSV = 'id,text\r\n007,"one, two\r\nthree"\r\n8,NA\r\n9,""\r\n10,012\n'
+
+
+@pytest.mark.parametrize("suffix", ["", *PACKED])
+def test_compressed_files_and_suffixes_of_any_case(tmp_path: Path, suffix: str):
+    contents = {
+        "a.CSV": (CSV, ["one, two\r\nthree", "NA", "", "012"]),
+        "b.tsv": ('text\tn\n"a, b"\t3\n', ["a, b"]),
+        "c.JSONL": ('{"text": "zwei ü"}\n', ["zwei ü"]),
+        "d.json": ('[{"text": "in a list"}]', ["in a list"]),
+        "e [1]*.Txt": ("as it\r\nis", ["as it\r\nis"]),
+        "f.jsonl": ("", []),
+    }
+    for name, (content, _) in contents.items():
+        raw = content.encode()
+        (tmp_path / (name + suffix)).write_bytes(PACKED[suffix](raw) if suffix else raw)
+    for name, (_, texts) in contents.items():
+        assert _read(tmp_path / (name + suffix)) == texts, name
+    assert _read(tmp_path) == [text for _, texts in contents.values() for text in texts]
+
+
+def test_what_a_folder_holds_besides_text_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A linked folder is followed once, and a loop ends."""
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    (folder / "closed").mkdir(parents=True)
+    other.mkdir()
+    for path in (folder / "a.txt", folder / "b.bin", folder / "c.bin", folder / "LICENSE", other / "z.txt"):
+        path.write_text(path.name)
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "loop").symlink_to(folder)
+    for name in ("other", "other again"):
+        (folder / name).symlink_to(other)
+    real = os.scandir
+
+    def scan(path: str):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert _read(folder) == ["a.txt", "z.txt"]
+    skipped = find_source(DataOptions(sources=[str(folder)])).skipped
+    assert skipped.startswith("not read: 2 .bin, 1 without a suffix, 1 unreadable folder, 1 broken link (")
+    assert skipped.endswith(f"({folder / 'LICENSE'}, {folder / 'b.bin'}, {folder / 'c.bin'}, ...)")
+    assert find_source(DataOptions(sources=[str(other)])).skipped == ""
+
+
+def test_a_file_that_was_named_is_read_or_refused(tmp_path: Path):
+    for name in ("enwik8", "a.log", "b.log.gz"):
+        (tmp_path / name).write_text("text")
+    assert _read(tmp_path / "enwik8") == ["text"]
+    with pytest.raises(ValueError, match=r"a.log' has the suffix .log, .* rename it to a.log.txt \(known are .txt"):
+        _read(tmp_path / "a.log")
+    with pytest.raises(ValueError, match="has the suffix .log,"):
+        _read(tmp_path / "b.log.gz")
+    with pytest.raises(ValueError, match=r"folder without files of a known kind .*; not read: 2 .log "):
+        (tmp_path / "enwik8").unlink()
+        _read(tmp_path)
+
+
+def test_damaged_compressed_files_are_named(tmp_path: Path):
+    for name in ("a.txt.gz", "b.csv.gz", "c.jsonl.zst"):
+        packed = PACKED[Path(name).suffix](os.urandom(5000))
+        (tmp_path / name).write_bytes(packed[:300])
+        with pytest.raises((OSError, ValueError), match=f"{name}' cannot be read as"):
+            _read(tmp_path / name)
+
+
+def test_encodings(tmp_path: Path):
+    latin = {"a.txt": "für", "b.jsonl": '{"text": "für"}\n', "c.csv": "text\nfür\n"}
+    for name, content in latin.items():
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=f"{name}' .*--data.encoding cp1252, .*--data.encoding-errors replace"):
+            _read(tmp_path / name)
+        assert _read(tmp_path / name, encoding="latin-1") == ["für"]
+        assert _read(tmp_path / name, encoding_errors="replace") == ["f\N{REPLACEMENT CHARACTER}r"]
+        assert _read(tmp_path / name, encoding_errors="ignore") == ["fr"]
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "d.parquet")
+    for given in ([tmp_path / "d.parquet"], [], ["owner/name"]):
+        with pytest.raises(ValueError, match="--data.encoding latin-1 is for text, JSON and CSV files, of which"):
+            _read(*given, encoding="latin-1")
+
+
+def test_the_other_files_that_cannot_be_decoded_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_bytes("für".encode("utf-8" if i in (0, 3) else "latin-1"))
+    with pytest.raises(ValueError, match=r"1.txt' is not UTF-8 text .*, nor are '.*2.txt', '.*4.txt', '.*5.txt'; give"):
+        _read(tmp_path)
+    monkeypatch.setattr(sources_module, "NAMED_BAD", 2)
+    with pytest.raises(ValueError, match=r"nor are '.*2.txt', '.*4.txt', perhaps more; give"):
+        _read(tmp_path)
+    monkeypatch.setattr(sources_module, "SCANNED_BYTES", 4)
+    with pytest.raises(ValueError, match=r"nor are '.*2.txt', perhaps more; give"):
+        _read(tmp_path)
 
 
 def test_a_name_with_the_signs_of_patterns(tmp_path: Path):
@@ -118,6 +224,13 @@ def test_options_of_the_hub_are_refused_for_files(tmp_path: Path):
         _read(tmp_path / "a.txt", split="test")
     with pytest.raises(ValueError, match="files have no splits"):
         _read(split="test")
+
+
+def test_the_standard_library_is_read_by_default():
+    source = find_source(DataOptions())
+    documents = list(islice(source.read(Position()), 20))
+    assert [d.key for d in documents[:2]] == ["__future__.py", "__hello__.py"]
+    assert documents[0].text == Path(sysconfig.get_paths()["stdlib"], "__future__.py").read_text(encoding="utf-8")
 
 
 def test_the_version_changes_with_the_files(tmp_path: Path):

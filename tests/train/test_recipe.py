@@ -75,6 +75,33 @@ def test_no_such_recipe(tmp_path: Path, capsys):
     assert "is not valid YAML" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"model: {preset: tiny}\ndata: {split: a}\nmodel: {}\n", r"duplicate key 'model', first in line 1; .*line 3"),
+        (b"stages:\n- {steps: 1,\n   name: a, steps: 2}\n", r"duplicate key 'steps', first in line 2; .*line 3"),
+        ("data: {sources: [für]}".encode("latin-1"), r"is not UTF-8 text \(.*0xfc in position 18.*; save it as UTF-8"),
+        (b"a: [", "is not valid YAML: while parsing"),
+        (b"a: " + b"[" * 3000, "is not valid YAML: maximum recursion depth"),
+        (
+            b"x0: &x0 [a, a]\n" + b"".join(b"x%d: &x%d [*x%d, *x%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
+            "is not valid YAML: more than 100,000 values\n.*line 16",
+        ),
+    ],
+)
+def test_a_file_that_says_two_things_or_cannot_be_read(tmp_path: Path, content: bytes, says: str):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)--config {tmp_path / 'r.yaml'} .*{says}"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_anchors_and_merged_keys_are_no_duplicates(tmp_path: Path):
+    stages = ["&a {name: one, steps: 3, schedule: wsd}", "&b {<<: *a, name: two}", "{<<: *b, name: three, steps: 1}"]
+    (tmp_path / "r.yaml").write_text("stages:\n- " + "\n- ".join(stages))
+    read = [(s.name, s.steps, s.schedule) for s in load_recipe(str(tmp_path / "r.yaml")).stages]
+    assert read == [("one", 3, "wsd"), ("two", 3, "wsd"), ("three", 1, "wsd")]
+
+
 @pytest.mark.parametrize("name", available_recipes())
 def test_shipped_recipes_can_be_planned(name: str):
     """Everything but their data, which is on the Hub."""

@@ -5,22 +5,25 @@ into tokens, `CorpusWriter` keeps those in files; `load_data` does all that once
 cuts tokens into rows and `RowOrder` says which is read when.
 """
 
-from .bigram import token_bigram_bits_per_byte
-from .cache import load_data
-from .options import DataOptions, load_tokenizer
-from .order import RowOrder
-from .sources import Document
-from .store import TokenizedData
-from .tokens import Rows, Tokens
+from importlib import import_module
 
-__all__ = [
-    "DataOptions",
-    "Document",
-    "RowOrder",
-    "Rows",
-    "TokenizedData",
-    "Tokens",
-    "load_data",
-    "load_tokenizer",
-    "token_bigram_bits_per_byte",
-]
+from .options import DataOptions, load_tokenizer
+
+# Loaded when asked for: a recipe needs the options alone, and the others import torch.
+_HOMES = {
+    "Document": ".sources",
+    "RowOrder": ".order",
+    "Rows": ".tokens",
+    "TokenizedData": ".store",
+    "Tokens": ".tokens",
+    "load_data": ".cache",
+    "token_bigram_bits_per_byte": ".bigram",
+}
+
+__all__ = ["DataOptions", "load_tokenizer", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -5,6 +5,7 @@ A corpus is a folder `{what was asked for}-{version of the text}`, both as hashe
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..progress import progress_bar
 from .encode import Encoder
 from .options import DataOptions
 from .sources import Document, Position, Source, find_source, hash_json
@@ -39,9 +41,11 @@ def load_data(options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Token
     if problems:
         raise ValueError("\n  ".join(["the data cannot be loaded:", *problems]))
     source, encoder, root = find_source(options), Encoder(tokenizer), options.find_cache_dir()
-    asked = [source.names, options.text_column, options.limit_megabytes, options.validation_share]
+    encoding = [codecs.lookup(options.encoding).name, options.encoding_errors]
+    asked = [source.names, options.text_column, *encoding, options.limit_megabytes, options.validation_share]
     name = hash_json([FORMAT, *asked, encoder.fingerprint()])
-    folder, note = root / f"{name}-{source.revision or UNKNOWN}", ""
+    folder = root / f"{name}-{source.revision or UNKNOWN}"
+    note = f"; {source.skipped}" if source.skipped else ""
     if source.revision is None:
         known = [path.parent for path in root.glob(f"{name}-*/{MANIFEST}") if path.parent.suffix != PARTIAL]
         if known:
@@ -148,9 +152,8 @@ class _LimitedText:
 
 
 def _progress_bar(source: Source, text: _LimitedText) -> tqdm:
-    """A bar of the bytes of text read, in a log file a line every 20 seconds; none when it takes less than a second."""
+    """A bar of the bytes of text read; none when it takes less than a second."""
     totals = [size for size in (source.num_bytes, text.limit) if size]
-    return tqdm(
-        desc="tokenising", total=min(totals, default=None), initial=text.num_bytes, unit="B", unit_scale=True, delay=1,
-        leave=False, mininterval=0.2 if sys.stderr.isatty() else 20.0, dynamic_ncols=True,
-    )  # fmt: skip
+    return progress_bar(
+        min(totals, default=None), "tokenising", "B", initial=text.num_bytes, leave=False, unit_scale=True, delay=1
+    )

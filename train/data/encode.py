@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from .tokens import Vocabulary
 
+LONG = 10_000_000  # characters of a text that takes long enough to be told of
 PROBE = "Ünï çödé — 漢字 🙂 def f(x):\n\treturn x**2  # 12345 </s><s>[CLS]<|endoftext|>"
 
 
@@ -36,6 +38,13 @@ class Encoder:
             shift = np.uint16(self.tokenizer.offset)
             ids = (np.frombuffer(text.encode(), dtype=np.uint8) + shift for text in texts)
         else:
+            longest = max(map(len, texts), default=0)
+            if longest >= LONG:  # cut in pieces, it could have other tokens at the seams
+                print(
+                    f"a document of {longest / 1e6:,.0f} million characters is tokenised in one piece, by one thread, "
+                    "which takes a second or two for each million; shorter documents are tokenised side by side",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
             ids = self.tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
             ).input_ids

@@ -6,13 +6,17 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ..options import option
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BOUNDARIES = ("joined", "marked")
+ENCODING_ERRORS = ("strict", "replace", "ignore", "backslashreplace")
 
 
 @dataclass
@@ -20,12 +24,17 @@ class DataOptions:
     """Which text is trained on and how it becomes tokens; a flag names a field as `--data.text-column`."""
 
     sources: list[str] = option(
-        [], "data", "text, JSONL, parquet or arrow files, folders of them, a folder written by save_to_disk, or one "
-        "dataset of the Hub, which is streamed; nothing: the source files of Python's standard library",
+        [], "data", "text, JSON, CSV, parquet or arrow files, also compressed (gz, bz2, xz, zst), folders of them "
+        "(linked ones are followed), a folder written by save_to_disk, or one dataset of the Hub, which is streamed; "
+        "nothing: the source files of Python's standard library",
     )  # fmt: skip
     config: str | None = option(None, "data", "configuration of a dataset of the Hub")
     split: str = option("train", "data", "split of a dataset of the Hub or of a folder written by save_to_disk")
     text_column: str = option("text", "data", "column that holds the text, in anything but text files")
+    encoding: str = option("utf-8", "data", "of text, JSON and CSV files, e.g. cp1252, latin-1, utf-16")
+    encoding_errors: str = option(
+        "strict", "data", f"bytes that are not of the encoding: {', '.join(ENCODING_ERRORS)}; strict: stop"
+    )
     limit_megabytes: float = option(64.0, "data", "megabytes (10^6 bytes) of text to read at most; 0: all of it")
     validation_share: float = option(0.05, "data", "share of the documents held out for validation")
     tokenizer: str = option("byt5", "data", "byt5 (bytes, needs no download), or a name or folder for AutoTokenizer")
@@ -54,6 +63,11 @@ class DataOptions:
             yield f"--data.validation-share must lie between 0 and 1, both excluded, got {self.validation_share}"
         if self.boundaries not in BOUNDARIES:
             yield f"--data.boundaries must be joined or marked, got {self.boundaries!r}"
+        if self.encoding_errors not in ENCODING_ERRORS:
+            choices = ", ".join(ENCODING_ERRORS)
+            yield f"--data.encoding-errors must be one of {choices}, got {self.encoding_errors!r}"
+        if not _is_text_encoding(self.encoding):
+            yield f"--data.encoding must be a text encoding of Python, e.g. utf-8 or cp1252, got {self.encoding!r}"
         for name in ("split", "text_column", "tokenizer"):
             if not getattr(self, name):
                 yield f"--data.{name.replace('_', '-')} must not be empty"
@@ -71,8 +85,18 @@ class DataOptions:
         return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser() / "tnt" / "tokens"
 
 
+def _is_text_encoding(name: str) -> bool:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):  # ValueError: a zero in the name
+        return False
+    return True
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer `byt5`, or what AutoTokenizer finds under a name or in a folder. Raises OSError."""
+    from transformers import AutoTokenizer, ByT5Tokenizer  # imported here: the command's help needs no tokenizer
+
     if name == "byt5":
         return ByT5Tokenizer()
     try:

@@ -8,16 +8,27 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..options import flag_of
+from .files import (
+    COMPRESSIONS,
+    KNOWN_SUFFIXES,
+    Found,
+    describe_skipped,
+    find_files,
+    find_format,
+    prepare_zstd,
+    read_file,
+    reader_options,
+)
 from .options import DataOptions
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go")
-TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *TABLE_FORMATS)
+NAMED_BAD, SCANNED_BYTES = 10, 256 << 20  # files that cannot be decoded: how many are named, how much is looked at
 STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -37,24 +48,27 @@ class ColumnError(ValueError):
 
 @dataclass
 class TextFile:
-    """A text file, which is one document. `key`: of the split; by default the text."""
+    """A text file, which is one document. `key`: of the split; None: the text."""
 
     path: Path
-    key: str | None = None
+    key: str | None
+    encoding: str
+    errors: str
     skip_undecodable: bool = False
 
     def read(self, done: int, state: Any) -> Iterator[Document]:
         if done:
             return
         try:
-            text = self.path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
+            text = self.decode()
+        except UnicodeDecodeError:
             if self.skip_undecodable:
                 return
-            raise ValueError(
-                f"data.sources: {str(self.path)!r} is not UTF-8 text ({error}); convert it or leave it out"
-            ) from error
+            raise
         yield Document(self.key or text, text)
+
+    def decode(self) -> str:
+        return read_file(self.path, find_format(self.path).compression).decode(self.encoding, self.errors)
 
     def state(self) -> None:
         return None
@@ -62,29 +76,43 @@ class TextFile:
 
 @dataclass
 class TableFile:
-    """A JSONL, parquet or arrow file; every record is a document."""
+    """A JSON, CSV, parquet or arrow file; every record is a document."""
 
     path: Path
     text_column: str
+    encoding: str
+    errors: str
 
     def read(self, done: int, state: Any) -> Iterator[Document]:
         from datasets import load_dataset  # imported here: the default job does not need it and it takes a second
 
         if self.path.stat().st_size == 0:
             return
-        kind = TABLE_FORMATS[self.path.suffix]
+        kind = find_format(self.path).kind
+        options = reader_options(self.path, self.text_column, self.encoding, self.errors)
         try:
+            prepare_zstd()
             # Streaming reads the file itself; without it `datasets` would write a copy to its cache.
             name = glob.escape(str(self.path))  # `datasets` takes file names for patterns
-            records = load_dataset(kind, data_files=[name], split="train", streaming=True)
+            records = load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
             yield from _to_documents(islice(records, done, None), self.text_column, str(self.path))
         except ColumnError:
             raise
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.sources: {str(self.path)!r} cannot be read as {kind}: {error}") from error
+        except StopIteration:  # of `datasets`, for an empty compressed file
+            return
+        except Exception as error:  # those of decompression are no OSErrors
+            undecodable = options and (isinstance(error, UnicodeDecodeError) or "UTF8" in str(error))
+            remedy = f"; {_ENCODINGS}" if undecodable else ""
+            raise ValueError(f"data.sources: {str(self.path)!r} cannot be read as {kind}: {error}{remedy}") from error
 
     def state(self) -> None:
         return None
+
+
+_ENCODINGS = (
+    "give its encoding, e.g. --data.encoding cp1252, or say what is done with bad bytes, e.g. --data.encoding-errors "
+    "replace"
+)
 
 
 @dataclass
@@ -170,6 +198,7 @@ class Source:
         revision: hash or name of the content's version; None when the Hub cannot be asked.
         parts: in order.
         num_bytes: size of the text, where it is known without reading.
+        skipped: what of the named folders is not read, in words.
     """
 
     description: str
@@ -177,6 +206,7 @@ class Source:
     revision: str | None
     parts: list[Part]
     num_bytes: int | None = None
+    skipped: str = ""
 
     def read(self, position: Position) -> Iterator[Document]:
         """Documents from `position`, which is kept up to date: it counts the document just given as read."""
@@ -184,14 +214,36 @@ class Source:
             if index != position.part:
                 position.part, position.records, position.state = index, 0, None
             part = self.parts[index]
-            for document in part.read(position.records, position.state):
-                position.records += 1
-                yield document
+            try:
+                for document in part.read(position.records, position.state):
+                    position.records += 1
+                    yield document
+            except UnicodeDecodeError as error:
+                if not isinstance(part, TextFile):
+                    raise
+                raise ValueError(_explain_undecodable(part, error, self.parts[index + 1 :])) from error
 
     def save_position(self, position: Position) -> dict[str, Any]:
         """The position as JSON, complete with the state of the part that is being read."""
         state = self.parts[position.part].state() if position.records else None
         return {"part": position.part, "records": position.records, "state": state}
+
+
+def _explain_undecodable(part: TextFile, error: UnicodeDecodeError, later: list[Part]) -> str:
+    """Names the others at once, as far as a look at some of the files that follow finds them."""
+    others, left = [], SCANNED_BYTES
+    for other in (other for other in later if isinstance(other, TextFile)):
+        left -= other.path.stat().st_size
+        if left < 0 or len(others) == NAMED_BAD:
+            others.append("perhaps more")
+            break
+        with suppress(OSError):
+            try:
+                other.decode()
+            except UnicodeDecodeError:
+                others.append(repr(str(other.path)))
+    also = f", nor are {', '.join(others)}" if others else ""
+    return f"data.sources: {str(part.path)!r} is not {part.encoding.upper()} text ({error}){also}; {_ENCODINGS}"
 
 
 @dataclass
@@ -214,28 +266,33 @@ def find_source(options: DataOptions) -> Source:
     if not sources:
         return _stdlib_source(options)
     if is_on_hub(sources):
+        _refuse_encoding(options)
         revision = find_hub_revision(sources[0])
         part = HubDataset(sources[0], options.config, options.split, options.text_column, revision)
         names = ["hub", sources[0], options.config, options.split]
         return Source(f"the dataset {sources[0]}, {options.split}", names, revision, [part])
     paths = [Path(name).expanduser() for name in sources]
     _refuse_hub_options(options, split_has_meaning=any(_is_saved(path) for path in paths))
-    parts, versions = [], []
+    parts, versions, skipped = [], [], []
     for path in paths:
         if _is_saved(path):
             part = _open_saved(path, options)
             parts.append(part)
             versions.append([str(path.resolve()), options.split, part.records._fingerprint])
         else:
-            files = _expand(path)
-            parts += [TableFile(f, options.text_column) if f.suffix in TABLE_FORMATS else TextFile(f) for f in files]
+            files, others = _expand(path)
+            parts += [_file_part(file, options) for file in files]
             versions += [_file_version(f) for f in files]
+            skipped += others
+    if not any(isinstance(part, TextFile) or find_format(part.path).kind in ("json", "csv") for part in parts):
+        _refuse_encoding(options)
     size = None
-    if all(isinstance(part, TextFile) for part in parts):
+    if all(isinstance(part, TextFile) and find_format(part.path).compression is None for part in parts):
         size = sum(version[1] for version in versions)
     more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
     names = ["files", [str(path.resolve()) for path in paths]]
-    return Source(", ".join(sources[:3]) + more, names, hash_json(versions), parts, size)
+    description = ", ".join(sources[:3]) + more
+    return Source(description, names, hash_json(versions), parts, size, describe_skipped(skipped))
 
 
 def hash_json(value: Any) -> str:
@@ -258,6 +315,7 @@ def find_hub_revision(name: str) -> str | None:
 def _stdlib_source(options: DataOptions) -> Source:
     """The `.py` files of the standard library without its tests, which some distributions leave out."""
     _refuse_hub_options(options, split_has_meaning=False)
+    _refuse_encoding(options)
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, below, names in os.walk(root):
@@ -265,7 +323,8 @@ def _stdlib_source(options: DataOptions) -> Source:
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
     versions = [_file_version(path) for path in files]
-    parts = [TextFile(path, path.relative_to(root).as_posix(), skip_undecodable=True) for path in files]
+    keys = [path.relative_to(root).as_posix() for path in files]
+    parts = [TextFile(*named, "utf-8", "strict", skip_undecodable=True) for named in zip(files, keys, strict=True)]
     description = f"the source files of Python's standard library in {root}"
     return Source(description, ["stdlib", str(root)], hash_json(versions), parts, sum(v[1] for v in versions))
 
@@ -280,28 +339,53 @@ def _refuse_hub_options(options: DataOptions, *, split_has_meaning: bool) -> Non
         )
 
 
+def _refuse_encoding(options: DataOptions) -> None:
+    for name in ("encoding", "encoding_errors"):
+        if getattr(options, name) != getattr(DataOptions, name):
+            raise ValueError(
+                f"{flag_of(f'data.{name}')} {getattr(options, name)} is for text, JSON and CSV files, of which "
+                "--data.sources names none; leave it out"
+            )
+
+
 def is_on_hub(sources: list[str]) -> bool:
     """Whether `DataOptions.sources` name a dataset of the Hub: one `dataset` or `owner/dataset` that is no path."""
     if len(sources) != 1 or Path(sources[0]).expanduser().exists():
         return False
     (name,) = sources
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(KNOWN_SUFFIXES)
+    _, kind, compression = find_format(Path(name))
+    is_file_name = kind is not None or compression is not None
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not is_file_name
 
 
-def _expand(path: Path) -> list[Path]:
-    """A file as it is; for a folder the files of known kinds below it, in order of path."""
+def _expand(path: Path) -> Found:
+    """A file as it is; for a folder the files of known kinds below it."""
+    known = f"known are {' '.join(KNOWN_SUFFIXES)}, and these compressed: {' '.join(COMPRESSIONS)}"
     if path.is_file():
-        return [path]
+        suffix, kind, _ = find_format(path)
+        if suffix and kind is None:
+            raise ValueError(
+                f"data.sources: {str(path)!r} has the suffix {suffix}, which does not say how to read it; if it is "
+                f"one plain text, rename it to {path.name}.txt ({known})"
+            )
+        return Found([path], [])
     if not path.is_dir():
         raise FileNotFoundError(
             f"data.sources: {str(path)!r} does not exist; give files, folders, or one dataset of the Hub"
         )
-    found = [p for p in sorted(path.rglob("*")) if p.suffix in KNOWN_SUFFIXES and p.is_file()]
-    if not found:
+    found = find_files(path)
+    if not found.files:
+        others = describe_skipped(found.skipped)
         raise ValueError(
-            f"data.sources: {str(path)!r} is a folder without files of a known kind ({' '.join(KNOWN_SUFFIXES)})"
+            f"data.sources: {str(path)!r} is a folder without files of a known kind ({known}){others and '; '}{others}"
         )
     return found
+
+
+def _file_part(path: Path, options: DataOptions) -> Part:
+    if find_format(path).kind in (None, "text"):  # a file without suffix that was named is text
+        return TextFile(path, None, options.encoding, options.encoding_errors)
+    return TableFile(path, options.text_column, options.encoding, options.encoding_errors)
 
 
 def _file_version(path: Path) -> list[Any]:

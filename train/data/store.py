@@ -1,16 +1,20 @@
 """The files of a tokenised corpus, and how they are written so that a half of them is never taken for the whole.
 
 A corpus is a folder with three files for each side of the split, `train.tokens`, `train.starts` and `train.bytes` (see
-`Tokens`), and `manifest.json`. While it is written it is called `….partial`; the files are appended to, and from time
-to time `progress.json` is replaced by one that says how long they are and where reading stopped. Whatever a killed
-process appended after that is cut off by the next one. The folder gets its name when it is whole.
+`Tokens`), and `manifest.json`, which has a checksum for every block of them. While it is written it is called
+`….partial`; the files are appended to, and from time to time `progress.json` is replaced by one that says how long they
+are and where reading stopped. Whatever a killed process appended after that is cut off by the next one. The folder gets
+its name when it is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +24,9 @@ import numpy as np
 
 from .tokens import Tokens, Vocabulary
 
-FORMAT = 1  # changes with the meaning of the files
+FORMAT = 2  # changes with the meaning of the files
 MANIFEST, PROGRESS, PARTIAL = "manifest.json", "progress.json", ".partial"
+BLOCK, VERIFIED = 16 << 20, 1 << 30  # bytes that have a checksum of their own, and that are verified at each opening
 WRITTEN = {"train": "train", "validation": "read"}  # the validation side is shuffled at the end, from `read`
 
 
@@ -38,15 +43,37 @@ class TokenizedData(NamedTuple):
 
 
 def open_corpus(folder: Path) -> TokenizedData | None:
-    """The corpus in a folder; None when there is none, or when its files are not as long as its manifest says."""
+    """The corpus in a folder; None when there is none, or when its files are not what its manifest says. Of a large one
+    some blocks are verified, others each time."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sides = [Tokens.open(folder, side, Vocabulary(*manifest["vocabulary"])) for side in WRITTEN]
-        if manifest["sizes"] != [_sizes(tokens) for tokens in sides]:
-            return None
-    except (FileNotFoundError, ValueError):  # ValueError: a file that is empty, or no JSON
-        return None
-    return TokenizedData(*sides, manifest["description"])
+        if manifest["sizes"] == [_sizes(tokens) for tokens in sides]:
+            wrong = _find_wrong_block(folder, manifest["checksums"])
+            if wrong is None:
+                return TokenizedData(*sides, manifest["description"])
+            print(f"{wrong} of the tokenised data is damaged; it is made again", file=sys.stderr, flush=True)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: a file that is empty, or no JSON
+        pass
+    return None
+
+
+def _find_wrong_block(folder: Path, checksums: dict[str, list[int]]) -> Path | None:
+    """The first file seen with a block that has another checksum, of as many blocks as may be verified."""
+    blocks = [(name, i) for name, known in checksums.items() for i in range(len(known))]
+    if len(blocks) * BLOCK > VERIFIED:
+        blocks = sorted(random.Random().sample(blocks, max(1, VERIFIED // BLOCK)))
+    for name, i in blocks:
+        with (folder / name).open("rb") as file:
+            file.seek(i * BLOCK)
+            if zlib.crc32(file.read(BLOCK)) != checksums[name][i]:
+                return folder / name
+    return None
+
+
+def _checksums(path: Path) -> list[int]:
+    with path.open("rb") as file:
+        return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
 
 
 def _sizes(tokens: Tokens) -> list[int]:
@@ -138,7 +165,11 @@ class CorpusWriter:
             self._shuffle_validation()
             sides = [Tokens.open(self.partial, side, self.vocabulary) for side in WRITTEN]
             sizes = [_sizes(tokens) for tokens in sides]
-            manifest = {"description": description, "vocabulary": self.vocabulary, "sizes": sizes}
+            files = [self.partial / f"{side}.{name}" for side in WRITTEN for name in ("tokens", "starts", "bytes")]
+            manifest = {
+                "description": description, "vocabulary": self.vocabulary, "sizes": sizes,
+                "checksums": {file.name: _checksums(file) for file in files},
+            }  # fmt: skip
             _write_json(self.partial / MANIFEST, manifest)
             shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one
             self.partial.rename(self.folder)

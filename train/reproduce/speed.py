@@ -24,7 +24,7 @@ from ..bench.models import make_llama_config
 from ..bench.timing import Deadline, synchronize
 from ..checkpoint import atomic_file
 from ..optim import parameter_groups
-from ..report import progress_bar
+from ..progress import progress_bar
 from .jobs import Job
 
 WARM_UP_STEPS = 1

@@ -1,0 +1,46 @@
+"""`tnt train`: from a recipe to an exit status."""
+
+from __future__ import annotations
+
+import signal
+
+from accelerate import Accelerator
+
+from .errors import NonFiniteError, OutOfMemory, TrainingStopped
+from .options import fail
+from .plan import find_missing_trackers, prepare
+from .recipe import PRECISIONS, Recipe
+from .trainer import train
+
+
+def run_train(recipe: Recipe) -> int:
+    """The command `tnt train`: returns its exit status, and prints errors to stderr."""
+    try:
+        accelerator = start_accelerator(recipe)
+        run = prepare(recipe, accelerator)
+    except (ValueError, TypeError, OSError) as error:
+        return fail("train", error, status=2)
+    except KeyboardInterrupt:
+        return fail("train", "interrupted before training began", status=130)
+    try:
+        train(run, accelerator)
+    except (NonFiniteError, OutOfMemory, OSError, ValueError) as error:
+        return fail("train", error, status=1)
+    except TrainingStopped as stopped:
+        return fail("train", stopped, status=143 if stopped.signal == signal.SIGTERM else 130)
+    except KeyboardInterrupt:
+        return fail("train", f"interrupted; what was saved is kept in {run.folder.root}", status=130)
+    return 0
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate as the launcher configured it, with the recipe's precision and trackers.
+
+    Where those break a rule the defaults are taken: `prepare` reports them, together with everything else.
+    """
+    precision = recipe.training.mixed_precision
+    trackers = [] if find_missing_trackers(recipe) else recipe.output.trackers
+    return Accelerator(
+        mixed_precision=precision if precision in PRECISIONS else "no", log_with=trackers or None,
+        project_dir=recipe.output.dir,
+    )  # fmt: skip
