@@ -1,11 +1,12 @@
 """Model cards: their template (package data), what fills it, and the Hub's rules for their metadata."""
 
 from .card import CARD_FILE, is_own_card, render_card, write_card
-from .facts import CardFacts, ResultFacts, StageFacts, load_facts, save_facts
+from .facts import FACTS_FILE, CardFacts, ResultFacts, StageFacts, load_facts, save_facts
 from .validate import LICENSES, find_problems, validate_card
 
 __all__ = [
     "CARD_FILE",
+    "FACTS_FILE",
     "LICENSES",
     "CardFacts",
     "ResultFacts",
