@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from .facts import CardFacts
 from .files import write_file
@@ -34,7 +36,7 @@ def render_card(facts: CardFacts, template_path: str | Path | None = None) -> Mo
 
     Raises:
         ValueError: for a variable that the template uses and that does not exist, all of them at once; a template that
-            is no Jinja2; metadata that break a rule of the Hub, all of them at once.
+            is no Jinja2, or fails when it is rendered; metadata that break a rule of the Hub, all of them at once.
         OSError: for a template that cannot be read.
     """
     path = TEMPLATE if template_path is None else Path(template_path)
@@ -89,26 +91,34 @@ def _digest(text: str) -> str:
 
 
 def _render(path: Path, variables: dict[str, Any]) -> str:
-    environment = Environment(
+    # In the sandbox a template of somebody else's can neither run code nor change what it is given.
+    environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     try:
         source = path.read_text(encoding="utf-8")
-        unknown = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(variables))
+        parsed = environment.parse(source)
+        unknown = meta.find_undeclared_variables(parsed) - set(variables)
         if unknown:
-            raise ValueError(
-                f"the card template {path} uses {'; '.join(_suggest(name, variables) for name in unknown)}. "
-                f"It may use {', '.join(sorted(variables))}"
-            )
-        return environment.from_string(source).render(variables)
+            lines = {name.name: name.lineno for name in parsed.find_all(nodes.Name) if name.name in unknown}
+            wrong = "; ".join(_suggest(name, line, variables) for name, line in sorted(lines.items()))
+            raise ValueError(f"the card template {path} uses {wrong}. It may use {', '.join(sorted(variables))}")
+        template = environment.from_string(source)
     except UnicodeDecodeError as error:
         raise ValueError(f"the card template {path} is not UTF-8 text ({error}); convert it") from error
     except TemplateSyntaxError as error:
         raise ValueError(f"the card template {path} is no Jinja2: line {error.lineno}: {error.message}") from error
-    except UndefinedError as error:  # of a field of a variable, which only its use shows
-        raise ValueError(f"the card template {path} uses what does not exist: {error.message}") from error
+    try:
+        return template.render(variables)
+    except Exception as error:  # whatever the template's own expressions raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+        what = {
+            SecurityError: "does what the sandbox forbids: a template may read its variables, and run no code",
+            UndefinedError: "uses what does not exist",
+        }.get(type(error), f"fails with {type(error).__name__}")
+        raise ValueError(f"the card template {path}, line {lines[-1] if lines else '?'}, {what} ({error})") from error
 
 
-def _suggest(name: str, variables: dict[str, Any]) -> str:
+def _suggest(name: str, line: int, variables: dict[str, Any]) -> str:
     near = difflib.get_close_matches(name, variables, n=1)
-    return f"the variable {name}, which does not exist" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"the variable {name} in line {line}, which does not exist" + (f" (did you mean {near[0]}?)" if near else "")

@@ -177,9 +177,15 @@ def test_a_template_of_the_users_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("{{ titel }} {{ author }}", r"the variable author, which .*the variable titel, .*did you mean title\?"),
-        ("{% if licence %}{% endif %}", "the variable licence"),
-        ("{{ facts.lisense }}", "has no attribute 'lisense'"),
+        ("{{ titel }} {{ author }}", r"the variable author in line 4, .*the variable titel in line 4, .*mean title\?"),
+        ("{% if licence %}{% endif %}", "the variable licence in line 4"),
+        ("{{ facts.lisense }}", "mine.md, line 4, uses what does not exist .*has no attribute 'lisense'"),
+        ("\n{{ ''.__class__.__mro__ }}", "mine.md, line 5, does what the sandbox forbids"),
+        ("{{ facts.config.update(a=1) }}", "line 4, does what the sandbox forbids"),
+        ("{{ facts.__init__.__globals__ }}", "line 4, does what the sandbox forbids"),
+        ("{{ 1 // 0 }}", "line 4, fails with ZeroDivisionError"),
+        ("{{ range(10**9) }}", "line 4, fails with OverflowError"),
+        ("{% include '/etc/passwd' %}", "line 4, fails with TypeError"),
         ("{{ title ", "is no Jinja2: line 4"),
         ("{% for %}", "is no Jinja2: line 4"),
     ],
@@ -312,6 +318,15 @@ def test_a_card_without_problems():
 def test_each_rule_of_the_hub(changes: dict, problem: str):
     problems = find_problems(make_content(**changes))
     assert any(re.search(problem, text) for text in problems), problems
+
+
+def test_the_licence_that_was_meant():
+    for given, meant in {
+        "mit license": "mit", "MIT": "mit", "The MIT License": "mit", "Apache License, Version 2.0": "apache-2.0",
+        "apache 2": "apache-2.0", "GPLv3": "gpl-3.0", "GNU AGPL v3": "agpl-3.0", "BSD 3-Clause License": "bsd-3-clause",
+        "CC BY-SA 4.0": "cc-by-sa-4.0", "The Unlicense": "unlicense",
+    }.items():  # fmt: skip
+        assert f"did you mean {meant}?" in "".join(find_problems(make_content(license=given))), given
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_tnt_card_says_what_is_wrong_and_writes_nothing(saved: Path, tmp_path: P
     template = tmp_path / "mine.md"
     template.write_text("---\n{{ card_data }}\n---\n{{ autor }}\n")
     assert "no folder with config.json" in fails(str(tmp_path))
-    assert "the variable autor, which does not exist" in fails(str(saved), "--template", str(template))
+    assert "the variable autor in line 4, which does not exist" in fails(str(saved), "--template", str(template))
     assert "license must be an identifier" in fails(str(saved), "--license", "free")
     assert not (saved / "README.md").exists() and not (saved / "card_facts.json").exists()
     (saved / "README.md").write_text("# Mine\n")
