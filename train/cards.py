@@ -29,7 +29,7 @@ from modeling_tnt.hub_cards import (
 from .checkpoint import atomic_file
 from .plan import Run
 from .provenance import find_origin, is_local, train_command
-from .state import Score, State
+from .state import Score, State, score_key
 
 ADAPTER = "adapter"
 
@@ -82,7 +82,7 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
         if facts is None:
             continue
         if index is not None:
-            own = f"after_{run.stages[index].name}"
+            own = score_key(run.stages[index].name)
             score = next((score for score in state.scores if score.key == own), None)
             results = _results(run, state, index, score)
             commands = {result.command for result in results}
@@ -180,10 +180,9 @@ def _results(run: Run, state: State, index: int, own: Score | None) -> list[Resu
     """The validation scores up to stage `index`, that of a bigram model, and the model's own."""
     chunks: dict[str, list[int] | None] = {"bigram": None}
     for i, stage in enumerate(run.stages[: index + 1]):
-        chunks[f"after_{stage.name}"] = stage.local_chunk_sizes or None
-        if i + 1 < len(run.stages):
-            after = run.stages[i + 1]
-            chunks[f"after_{stage.name}_at_{after.name}_chunks"] = after.local_chunk_sizes or None
+        chunks[score_key(stage.name)] = stage.local_chunk_sizes or None
+        for after in run.stages[i + 1 : i + 2]:
+            chunks[score_key(stage.name, at=after.name)] = after.local_chunk_sizes or None
     scores = [score for score in state.scores if score.key in chunks]
     if own is not None and own not in scores:
         scores.append(own)
@@ -193,6 +192,7 @@ def _results(run: Run, state: State, index: int, own: Score | None) -> list[Resu
         ResultFacts(
             metric="bits_per_byte",
             value=score.bits_per_byte,
+            standard_error=score.standard_error,
             label=score.label.partition(", local chunks")[0],
             local_chunk_sizes=chunks[score.key],
             dataset=f"held-out documents of {origin.words}",
