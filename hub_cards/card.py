@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from .facts import CardFacts
+from .facts import FACTS_FILE, CardFacts, save_facts
 from .files import write_file
 from .validate import validate_card
 from .variables import template_variables
@@ -70,10 +70,42 @@ def write_card(
         )
     name = Path(folder).resolve().name
     if facts.name is None and facts.repo_id is None and not name.startswith("."):  # hidden: it will be renamed
-        facts = replace(facts, name=name)
-    text = str(render_card(facts, template_path)).rstrip("\n") + "\n"
-    write_file(path, f"{text}\n<!-- written by modeling_tnt, sha256 {_digest(text)} -->\n")
+        facts = replace(facts, name=name, path=find_path(folder))
+    write_file(path, _sign(render_card(facts, template_path)))
     return path
+
+
+def find_path(folder: str | Path) -> str:
+    """The path of a model's folder from the working directory, or if it is not in there from the folder around it: no
+    other part of a path says anything to others."""
+    folder = Path(folder).resolve()
+    around = Path.cwd() if Path.cwd() in folder.parents else folder.parent
+    return f"./{folder.relative_to(around).as_posix()}"
+
+
+def name_card(folder: str | Path, facts: CardFacts, repo_id: str) -> bool:
+    """Write the card of a model that goes to the Hub again, so that it loads it by its name there; and its facts, if
+    they are beside it.
+
+    Only a card that is exactly what the package's template makes of `facts`, which nothing is lost of. Returns whether
+    it was. Raises OSError.
+    """
+    path = Path(folder) / CARD_FILE
+    try:
+        is_same = path.is_file() and path.read_text(encoding="utf-8") == _sign(render_card(facts))
+    except ValueError:  # of another encoding, or facts that no longer make a card
+        return False
+    if is_same:
+        facts = replace(facts, repo_id=repo_id)
+        write_card(folder, facts)
+        if (Path(folder) / FACTS_FILE).is_file():
+            save_facts(Path(folder), facts)
+    return is_same
+
+
+def _sign(card: ModelCard) -> str:
+    text = str(card).rstrip("\n") + "\n"
+    return f"{text}\n<!-- written by modeling_tnt, sha256 {_digest(text)} -->\n"
 
 
 def is_own_card(path: Path) -> bool:

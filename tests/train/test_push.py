@@ -101,6 +101,7 @@ def test_everything_that_loads_a_model_arrives(hub, model, capsys):
     assert {"config.json", "tokenizer_config.json", "README.md", "modeling_tnt.py", *shards(model)} < set(files)
     assert all(content == (model / name).read_bytes() for name, content in files.items() if name in sent)
     assert repo.titles() == ["initial commit", "First"] and not repo.private
+    assert b'from_pretrained("user/name")' in files["README.md"] and b"./model" not in files["README.md"]
     out = capsys.readouterr().out
     assert f"commit   {hub.url}/user/name/commit/{repo.branches['main']}\n" in out
     left_out = ".env, checkpoint-2/model.safetensors, optimizer.pt, trainer_state.json, trainer_state.safetensors"
@@ -182,7 +183,7 @@ def test_the_same_command_goes_on_after_an_upload_failed(hub, model, capsys):
     assert push(model) == 1
     error = capsys.readouterr().err
     assert f"tnt push: error: {hub.url} answered with the error 400" in error
-    assert f"{model} is unchanged; the same command goes on, without what has arrived" in error
+    assert f"{model} is kept; the same command goes on, without what has arrived" in error
     assert len(hub.repos["user/name"].commits) == 1
     arrived = len(hub.uploads)
     assert arrived == 2
@@ -250,7 +251,7 @@ def test_no_network(hub, saved, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert push(saved) == 1
     error = capsys.readouterr().err
-    assert "http://127.0.0.1:9 could not be reached" in error and f"{saved} is unchanged; the same command" in error
+    assert "http://127.0.0.1:9 could not be reached" in error and f"{saved} is kept; the same command" in error
 
 
 def test_what_a_repository_holds_is_not_replaced_by_accident(hub, model, tmp_path, capsys):

@@ -319,11 +319,10 @@ def save_decode_plot(path: Path, rows: Sequence[DecodeRow]) -> None:
     title = f"One token behind a context: {first.preset}, {rows_of}, {first.dtype}, {first.machine}"
     with picture(path, title, height=4.4) as figure:
         time, memory = figure.subplots(1, 2)
-        names = list(dict.fromkeys(row.contender for row in rows))
-        for i, (color, name) in enumerate(zip(COLORS, names, strict=False)):
+        for color, name in zip(COLORS, dict.fromkeys(row.contender for row in rows), strict=False):
             mine = sorted((row for row in rows if row.contender == name and row.status == OK), key=lambda r: r.length)
-            # Two caches of one size lie on one line: the first is drawn broader.
-            style = {"color": color, "marker": "o", "label": name, "linewidth": 1.3 + 1.5 * (len(names) - 1 - i)}
+            # Dashed, as the Llama's two caches may lie on one line.
+            style = {"color": color, "marker": "o", "label": name, "linestyle": "--" if name == STATIC else "-"}
             lengths = [row.length for row in mine]
             if mine:
                 time.plot(lengths, [row.ms_median for row in mine], **style)
