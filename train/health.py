@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 # on, so that any real step lowers it.
 HARDLY_LEARNS = 0.98
 HARDLY_MOVES = 1e-3
+LAST_READINGS = 8
 
 
 class Quantity(NamedTuple):
@@ -32,9 +33,8 @@ QUANTITIES = (STEP_SIZE, STATE_NORM, LOSS_RATIO)
 
 
 class Reading(NamedTuple):
-    """One record of a memory: the stage, the tokens trained on until then, and its numbers; nan where not finite."""
+    """One record of a memory: the tokens trained on until then, and its numbers; nan where not finite."""
 
-    stage: str
     tokens: int
     values: dict[str, float]
 
@@ -51,19 +51,19 @@ def read_health(log: list[dict[str, Any]]) -> dict[str, list[Reading]]:
             if slash:
                 memories[memory][quantity] = math.nan if value is None else value
         for memory, values in memories.items():
-            readings[memory].append(Reading(record["stage"], record["tokens"], values))
+            readings[memory].append(Reading(record["tokens"], values))
     return dict(readings)
 
 
 def find_idle_memories(log: list[dict[str, Any]]) -> list[str]:
     """A sentence for each way in which memories do not learn while they read; none when all do.
 
-    By the median over the readings of the last stage that there are, as one reading is of a single row.
+    By the median of the last readings, as one is of a single row.
     """
     broken, ratios, still = [], {}, []
     readings = read_health(log)
     for memory, of_memory in readings.items():
-        last = [reading.values for reading in of_memory if reading.stage == of_memory[-1].stage]
+        last = [reading.values for reading in of_memory[-LAST_READINGS:]]
         found = [ratio for ratio in map(LOSS_RATIO.of, last) if math.isfinite(ratio)]
         if not all(map(math.isfinite, last[-1].values())):
             broken.append(memory)
