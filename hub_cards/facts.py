@@ -76,7 +76,7 @@ class CardFacts:
         parameters: number of them.
         class_name: of the model; it decides the pipeline tag and the class that the card loads it with.
         name: title of the card; without: the last part of `repo_id`, or else the folder's name.
-        repo_id: "user/name" on the Hub.
+        repo_id: "user/name" on the Hub; path: of the model's folder, which it is loaded by before it has that name.
         remote_code: whether the model's code lies beside the weights, for `trust_remote_code=True`.
         tokenizer: its class or name; None: there is none beside the weights.
         license, license_name, license_link: of the weights, as the Hub wants them.
@@ -101,6 +101,7 @@ class CardFacts:
     class_name: str | None = None
     name: str | None = None
     repo_id: str | None = None
+    path: str | None = None
     remote_code: bool = True
     tokenizer: str | None = None
     license: str | None = None

@@ -86,8 +86,8 @@ def _find_wrong_license(data: dict[str, Any]) -> Iterator[str]:
     licenses = licenses if isinstance(licenses, list) else [] if licenses is None else [licenses]
     for value in licenses:
         if value not in LICENSES:
-            near = difflib.get_close_matches(str(value).lower(), LICENSES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = _nearest_license(str(value))
+            hint = f"; did you mean {near}?" if near else ""
             yield (
                 f"license must be an identifier of the Hub, such as apache-2.0, or other together with license_name, "
                 f"got {value!r}{hint}"
@@ -97,6 +97,16 @@ def _find_wrong_license(data: dict[str, Any]) -> Iterator[str]:
     for name in ("license_name", "license_link"):
         if data.get(name) is not None and not isinstance(data[name], str):
             yield f"{name} must be text, got {data[name]!r}"
+
+
+def _nearest_license(value: str) -> str | None:
+    """The identifier that was meant: "MIT License" is mit, "Apache License, Version 2.0" is apache-2.0."""
+    words = re.sub(r"\b(the|gnu|licen[cs]e|version)\b", " ", value.lower())
+    words = re.sub(r"(?:\bv|(?<=gpl)v?)(?=\d)", " ", words)
+    name = "-".join(re.findall(r"[a-z0-9.+]+", words))
+    whole = [known for known in (name, f"{name}.0") if known in LICENSES]
+    near = whole or difflib.get_close_matches(name, sorted(LICENSES), n=1)
+    return near[0] if near else None
 
 
 def _find_wrong_lists(data: dict[str, Any]) -> Iterator[str]:

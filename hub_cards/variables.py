@@ -31,17 +31,18 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
     title            name of the model.
     family           "TNT", "Titans", "TTT-Linear" ...; description: what that is, in sentences.
     pipeline_tag, auto_class, model_id   what it is loaded as, and the name that it is loaded by.
-    model_table, stage_table, data_table   Markdown tables.
-    result_groups    for each command that measured something: .command and .table.
+    model_table, stage_table, data_table   Markdown tables; of stages, one has a column.
+    result_groups    for each command that measured something: .command, .table, and .text if that is one for all.
     local_chunk_sizes, smaller_chunks, global_chunk_size   of the configuration; the next smaller ones to try.
-    measured_chunks  whether the results hold other chunk sizes of the same weights.
+    measured_chunks  whether the results hold other chunk sizes of the same weights; mismatch: in words, by how much
+                     they are worse at most, or None.
     facts            the `CardFacts` themselves.
     """
     tag, auto_class = _head(facts.class_name)
     title = facts.name or (facts.repo_id or "").rpartition("/")[2] or f"{describe_family(facts.config)} model"
     chunks = list(facts.config.get("local_chunk_sizes") or [])
-    model_id = facts.repo_id or f"./{facts.name or 'model'}"
-    own = [r for r in facts.results if r.own]
+    model_id = facts.repo_id or facts.path or f"./{facts.name or 'model'}"
+    losses = _read_elsewhere(facts.results)
     return {
         "card_data": make_card_data(facts, title, tag).to_yaml(),
         "title": title,
@@ -52,12 +53,13 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
         "model_id": model_id,
         "model_table": _table([{"": k, "Value": v} for k, v in _model_rows(facts)]),
         "data_table": _table([{"": k, "Value": v} for k, v in _training_rows(facts)]),
-        "stage_table": _table([_stage_row(stage) for stage in facts.stages]),
+        "stage_table": _transposed_table([_stage_row(stage) for stage in facts.stages]),
         "result_groups": _group_results(facts.results, model_id),
         "local_chunk_sizes": chunks,
         "smaller_chunks": [1] * len(chunks),
         "global_chunk_size": facts.config.get("global_chunk_size"),
-        "measured_chunks": bool(own) and len({tuple(r.local_chunk_sizes or ()) for r in facts.results}) > 1,
+        "measured_chunks": bool(losses),
+        "mismatch": _describe_mismatch(losses),
         "facts": facts,
     }
 
@@ -167,14 +169,34 @@ def _stage_row(stage: Any) -> dict[str, Any]:
     }
 
 
+def _read_elsewhere(results: list[ResultFacts]) -> list[tuple[float, list[int]]]:
+    """Where these weights were also read at other chunk sizes: bits per byte more than at their own, and the chunks."""
+    known = [r for r in results if r.metric == "bits_per_byte" and r.local_chunk_sizes and _is_known(r.value)]
+    return [
+        (other.value - own.value, other.local_chunk_sizes)
+        for own in known
+        for other in known
+        if own.own and other.local_chunk_sizes != own.local_chunk_sizes
+        and (other.label, other.dataset, other.tokens) == (own.label, own.dataset, own.tokens)
+    ]  # fmt: skip
+
+
+def _describe_mismatch(losses: list[tuple[float, list[int]]]) -> str | None:
+    loss, chunks = max(losses, default=(0.0, []))
+    if round(loss, 3) <= 0:
+        return None
+    return f"{loss:.3f} bits per byte when they are read at local chunks {_cell(chunks)}"
+
+
 def _group_results(results: list[ResultFacts], model_id: str) -> list[dict[str, Any]]:
-    """The results of each command as one table, in order."""
+    """The results of each command as one table, in order. What all of them were measured on stands above it."""
     groups: dict[str | None, list[dict[str, Any]]] = {}
     for result in results:
-        value = _number(result.value, ".4g" if result.metric != "bits_per_byte" else ".3f")
+        digits, error_digits = (".3f", ".3f") if result.metric == "bits_per_byte" else (".4g", ".2g")
+        value = _number(result.value, digits)
         if value is None:
             continue
-        error = _number(result.standard_error, ".2g")
+        error = _number(result.standard_error, error_digits)
         groups.setdefault(result.command, []).append(
             {
                 "Weights": result.label,
@@ -185,8 +207,18 @@ def _group_results(results: list[ResultFacts], model_id: str) -> list[dict[str, 
                 "Tokens": result.tokens,
             }
         )
-    named = {command: command and command.replace("{model}", model_id) for command in groups}
-    return [{"command": named[command], "table": _table(rows)} for command, rows in groups.items()]
+    return [
+        {"command": command and command.replace("{model}", model_id), **_split_text(rows)}
+        for command, rows in groups.items()
+    ]
+
+
+def _split_text(rows: list[dict[str, Any]]) -> dict[str, str | None]:
+    (text, tokens), *others = {(row["Text"], row["Tokens"]) for row in rows}
+    if others or text is None:
+        return {"text": None, "table": _table(rows)}
+    shorter = [{k: v for k, v in row.items() if k not in ("Text", "Tokens")} for row in rows]
+    return {"text": f"{tokens:,} tokens of {text}" if tokens else text, "table": _table(shorter)}
 
 
 def _metric_words(result: ResultFacts) -> str:
@@ -203,6 +235,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [columns if "" not in columns else ["", ""], ["---"] * len(columns)]
     lines += [[_cell(row[name]) for name in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _transposed_table(rows: list[dict[str, Any]]) -> str:
+    """Many columns would not fit a page: each row becomes a column, and what holds nothing is left out."""
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if any(_cell(row[name]) for row in rows)]
+    head, *lines = ([name, *(_cell(row[name]) for row in rows)] for name in names)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def _cell(value: Any) -> str:

@@ -72,7 +72,10 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
         signature, columns = dict(signature), int(metadata["cumulative_length"])
         before = json.loads(metadata.get("tokens_before", "null"))  # files of 0.1 have none
         before = torch.tensor(before, dtype=torch.int64, device=device) if isinstance(before, list) else before
-    except (ValueError, TypeError) as error:
+        if origin is not None:
+            torch.tensor(origin["fingerprint"] or [], dtype=torch.float64)  # which is what `TNTState` makes of it
+            origin = {"model": origin["model"], "fingerprint": origin["fingerprint"]}
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from error
     check_signature(path, signature, cache_signature(config))
     layers = [_split(tensors, f"layers.{i}.") for i in range(config.num_hidden_layers)]

@@ -142,12 +142,13 @@ class HubExportMixin:
         folder = _local_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if folder is not None and kwargs.get("config") is None:
             _check_config_is_there(folder)
+        shards = [] if folder is None else _named_shards(folder)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(_describe_damage(pretrained_model_name_or_path, folder, error)) from error
         except FileNotFoundError as error:
-            missing = [] if folder is None else _missing_shards(folder)
+            missing = [name for name in shards if not (folder / name).is_file()]
             if not missing:
                 raise
             raise OSError(
@@ -244,13 +245,20 @@ def _check_config_is_there(folder: Path) -> None:
         )
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    """The files of weights that the index of a folder names and that are not there."""
+def _named_shards(folder: Path) -> list[str]:
+    """The files of weights that a folder's index names, if it is what is read. Raises OSError for a broken one."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.is_file() or (folder / "model.safetensors").is_file():
         return []
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in named if not (folder / name).is_file())
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(content["metadata"], dict):
+            raise TypeError("its metadata are no object")
+        return sorted(set(map(os.fspath, content["weight_map"].values())))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OSError(
+            f"{index} is no index of a model's weights ({error!r}); copy it again, or save the model again"
+        ) from error
 
 
 def _describe_damage(name: Any, folder: Path | None, error: SafetensorError) -> str:

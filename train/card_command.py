@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_NAME, AutoTokenizer
+from transformers import CONFIG_NAME
 
-from modeling_tnt.hub_cards import CardFacts, ResultFacts, load_facts, save_facts, write_card
+from modeling_tnt.hub_cards import CardFacts, ResultFacts, find_path, load_facts, save_facts, write_card
 
-from .cards import count_parameters, has_code, read_config
 from .evaluation.arguments import EvalArguments
+from .model_facts import bare_facts, has_code, read_config
 from .options import from_mapping, option
 from .provenance import DataOrigin, eval_command, find_origin
 
@@ -72,22 +72,12 @@ def make_card(arguments: CardArguments) -> Path:
         if (value := getattr(arguments, name))
     }
     added = [result for path in arguments.eval for result in read_results(path, facts, folder, arguments.repo_id)]
-    facts = replace(facts, **given, remote_code=has_code(folder), results=_merge(facts.results, added))
+    facts = replace(
+        facts, **given, path=find_path(folder), remote_code=has_code(folder), results=_merge(facts.results, added)
+    )
     path = write_card(folder, facts, arguments.template, arguments.overwrite)
     save_facts(folder, facts)
     return path
-
-
-def bare_facts(folder: Path, config: dict[str, Any]) -> CardFacts:
-    """What the files of a saved model say."""
-    names = config.get("architectures") or [None]
-    tokenizer = None
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = type(AutoTokenizer.from_pretrained(folder)).__name__
-    return CardFacts(
-        config=config, parameters=count_parameters(config), class_name=names[0], tokenizer=tokenizer,
-        name=folder.resolve().name,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- results

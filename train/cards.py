@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,13 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import CONFIG_NAME
 
-from modeling_tnt import TNTConfig
 from modeling_tnt.hub_cards import (
     CARD_FILE,
     CardFacts,
     ResultFacts,
     StageFacts,
+    find_path,
     is_own_card,
     load_facts,
     save_facts,
@@ -27,9 +25,10 @@ from modeling_tnt.hub_cards import (
 )
 
 from .checkpoint import atomic_file
+from .model_facts import count_parameters, has_code, read_config
 from .plan import Run
 from .provenance import find_origin, is_local, train_command
-from .state import Score, State
+from .state import Score, State, score_key
 
 ADAPTER = "adapter"
 
@@ -52,7 +51,7 @@ def write_run_card(folder: Path, place: Path, run: Run, state: State, score: Sco
         return
     try:
         facts = collect_facts(run, state, score, config, accelerator)
-        facts.name = f"{run.folder.root.resolve().name}-{place.name}"
+        facts.name, facts.path = f"{run.folder.root.resolve().name}-{place.name}", find_path(place)
         if place == run.folder.stage(run.stages[-1].name):
             facts.repo_id = _pushed_to(run)
         facts.remote_code = has_code(folder)
@@ -82,7 +81,7 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
         if facts is None:
             continue
         if index is not None:
-            own = f"after_{run.stages[index].name}"
+            own = score_key(run.stages[index].name)
             score = next((score for score in state.scores if score.key == own), None)
             results = _results(run, state, index, score)
             commands = {result.command for result in results}
@@ -90,7 +89,9 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
             facts = replace(facts, results=[*results, *evaluated])
         with atomic_file(path / run.folder.plot_file.name) as fresh:
             shutil.copyfile(run.folder.plot_file, fresh)
-        facts = replace(facts, plot=run.folder.plot_file.name, seconds=seconds if index == last else None)
+        facts = replace(
+            facts, path=find_path(path), plot=run.folder.plot_file.name, seconds=seconds if index == last else None
+        )
         save_facts(path, facts)
         try:
             write_card(path, facts)
@@ -100,19 +101,6 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
 
 def _say_it_is_kept(card: Path) -> None:
     print(f"{card} was edited, and is kept; tnt card --overwrite writes it again", flush=True)
-
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the TNT model in `folder`, or None if there is no model, or one of another kind."""
-    path = folder / CONFIG_NAME
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("model_type") != TNTConfig.model_type:
-        return None
-    return TNTConfig.from_pretrained(folder).to_dict()
-
-
-def has_code(folder: Path) -> bool:
-    """Whether the model in `folder` can be loaded without this package."""
-    return "auto_map" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 
 
 def collect_facts(run: Run, state: State, score: Score, config: dict[str, Any], accelerator: Accelerator) -> CardFacts:
@@ -142,11 +130,6 @@ def collect_facts(run: Run, state: State, score: Score, config: dict[str, Any], 
             "torch": torch.__version__, "transformers": transformers.__version__, "accelerate": accelerate.__version__,
         },
     )  # fmt: skip
-
-
-def count_parameters(config: dict[str, Any]) -> int:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(TNTConfig.from_dict(config)).num_parameters()
 
 
 def _pushed_to(run: Run) -> str | None:
@@ -180,10 +163,9 @@ def _results(run: Run, state: State, index: int, own: Score | None) -> list[Resu
     """The validation scores up to stage `index`, that of a bigram model, and the model's own."""
     chunks: dict[str, list[int] | None] = {"bigram": None}
     for i, stage in enumerate(run.stages[: index + 1]):
-        chunks[f"after_{stage.name}"] = stage.local_chunk_sizes or None
-        if i + 1 < len(run.stages):
-            after = run.stages[i + 1]
-            chunks[f"after_{stage.name}_at_{after.name}_chunks"] = after.local_chunk_sizes or None
+        chunks[score_key(stage.name)] = stage.local_chunk_sizes or None
+        for after in run.stages[i + 1 : i + 2]:
+            chunks[score_key(stage.name, at=after.name)] = after.local_chunk_sizes or None
     scores = [score for score in state.scores if score.key in chunks]
     if own is not None and own not in scores:
         scores.append(own)
@@ -193,6 +175,7 @@ def _results(run: Run, state: State, index: int, own: Score | None) -> list[Resu
         ResultFacts(
             metric="bits_per_byte",
             value=score.bits_per_byte,
+            standard_error=score.standard_error,
             label=score.label.partition(", local chunks")[0],
             local_chunk_sizes=chunks[score.key],
             dataset=f"held-out documents of {origin.words}",

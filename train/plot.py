@@ -1,27 +1,21 @@
-"""The picture of a run: training loss and validation scores, and below them how the memories' inner loops did."""
+"""The picture of a run: training loss and validation scores, and below them whether its memories learn."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from .health import HARDLY_LEARNS, LOSS_RATIO, QUANTITIES, STATE_NORM, Quantity, Reading, read_health
+from .pictures import COLORS, REFERENCE, make_y_logarithmic, picture
 from .state import Score
 
-# Title and formula of each panel; the names are those of `memory_health`.
-HEALTH_PANELS = {
-    "step": ("inner step size", lambda h: h["step_size"]),
-    "norm": ("state norm / initial norm", lambda h: h["state_norm"]),
-    "loss": ("inner loss after / before update", lambda h: h["loss_after"] / h["loss_before"]),
-}
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+# Of scores when all colours are used up.
+MARKERS = "os^vDP*X"
 
 
 def save_plot(path: Path, log: list[dict[str, Any]], scores: list[Score]) -> None:
@@ -31,24 +25,26 @@ def save_plot(path: Path, log: list[dict[str, Any]], scores: list[Score]) -> Non
         log: the records of log.jsonl: `event` is "step", "memory_health" or "validation".
         scores: the validation scores that are part of the results.
     """
-    # Figure and canvas without pyplot: nothing global is changed, and no display is looked for.
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, *health = figure.subplot_mosaic([["training"] * 3, [*HEALTH_PANELS]], height_ratios=[3, 2]).values()
-    swaps = _swap_positions(log)
-    _draw_loss(loss, [r for r in log if r["event"] == "step"], scores)
-    for axes, (title, formula) in zip(health, HEALTH_PANELS.values(), strict=True):
-        _draw_health(axes, [r for r in log if r["event"] == "memory_health"], formula, title)
-    for axes in (loss, *health):
-        axes.set_xlabel("training tokens")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.3)
-        for swap in swaps:
-            axes.axvline(swap, color="black", linewidth=0.8, linestyle=":")
-    figure.savefig(path, dpi=120)
+    health = read_health(log)
+    heights = [4 + 0.2 * len(scores), 3.6][: 2 if health else 1]
+    title = "Loss in training" + (", and whether memories learn while they read" if health else "")
+    with picture(path, title, height=sum(heights)) as figure:
+        upper, *lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
+        panels = [upper.subplots()]
+        _draw_loss(panels[0], log, scores)
+        for part in lower:
+            below = part.subplots(1, len(QUANTITIES))
+            for axes, quantity in zip(below, QUANTITIES, strict=True):
+                _draw_health(axes, health, quantity)
+            panels += list(below)
+        for axes in panels:
+            axes.set_xlabel("training tokens")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            for swap in _find_swaps(log):
+                axes.axvline(swap, linestyle=":", label="a later stage begins", **REFERENCE)
 
 
-def _swap_positions(log: list[dict[str, Any]]) -> list[int]:
+def _find_swaps(log: list[dict[str, Any]]) -> list[int]:
     """Tokens trained on when a stage after the first began."""
     last: dict[str, int] = {}
     for record in log:
@@ -57,69 +53,67 @@ def _swap_positions(log: list[dict[str, Any]]) -> list[int]:
     return list(last.values())[:-1]
 
 
-def _draw_loss(axes: Axes, steps: list[dict[str, Any]], scores: list[Score]) -> None:
-    tokens = np.array([r["tokens"] for r in steps])
-    values = np.array([r["bits_per_byte"] for r in steps])
-    axes.plot(tokens, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, _smooth(values), color="tab:blue", label="training (smoothed)")
-    ends = {}
-    for record in steps:
-        ends[record["stage"]] = record["tokens"]
-    markers = iter("ovs^D")
-    for i, (key, label, value) in enumerate(scores):
-        if key == "bigram":
-            axes.axhline(value, color="tab:gray", linestyle="--", label=f"{label}: {value:.3f}")
+def _draw_loss(axes: Axes, log: list[dict[str, Any]], scores: list[Score]) -> None:
+    steps = [record for record in log if record["event"] == "step"]
+    tokens, losses = (np.array([record[name] for record in steps]) for name in ("tokens", "bits_per_byte"))
+    span = max(1, round(len(steps) / 30))
+    smoothed = exponential_mean(losses, span)
+    axes.plot(tokens, losses, color=COLORS[0], alpha=0.25, linewidth=0.8, label="training, each step")
+    axes.plot(tokens, smoothed, color=COLORS[0], label=f"training, exponential mean over {span} steps")
+    measured = {record["name"]: record for record in log if record["event"] == "validation"}
+    for i, score in enumerate(scores):
+        error = f" ± {score.standard_error:.3f}" if math.isfinite(score.standard_error) else ""
+        label = f"validation {score.label}: {score.bits_per_byte:.3f}{error}"
+        if score.key not in measured:  # of no step of the run: the bigram model
+            axes.axhline(score.bits_per_byte, color="tab:gray", linestyle="--", label=label)
             continue
-        stage = key.removeprefix("after_").partition("_at_")[0]
+        # Two scores have one place at the end of a stage, the second at the chunks of the next: a ring around a point.
+        place = measured[score.key]
+        ring = {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.5} if place["step"] == 0 else {}
+        color, marker = COLORS[(i + 1) % len(COLORS)], MARKERS[(i + 1) // len(COLORS) % len(MARKERS)]
         axes.plot(
-            ends[stage], value, next(markers), color=COLORS[i % len(COLORS)], markersize=7, linestyle="none",
-            label=f"validation {label}: {value:.3f}",
+            place["tokens"], score.bits_per_byte, marker, color=color, linestyle="none", label=label, zorder=3,
+            **({"markersize": 5} | ring),
         )  # fmt: skip
-    shown = np.concatenate([_smooth(values), [value for *_, value in scores]])
+    values = [value for value in (score.bits_per_byte for score in scores) if math.isfinite(value)]
+    shown = [*smoothed, *values]
     # The first steps, at the logarithm of the vocabulary, would flatten everything that is of interest.
-    axes.set_ylim(shown.min() - 0.15, min(shown.max(), 1.5 * max(value for *_, value in scores)) + 0.15)
+    top = min(max(shown), 1.5 * max(values, default=math.inf))
+    axes.set_ylim(min([*shown, *losses]) - 0.15, top + 0.15)
+    above = int((losses > top + 0.15).sum())
+    if above:
+        axes.set_title(f"{above} of {len(losses)} steps, up to {losses.max():.2f}, lie above this picture")
     axes.set_ylabel("bits per byte")
-    axes.set_title("Loss; the dotted line is the swap to smaller local chunks")
-    axes.legend(loc="upper right", fontsize=9)
 
 
-def _draw_health(
-    axes: Axes, records: list[dict[str, Any]], formula: Callable[[dict[str, float]], float], title: str
-) -> None:
+def _draw_health(axes: Axes, health: dict[str, list[Reading]], quantity: Quantity) -> None:
     """One line for each layer and memory; the memories differ by colour, the layers by shade."""
-    lines = defaultdict(list)
-    for record in records:
-        memories: dict[str, dict[str, float]] = defaultdict(dict)
-        for key, value in record.items():
-            memory, slash, quantity = key.rpartition("/")
-            if slash:
-                memories[memory][quantity] = np.nan if value is None else value
-        for memory, values in memories.items():
-            lines[memory].append((record["tokens"], formula(values)))
-    memories = list(dict.fromkeys(key.split("/")[1] for key in lines))
-    layers = list(dict.fromkeys(key.split("/")[0] for key in lines))
-    for key, points in lines.items():
+    layers, memories = (list(dict.fromkeys(key.split("/")[part] for key in health)) for part in (0, 1))
+    drawn = []
+    for key, readings in health.items():
         layer, memory = key.split("/")
+        values = [quantity.of(reading.values) for reading in readings]
+        drawn += [value for value in values if value > 0]
         axes.plot(
-            *zip(*points, strict=True), color=COLORS[memories.index(memory) % len(COLORS)],
-            alpha=0.35 + 0.65 * (1 + layers.index(layer)) / len(layers), marker=".", markersize=3, linewidth=1,
-            label=memory if layer == layers[-1] else None,
+            [reading.tokens for reading in readings], values, color=COLORS[memories.index(memory) % len(COLORS)],
+            alpha=0.35 + 0.65 * (1 + layers.index(layer)) / len(layers), marker=".", linewidth=1,
+            label=f"{memory} memory, darker in later layers" if layer == layers[-1] else None,
         )  # fmt: skip
-    axes.set_title(title, fontsize=10)
-    values = [value for points in lines.values() for _, value in points if value > 0]
-    if values and max(values) > 10 * min(values):
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    if lines:
-        axes.legend(fontsize=8)
+    axes.set_title(f"{quantity.title}\n{quantity.good}")
+    if quantity is LOSS_RATIO:
+        axes.axhline(HARDLY_LEARNS, linestyle="--", label=f"{HARDLY_LEARNS}: hardly learns above it", **REFERENCE)
+    elif quantity is STATE_NORM:
+        axes.axhline(1, linestyle="-.", label="1: where the state begins", **REFERENCE)
+    if drawn and max(drawn) > 10 * min(drawn):
+        make_y_logarithmic(axes)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about 1/30 of the run, corrected for its start."""
-    decay = 1 - min(1.0, 30 / max(30, len(values)))
-    smoothed, average, weight = [], 0.0, 0.0
-    for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(average / weight)
-    return np.array(smoothed)
+def exponential_mean(values: np.ndarray, span: int) -> np.ndarray:
+    """The mean of all values so far, each weighted by exp(−its age / span)."""
+    decay = math.exp(-1 / span)
+    weights = np.cumsum(decay ** np.arange(len(values)))
+    means, total = [], 0.0
+    for value, weight in zip(values, weights, strict=True):
+        total = decay * total + value
+        means.append(total / weight)
+    return np.array(means)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelInfo, get_session
@@ -22,14 +22,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_NAME
 
-from modeling_tnt.hub_cards import CARD_FILE, is_own_card
+from modeling_tnt.hub_cards import CARD_FILE, is_own_card, load_facts, name_card
 from modeling_tnt.hub_export import WEIGHTS
 
+from .model_facts import bare_facts, read_config
 from .push_files import ModelFolder
 
 
 class PushError(OSError):
-    """The Hub could not be reached, or did not take what was sent. The local folder is as it was."""
+    """The Hub could not be reached, or did not take what was sent. The local folder is whole."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,21 @@ def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str
     """Send a model's folder as a commit to the Hub.
 
     Large files that have arrived are not sent again when the same call is repeated. A model card that somebody wrote or
-    edited there stays, and one of ours is replaced.
+    edited there stays, and one of ours is replaced. In the folder a card of ours gets the name on the Hub.
 
     Raises:
         ValueError: as `check_target`, and for a token that may not write there.
         PushError: the Hub could not be reached, or the connection broke.
     """
     repo, before = check_target(api, target, folder.model_type)
-    with _explained(api, f"{folder.path} was pushed to {repo}"):
+    doing = f"{folder.path} was pushed to {repo}"
+    with _explained(api, doing):
         repo = api.create_repo(repo, private=target.private or None, exist_ok=True).repo_id
         if target.revision is not None and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         keep_card = before is not None and _has_edited_card(api, before)
+    _name_card(folder.path, repo)
+    with _explained(api, doing):
         files = [file for file in folder.files if not (keep_card and file == CARD_FILE)]
         done: CommitInfo = api.upload_folder(
             repo_id=repo, folder_path=folder.path, revision=target.revision, delete_patterns=list(WEIGHTS),
@@ -167,6 +171,18 @@ def _has_edited_card(api: HfApi, repo: ModelInfo) -> bool:
         path = Path(folder) / CARD_FILE
         path.write_bytes(text)
         return not is_own_card(path)
+
+
+def _name_card(folder: Path, repo: str) -> None:
+    """Let a card of ours load the model by the name that it gets, before it is sent."""
+    config = read_config(folder)
+    if config is None:
+        return
+    facts = load_facts(folder, config)
+    if facts is None:  # the card of save_pretrained, which knows of no tokenizer
+        facts = replace(bare_facts(folder, config), tokenizer=None)
+    if facts.repo_id != repo:
+        name_card(folder, facts, repo)
 
 
 def _read_file(api: HfApi, repo: ModelInfo, name: str) -> bytes | None:

@@ -50,7 +50,7 @@ def run_push(arguments: PushArguments) -> int:
             enable_progress_bars()  # which the command turns off for the reading of models
         pushed = push_folder(HfApi(), folder, target, message=arguments.message)
     except PushError as error:
-        kept = f"{arguments.model} is unchanged; the same command goes on, without what has arrived"
+        kept = f"{arguments.model} is kept; the same command goes on, without what has arrived"
         print(f"\ntnt push: error: {error}; {kept}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

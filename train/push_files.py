@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import CONFIG_NAME
 from transformers.dynamic_module_utils import get_relative_imports
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from modeling_tnt import TNTConfig
-from modeling_tnt.hub_cards import CARD_FILE, find_problems
+from modeling_tnt.hub_cards import CARD_FILE, FACTS_FILE, find_problems
+from modeling_tnt.hub_export import WEIGHTS
 
 from .checkpoint import TENSORS_FILE
+from .lora import BASE_CONFIG_FILE
 
-# Of a model's folder, matched with the path from it. What a trainer keeps to go on from is none of them.
+# What a model's folder may hold beside its code: names that this package, transformers and PEFT write, and no others,
+# so that nothing is published that only happens to lie there. Patterns of the path from the folder.
 SENT = (
-    CONFIG_NAME, "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "*.py", CARD_FILE, "LICENSE*",
-    "card_facts.json", "*.png", "*.jpg", "*.svg", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.j*", "additional_chat_templates/*.jinja",
-    "adapter/*.json", "adapter/*.safetensors", "adapter/README.md",
+    CONFIG_NAME, GENERATION_CONFIG_NAME, *WEIGHTS, CARD_FILE, FACTS_FILE, "loss.png", "metrics.json",
+    "LICENSE", "LICENSE.md", "LICENSE.txt",
+    TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    CHAT_TEMPLATE_FILE, "chat_template.json", f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", f"adapter/{BASE_CONFIG_FILE}",
+    f"adapter/{CARD_FILE}",
 )  # fmt: skip
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE)
+SAVE_AGAIN = "save the model again with save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class ModelFolder:
     """A folder that was found fit to be pushed.
 
     files: what is sent, as paths from the folder with `/`, sorted.
-    left_out: the other files in it.
+    left_out: all else in it; folders that are not looked into end with `/`.
     warnings: what a reader of the repository will miss.
     """
 
@@ -65,16 +85,21 @@ def check_folder(path: Path, include: list[str] | None = None) -> ModelFolder:
     """
     _check_holds_model(path)
     problems: list[str] = []
-    config = _read_json(path / CONFIG_NAME, problems)
+    config, code = _read_json(path / CONFIG_NAME, problems), set()
     if config is not None:
         problems += _find_wrong_config(path, config)
-        problems += _find_wrong_code(path, config)
+        tokenizer = path / TOKENIZER_CONFIG_FILE
+        configs = [config, _read_json(tokenizer, problems) if tokenizer.is_file() else None]
+        code, missing = _trace_code(path, [given["auto_map"] for given in configs if given and "auto_map" in given])
+        problems += [f"{name} is missing, which the model's code needs; {SAVE_AGAIN}" for name in sorted(missing)]
     problems += _find_wrong_weights(path)
     card = path / CARD_FILE
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
         problems += [f"{CARD_FILE}: {problem}; tnt card writes a new one" for problem in find_problems(text)]
-    files, left_out = _choose(path, include or [], problems)
+    files, left_out = _choose(path, code, include or [], problems)
+    others = [file for file in files if file.endswith(".safetensors") and not _matches_any(file, WEIGHTS)]
+    problems += [problem for file in others for problem in _find_damage(path, file, None)]
     if problems:
         raise ValueError("\n  ".join([f"{path} cannot be pushed, and nothing was sent:", *problems]))
     return ModelFolder(path, config["model_type"], files, left_out, list(_warn(path, files)))
@@ -104,60 +129,60 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        problems.append(f"{path.name} is no JSON ({error}); save the model again")
+        problems.append(f"{path.name} is no JSON ({error}); {SAVE_AGAIN}")
         return None
     if not isinstance(content, dict):
-        problems.append(f"{path.name} must hold an object, got {type(content).__name__}; save the model again")
+        problems.append(f"{path.name} must hold an object, got {type(content).__name__}; {SAVE_AGAIN}")
         return None
     return content
 
 
 def _find_wrong_config(path: Path, config: dict[str, Any]) -> Iterator[str]:
     if not config.get("model_type"):
-        yield f"{CONFIG_NAME} names no model_type, so that no one could load it; save the model again"
+        yield f"{CONFIG_NAME} names no model_type, so that no one could load it; {SAVE_AGAIN}"
     elif config["model_type"] == TNTConfig.model_type:
         try:
             TNTConfig.from_pretrained(path)
         except (ValueError, TypeError) as error:
             yield f"{CONFIG_NAME}: {error}"
+        if "auto_map" not in config:
+            yield (
+                f"{CONFIG_NAME} has no auto_map and the folder no code, so that it would load only with this package; "
+                "load the model and save it again with save_pretrained"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- code, weights
 
 
-def _find_wrong_code(path: Path, config: dict[str, Any]) -> Iterator[str]:
-    """What keeps the code that a model carries from being loaded."""
-    if "auto_map" not in config:
-        if config.get("model_type") == TNTConfig.model_type:
-            yield (
-                f"{CONFIG_NAME} has no auto_map and the folder no code, so that it would load only with this package; "
-                "load the model and save it again with save_pretrained"
-            )
-        return
-    references = [r for value in config["auto_map"].values() for r in (value if isinstance(value, list) else [value])]
+def _trace_code(path: Path, maps: list[Any]) -> tuple[set[str], set[str]]:
+    """The files of code that transformers loads for these `auto_map`s, and those of them that are missing."""
+    values = [value for found in maps if isinstance(found, dict) for value in found.values()]
+    references = [r for value in values for r in (value if isinstance(value, list) else [value])]
     waiting = [r.rpartition("--")[2].split(".")[0] for r in references if r and "--" not in r]
-    known: set[str] = set()
+    found: set[str] = set()
+    missing: set[str] = set()
     while waiting:
-        name = waiting.pop()
-        if name in known:
+        name = f"{waiting.pop()}.py"
+        if name in found | missing:
             continue
-        known.add(name)
-        file = path / f"{name}.py"
-        if file.is_file():
-            waiting += get_relative_imports(file)
+        if (path / name).is_file():
+            found.add(name)
+            waiting += get_relative_imports(path / name)
         else:
-            yield f"{file.name} is missing, which the model's code needs; save the model again with save_pretrained"
+            missing.add(name)
+    return found, missing
 
 
 def _find_wrong_weights(path: Path) -> Iterator[str]:
     whole, index = path / SAFE_WEIGHTS_NAME, path / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file():
-        yield from _find_damage(whole, None)
+        yield from _find_damage(path, whole.name, None)
         if index.is_file():
             yield f"{whole.name} and {index.name} are both there; remove those of the older model"
         return
     if not index.is_file():
-        yield f"it has neither {whole.name} nor {index.name}; save the model again with save_pretrained"
+        yield f"it has neither {whole.name} nor {index.name}; {SAVE_AGAIN}"
         return
     problems: list[str] = []
     content = _read_json(index, problems)
@@ -166,42 +191,76 @@ def _find_wrong_weights(path: Path) -> Iterator[str]:
         return
     places = content.get("weight_map")
     if not isinstance(places, dict) or not places:
-        yield f"{index.name} has no weight_map; save the model again"
+        yield f"{index.name} has no weight_map; {SAVE_AGAIN}"
         return
-    for name in sorted(set(places.values())):
-        if (path / name).is_file():
-            yield from _find_damage(path / name, {key for key, place in places.items() if place == name})
+    for name in sorted(set(map(str, places.values()))):
+        if not _matches_any(name, WEIGHTS):
+            yield f"{index.name} names the file {name!r}, which holds no weights; {SAVE_AGAIN}"
+        elif (path / name).is_file():
+            yield from _find_damage(path, name, {key for key, place in places.items() if place == name})
         else:
-            yield f"{name} is missing, which {index.name} names; copy it again, or save the model again"
+            yield f"{name} is missing, which {index.name} names; copy it again, or {SAVE_AGAIN}"
 
 
-def _find_damage(path: Path, expected: set[str] | None) -> Iterator[str]:
-    """What is wrong with a file of weights; a file that was cut off does not open."""
+def _find_damage(path: Path, name: str, expected: set[str] | None) -> Iterator[str]:
+    """What is wrong with a file of weights, which is read a tensor at a time; one that was cut off does not open."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path / name, framework="pt") as file:
             keys = set(file.keys())
+            wrong = [key for key in sorted(keys) if not _is_finite(file.get_tensor(key))]
     except SafetensorError as error:
-        yield f"{path.name} cannot be read ({error}): it was cut off or damaged; copy it again, or save the model again"
+        yield f"{name} cannot be read ({error}): it was cut off or damaged; copy it again, or {SAVE_AGAIN}"
         return
     missing = sorted((expected or set()) - keys)
     if missing:
-        yield f"{path.name} lacks {len(missing)} tensors that the index names, e.g. {missing[0]}; save the model again"
+        yield f"{name} lacks {len(missing)} tensors that the index names, e.g. {missing[0]}; {SAVE_AGAIN}"
+    if wrong:
+        yield (
+            f"{name} holds numbers that are not finite in {len(wrong)} tensors, e.g. {wrong[0]}: the model diverged; "
+            "push one that was saved before"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # isfinite knows no eight bits
+    return bool(tensor.isfinite().all())
 
 
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def _choose(path: Path, include: list[str], problems: list[str]) -> tuple[list[str], list[str]]:
-    """What is sent and what is not. Hidden files, caches and linked folders are not looked at."""
-    found = []
+def _choose(path: Path, code: set[str], include: list[str], problems: list[str]) -> tuple[list[str], list[str]]:
+    """What is sent and what is not. Hidden files, caches and linked folders are not looked into."""
+    found, left_out = [], []
     for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        found += [(Path(folder) / name).relative_to(path).as_posix() for name in names if not name.startswith(".")]
-    files = sorted(file for file in found if any(map(lambda p, f=file: _matches(f, p), (*SENT, *include))))
+        at = Path(folder).relative_to(path)
+        skipped = [x for x in folders if x[0] == "." or x == "__pycache__" or (path / at / x).is_symlink()]
+        folders[:] = sorted(set(folders) - set(skipped))
+        left_out += [f"{(at / name).as_posix()}/" for name in skipped]
+        found += [(at / name).as_posix() for name in names]
+    wanted = (*SENT, *include)
+    visible = [file for file in found if not _is_hidden(Path(file)) and (path / file).is_file()]
+    files = sorted(file for file in visible if file in code or _matches_any(file, wanted))
     for pattern in include:
         if not any(_matches(file, pattern) for file in files):
             problems.append(f"--include {pattern} matches no file there; hidden files are never sent")
-    return files, sorted(set(found) - set(files))
+    problems += [
+        f"{file} is a link out of the folder, or to something hidden in it; put a copy there, or remove the link"
+        for file in files
+        if not _stays_inside(path, file)
+    ]
+    return files, sorted([*left_out, *(set(found) - set(files))])
+
+
+def _stays_inside(path: Path, file: str) -> bool:
+    """Whether a file is what it seems to be, also where it is a link."""
+    root, target = path.resolve(), (path / file).resolve()
+    return target.is_relative_to(root) and not any(map(_is_hidden, map(Path, target.relative_to(root).parts)))
+
+
+def _matches_any(file: str, patterns: Iterable[str]) -> bool:
+    return any(_matches(file, pattern) for pattern in patterns)
 
 
 def _matches(file: str, pattern: str) -> bool:
@@ -211,7 +270,7 @@ def _matches(file: str, pattern: str) -> bool:
 
 
 def _warn(path: Path, files: list[str]) -> Iterator[str]:
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not any(name in files for name in TOKENIZER_FILES):
         yield "there is no tokenizer in it; tokenizer.save_pretrained adds one"
     if CARD_FILE not in files:
         yield "there is no model card in it; tnt card writes one"
@@ -231,6 +290,7 @@ def show_folder(folder: ModelFolder, repo: str, revision: str | None, *, every_f
         print(f"         {_format_bytes(folder.size(file)):>9}  {file}")
     if folder.left_out:
         print(f"not sent {', '.join(folder.left_out)}")
+        print("         --include PATTERN sends more of them, but nothing hidden")
     for warning in folder.warnings:
         print(f"warning  {warning}")
 

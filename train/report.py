@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +18,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from .checkpoint import atomic_file
+from .health import find_idle_memories
 from .options import to_mapping
 from .plan import Run, Stage
 from .plot import save_plot
 from .progress import progress_bar
-from .state import Score, State
+from .state import Score, State, score_key
 
 
 class Log:
@@ -142,9 +145,11 @@ def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: fl
     if continuation:
         with atomic_file(folder.sample_file) as path:
             path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
-    with atomic_file(folder.plot_file) as path:
-        save_plot(path, read_log(folder.log_file), state.scores)
+    log = read_log(folder.log_file)
+    save_plot(folder.plot_file, log, state.scores)
     _print_summary(run, metrics, state.scores)
+    for sentence in find_idle_memories(log):
+        print(f"warning  {sentence}; see {folder.plot_file.name}", flush=True)
     return metrics
 
 
@@ -157,8 +162,9 @@ def _print_summary(run: Run, metrics: dict[str, Any], scores: list[Score]) -> No
     sample = metrics["sample"]
     width = max(len(score.label) for score in scores)
     lines = [f"\nvalidation bits per byte, on {metrics['validation_tokens']:,} tokens of held-out documents"]
+    mismatches = find_mismatches(run, scores)
     for score in scores:
-        remark = "   the mismatch that the next stage is to cure" if "_at_" in score.key else ""
+        remark = "   the mismatch that the next stage is to cure" if score.key in mismatches else ""
         lines.append(f"  {score.label:<{width}}  {score.bits_per_byte:.3f}{remark}")
     if sample["continuation"]:
         lines += ["\nsample: a validation prompt, and after >>> the model's continuation", "-" * 60]
@@ -166,6 +172,13 @@ def _print_summary(run: Run, metrics: dict[str, Any], scores: list[Score]) -> No
     lines += [f"model    {metrics['model']}", f"figures  {run.folder.metrics_file}, {run.folder.plot_file.name}"]
     lines += [f"took     {metrics['seconds']:.0f} seconds"]
     print("\n".join(lines), flush=True)
+
+
+def find_mismatches(run: Run, scores: list[Score]) -> set[str]:
+    """The keys of the scores that are worse than those of the same weights at the chunks that they were trained at."""
+    found = {score.key: score.bits_per_byte for score in scores}
+    pairs = {score_key(before.name, at=after.name): score_key(before.name) for before, after in pairwise(run.stages)}
+    return {key for key, own in pairs.items() if round(found.get(key, 0.0), 3) > round(found.get(own, math.inf), 3)}
 
 
 def _size(side: Any) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from .data import token_bigram_bits_per_byte
 from .data.bigram import LARGEST_VOCABULARY
 from .distributed import sum_over_processes
+from .evaluation.estimates import Estimate
 from .evaluation.sample import generate_sample
 from .evaluation.scores import score_rows
 from .plan import Run
@@ -27,8 +28,9 @@ def score_bigrams(run: Run) -> list[Score]:
     return [Score("bigram", "bigram model", token_bigram_bits_per_byte(run.data.train, run.validation))]
 
 
-def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, autocast: torch.dtype | None) -> float:
-    """Bits per byte of the validation rows, each process having read an equal number of them."""
+def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, autocast: torch.dtype | None) -> Estimate:
+    """Bits per byte of the validation rows, each process having read an equal number of them, and the error of this
+    ratio of sums (`estimates.ratio`)."""
     rows, processes = run.validation, accelerator.num_processes
     share = math.ceil(len(rows) / processes)
     wanted = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
@@ -40,9 +42,12 @@ def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, aut
             wrapped, own, batch_size=run.micro_batch_size, device=accelerator.device, autocast=autocast,
             on_batch=bar.update,
         )  # fmt: skip
-    sums = [float(x[counted].double().sum()) for x in (scores.nats, scores.bytes)]
-    nats, text_bytes = sum_over_processes(sums, accelerator.device)
-    return nats / math.log(2) / text_bytes
+    nats, text_bytes = (x[counted].double() for x in (scores.nats, scores.bytes))
+    total, total_bytes = sum_over_processes([float(nats.sum()), float(text_bytes.sum())], accelerator.device)
+    squares = float((nats - total / total_bytes * text_bytes).square().sum())
+    (squares,) = sum_over_processes([squares], accelerator.device)
+    error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / total_bytes if len(rows) > 1 else math.nan
+    return Estimate(total / math.log(2) / total_bytes, error / math.log(2))
 
 
 class OwnRows(Subset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,11 +10,18 @@ from .plan import Stage
 
 
 class Score(NamedTuple):
-    """Validation bits per byte: the key in metrics.json, the words in the summary, the value."""
+    """Validation bits per byte: the key in metrics.json, the words in the summary, the value and its standard error
+    over rows, nan where it is not known."""
 
     key: str
     label: str
     bits_per_byte: float
+    standard_error: float = math.nan
+
+
+def score_key(stage: str, at: str | None = None) -> str:
+    """The key of the score of a stage's model at its end; `at`: read at the chunks of that stage, the next one."""
+    return f"after_{stage}" if at is None else f"after_{stage}_at_{at}_chunks"
 
 
 @dataclass

@@ -37,7 +37,7 @@ from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
 from .signals import Stopper
 from .stage_model import build_model, choose_trained, without_adapters
-from .state import Score, State
+from .state import Score, State, score_key
 from .utilisation import operations_per_token, peak_operations
 
 
@@ -138,7 +138,7 @@ class Session:
             resumed.load_training_state(model, optimizer)
         if state.stage > 0 and state.step == 0:
             before = self.run.stages[state.stage - 1].name
-            self.score(wrapped, f"after_{before}_at_{stage.name}_chunks", f"after {before}", stage)
+            self.score(wrapped, score_key(before, at=stage.name), f"after {before}", stage)
         wrapped.train()
         steps = self._read_steps(stage)
         utilisation = self._utilisation(model, stage)
@@ -155,7 +155,7 @@ class Session:
 
     def finish_stage(self, stage: Stage, wrapped: nn.Module, model: PreTrainedModel) -> None:
         """Score the stage's model and keep it."""
-        score = self.score(wrapped, f"after_{stage.name}", f"after {stage.name}", stage)
+        score = self.score(wrapped, score_key(stage.name), f"after {stage.name}", stage)
         self.saver.save_best(self.state, model, score)
         self.state.stages.append(self.state.figures(stage))
         self.saver.save_stage(self.state, model, score)
@@ -292,10 +292,11 @@ class Session:
         """Bits per byte of the validation rows. With a key it is part of the results."""
         value = score_validation(self.run, wrapped, self.accelerator, self.autocast)
         shown = f"{label}, local chunks {stage.local_chunk_sizes}" if stage.local_chunk_sizes else label
-        score = Score(key or f"{stage.name}_step_{self.state.step}", shown, value)
+        score = Score(key or f"{stage.name}_step_{self.state.step}", shown, *value)
         if key is not None:
             self.state.scores.append(score)
-        self.record("validation", stage, {"name": score.key, "bits_per_byte": value})
+        measured = {"bits_per_byte": score.bits_per_byte, "standard_error": score.standard_error}
+        self.record("validation", stage, {"name": score.key, **measured})
         return score
 
     def record(self, event: str, stage: Stage, values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from modeling_tnt.hub_cards import (
     find_problems,
     is_own_card,
     load_facts,
+    name_card,
     render_card,
     save_facts,
     write_card,
@@ -99,12 +100,46 @@ def test_what_is_not_known_leaves_no_trace(facts: CardFacts):
 def test_a_full_card_says_it_all():
     text = str(render_card(make_full_facts()))
     for part in (
-        "| stage1 | 16 | 256 | all weights | 60 | 61,440 |", "| after stage1 | 16 | bits per byte | 2.610 |",
+        "| Stage | stage1 | stage2 |", "| Reset after | 256 | 256 |", "| Steps | 60 | 3 |",
+        "| after stage1 | 16 | bits per byte | 2.610 |",
         "| after stage2 | 4 | bits per byte | 2.457 |", "```bash\ntnt train\n```", "tnt train --config recipe.yaml",
         "```yaml\ntraining:\n  batch_size: 2\n```", "](loss.png)", "| Parameters | 581,840 |", "| Hardware | CPU |",
         '"somebody/run-stage2", trust_remote_code=True', "set_local_chunks([1])", "`adapter/`", "| Seed | 7 |",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_a_mismatch_is_spoken_of_where_one_was_measured():
+    other = {"metric": "bits_per_byte", "label": "after stage2", "dataset": "held-out text"}
+    bigram = ResultFacts(value=3.5, label="bigram model", metric="bits_per_byte", dataset="held-out text")
+    (_, own), words = make_full_facts().results, "There is a mismatch between chunk sizes: these weights lose "
+    for value, said in ((2.6, f"{words}0.143 bits per byte when they are read at local chunks 16."), (2.4, "")):
+        worse = ResultFacts(value=value, local_chunk_sizes=[16], **other)
+        text = str(render_card(make_full_facts(results=[bigram, own, worse])))
+        assert said in text and ("mismatch" in text) == bool(said) and "that others are better" in text
+    text = str(render_card(make_full_facts(results=[bigram, own])))
+    assert "mismatch" not in text and "no measurement at others" in text
+
+
+def test_results_have_errors_and_their_text_stands_once():
+    result = {"metric": "bits_per_byte", "tokens": 1000, "command": "tnt train"}
+    results = [ResultFacts(value=2.5, standard_error=0.01234, dataset="held-out text", **result)]
+    text = str(render_card(make_full_facts(results=results)))
+    assert "On 1,000 tokens of held-out text:\n\n| Measure | Value |" in text and "| 2.500 ± 0.012 |" in text
+    results.append(ResultFacts(value=2.6, dataset="other text", **result))
+    assert "| bits per byte | 2.600 | other text | 1,000 |" in str(render_card(make_full_facts(results=results)))
+
+
+def test_a_card_gets_the_name_on_the_hub_if_nobody_has_changed_it(tmp_path: Path):
+    facts = make_full_facts(repo_id=None, path="./run/stage2")
+    card = write_card(tmp_path, facts)
+    save_facts(tmp_path, facts)
+    assert name_card(tmp_path, facts, "me/model") and not name_card(tmp_path, facts, "me/model")
+    assert 'from_pretrained("me/model")' in card.read_text() and "./run" not in card.read_text()
+    assert is_own_card(card) and load_facts(tmp_path, facts.config).repo_id == "me/model"
+    (tmp_path / "mine.md").write_text(HEAD + "# Mine, {{ model_id }}")
+    write_card(tmp_path, facts, tmp_path / "mine.md")  # of another template, which would be lost
+    assert not name_card(tmp_path, facts, "me/model") and "# Mine, ./run/stage2" in card.read_text()
 
 
 def test_the_code_in_a_card_is_python():
@@ -177,9 +212,15 @@ def test_a_template_of_the_users_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("{{ titel }} {{ author }}", r"the variable author, which .*the variable titel, .*did you mean title\?"),
-        ("{% if licence %}{% endif %}", "the variable licence"),
-        ("{{ facts.lisense }}", "has no attribute 'lisense'"),
+        ("{{ titel }} {{ author }}", r"the variable author in line 4, .*the variable titel in line 4, .*mean title\?"),
+        ("{% if licence %}{% endif %}", "the variable licence in line 4"),
+        ("{{ facts.lisense }}", "mine.md, line 4, uses what does not exist .*has no attribute 'lisense'"),
+        ("\n{{ ''.__class__.__mro__ }}", "mine.md, line 5, does what the sandbox forbids"),
+        ("{{ facts.config.update(a=1) }}", "line 4, does what the sandbox forbids"),
+        ("{{ facts.__init__.__globals__ }}", "line 4, does what the sandbox forbids"),
+        ("{{ 1 // 0 }}", "line 4, fails with ZeroDivisionError"),
+        ("{{ range(10**9) }}", "line 4, fails with OverflowError"),
+        ("{% include '/etc/passwd' %}", "line 4, fails with TypeError"),
         ("{{ title ", "is no Jinja2: line 4"),
         ("{% for %}", "is no Jinja2: line 4"),
     ],
@@ -312,6 +353,15 @@ def test_a_card_without_problems():
 def test_each_rule_of_the_hub(changes: dict, problem: str):
     problems = find_problems(make_content(**changes))
     assert any(re.search(problem, text) for text in problems), problems
+
+
+def test_the_licence_that_was_meant():
+    for given, meant in {
+        "mit license": "mit", "MIT": "mit", "The MIT License": "mit", "Apache License, Version 2.0": "apache-2.0",
+        "apache 2": "apache-2.0", "GPLv3": "gpl-3.0", "GNU AGPL v3": "agpl-3.0", "BSD 3-Clause License": "bsd-3-clause",
+        "CC BY-SA 4.0": "cc-by-sa-4.0", "The Unlicense": "unlicense",
+    }.items():  # fmt: skip
+        assert f"did you mean {meant}?" in "".join(find_problems(make_content(license=given))), given
 
 
 @pytest.mark.parametrize(

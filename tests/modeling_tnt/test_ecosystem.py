@@ -240,6 +240,12 @@ def test_weights_in_several_files(tmp_path):
     assert sorted(set(index["weight_map"].values())) == shards
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    wrong = [json.dumps(index | {"weight_map": places}) for places in ([], {"a": 1})]
+    for broken in ("", "[]", "{}", *wrong):
+        (tmp_path / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(OSError, match="index.json is no index of a model's weights .*copy it again"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / shards[1]).unlink()
     with pytest.raises(OSError, match=f"{shards[1]} missing in .*index.json names them; copy all files of weights"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -303,9 +303,17 @@ def spoil_json(path):
     rewrite(path, signature="{")
 
 
+def spoil_origin(path):
+    rewrite(path, origin="[]")
+
+
+def spoil_fingerprint(path):
+    rewrite(path, origin='{"model": "mine", "fingerprint": ["a"]}')
+
+
 DAMAGES = [
     spoil_truncate, spoil_empty, spoil_text, spoil_one_byte, spoil_missing_tensor, spoil_shape, spoil_name, spoil_layer,
-    spoil_header, spoil_json,
+    spoil_header, spoil_json, spoil_origin, spoil_fingerprint,
 ]  # fmt: skip
 
 

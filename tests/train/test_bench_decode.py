@@ -118,7 +118,7 @@ def test_summary():
 
     rows = [row(TNT, 1024, 4.0, 1.25), row(DYNAMIC, 1024, 3.2, 1.0), row(TNT, 2**20, 4.4, None)]
     lines = [line.split() for line in summarize_decode(rows).splitlines()[2:]]
-    assert lines == [["1k", "1.25", "1.00"], ["1024k", "1.10"]]
+    assert lines == [["1k", "1.25", "1.00"], ["1M", "1.10"]]
     assert summarize_decode(rows[1:2]) == "TNT was not measured"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def _results(folder: Path) -> list[tuple[str, float]]:
     return [(r.metric_type, r.metric_value) for r in ModelCard.load(folder / "README.md").data.eval_results]
 
 
-def test_a_run_leaves_a_card_with_each_model(flags, output_dir: Path, tmp_path: Path):
+def test_a_run_leaves_a_card_with_each_model(flags, output_dir: Path, tmp_path: Path, monkeypatch):
     assert main([*flags, "--output.license", "mit", "--stages.stage2.trainable", "lora"]) == 0
     metrics = json.loads((output_dir / "metrics.json").read_text())
     scores = metrics["validation_bits_per_byte"]
@@ -52,12 +53,19 @@ def test_a_run_leaves_a_card_with_each_model(flags, output_dir: Path, tmp_path: 
     best = metrics["best_validation_bits_per_byte"]
     assert _results(output_dir / "best") == [("bits_per_byte", pytest.approx(best, rel=1e-5))]
 
-    row = "| after stage1 | {} | bits per byte | {:.3f} |"
+    row = "| after stage1 | {} | bits per byte | {:.3f} ± 0."
     swapped = row.format(2, scores["after_stage1_at_stage2_chunks"])
     assert row.format(8, scores["after_stage1"]) in texts["stage1"]
     assert swapped in texts["stage1"] and swapped in texts["stage2"]
-    assert "| stage1 | 8 | 32 | all weights | 6 | 768 |" in texts["stage2"]
-    assert "| stage2 | 2 | 32 | LoRA adapters" in texts["stage2"] and "| stage2 |" not in texts["stage1"]
+    assert "| Stage | stage1 | stage2 |" in texts["stage2"] and "| Stage | stage1 |\n" in texts["stage1"]
+    for line in ("Local chunks | 8 | 2", "Trained | all weights | LoRA adapters", "Steps | 6 | 1"):
+        assert f"| {line}" in texts["stage2"]
+    assert "On 192 tokens of held-out documents of local text, which is not" in texts["stage2"]
+    monkeypatch.chdir(tmp_path)  # in which the run lies: its path from here is said in full from now on
+    assert main(["card", "run/stage2"]) == 0
+    loaded = re.findall(r'from_pretrained\("(.*?)"', (output_dir / "stage2" / "README.md").read_text())
+    assert set(loaded) == {"./run/stage2"} and Path(loaded[0]).is_dir()
+    assert 'from_pretrained("./stage1")' in texts["stage1"]
     assert "`adapter/`" in texts["stage2"] and "`adapter/`" not in texts["stage1"]
     assert f"| {metrics['seconds']:,.0f} s |" in texts["stage2"] and "Time, with" not in texts["stage1"]
     assert "PEFT" in (output_dir / "stage2" / "adapter" / "README.md").read_text()
@@ -86,7 +94,7 @@ def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatc
     monkeypatch.setattr(trainer.Session, "finish_stage", finish_stage)
     assert main([*flags, "--resume"]) == 0
     assert "loss.png" in card.read_text() and "| after stage1 | 2 |" in card.read_text()
-    assert "| perplexity | 3.25 |" in card.read_text() and "tnt eval ./run-stage1" in card.read_text()
+    assert "| perplexity | 3.25 |" in card.read_text() and "tnt eval ./stage1" in card.read_text()
     assert best.read_text() == edited
     assert f"{best} was edited, and is kept; tnt card --overwrite" in capsys.readouterr().out
 
@@ -218,7 +226,7 @@ def test_tnt_card_says_what_is_wrong_and_writes_nothing(saved: Path, tmp_path: P
     template = tmp_path / "mine.md"
     template.write_text("---\n{{ card_data }}\n---\n{{ autor }}\n")
     assert "no folder with config.json" in fails(str(tmp_path))
-    assert "the variable autor, which does not exist" in fails(str(saved), "--template", str(template))
+    assert "the variable autor in line 4, which does not exist" in fails(str(saved), "--template", str(template))
     assert "license must be an identifier" in fails(str(saved), "--license", "free")
     assert not (saved / "README.md").exists() and not (saved / "card_facts.json").exists()
     (saved / "README.md").write_text("# Mine\n")

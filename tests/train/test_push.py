@@ -15,10 +15,12 @@ import torch
 from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Blob, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.hub_cards import CardFacts, is_own_card, write_card
+from modeling_tnt.hub_export import code_files
 from modeling_tnt.train.cli import main
 
 HERE = Path(__file__).parent
@@ -99,9 +101,11 @@ def test_everything_that_loads_a_model_arrives(hub, model, capsys):
     assert {"config.json", "tokenizer_config.json", "README.md", "modeling_tnt.py", *shards(model)} < set(files)
     assert all(content == (model / name).read_bytes() for name, content in files.items() if name in sent)
     assert repo.titles() == ["initial commit", "First"] and not repo.private
+    assert b'from_pretrained("user/name")' in files["README.md"] and b"./model" not in files["README.md"]
     out = capsys.readouterr().out
     assert f"commit   {hub.url}/user/name/commit/{repo.branches['main']}\n" in out
-    assert "not sent checkpoint-2/model.safetensors, optimizer.pt, trainer_state.json, trainer_state.safetensors" in out
+    left_out = ".env, checkpoint-2/model.safetensors, optimizer.pt, trainer_state.json, trainer_state.safetensors"
+    assert f"not sent {left_out}\n" in out
     assert "in the middle of a run" in out
 
 
@@ -152,6 +156,25 @@ def test_dry_run_lists_all_and_sends_nothing(hub, model, monkeypatch, capsys):
     assert not hub.requests
 
 
+def test_what_only_happens_to_lie_there_is_not_sent(hub, model, tmp_path, capsys):
+    """Scripts, notes and pictures of the user's, and what a linked folder holds; the code is known by its imports."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for path in ("train_secret.py", "tnt_of_mine.py", "tokenizer_of_mine.json", "face.png", "modelling.safetensors"):
+        (model / path).write_text("import os")
+    (model / ".git").mkdir()
+    (model / "adapter").symlink_to(outside)
+    (outside / "adapter_config.json").write_text("{}")
+    assert push(model, "--dry-run") == 0
+    out = capsys.readouterr().out
+    left_out = "not sent .git/, adapter/, face.png, modelling.safetensors, tnt_of_mine.py, tokenizer_of_mine.json, "
+    assert f"{left_out}train_secret.py\n" in out and "--include PATTERN" in out
+    assert push(model, "--include", "train_*.py") == 0
+    files = hub.repos["user/name"].files()
+    assert "train_secret.py" in files and "tnt_of_mine.py" not in files
+    assert set(code_files()) < set(files) and not any(name.startswith("adapter") for name in files)
+
+
 # ----------------------------------------------------------------------------------------------------- broken transfers
 
 
@@ -160,7 +183,7 @@ def test_the_same_command_goes_on_after_an_upload_failed(hub, model, capsys):
     assert push(model) == 1
     error = capsys.readouterr().err
     assert f"tnt push: error: {hub.url} answered with the error 400" in error
-    assert f"{model} is unchanged; the same command goes on, without what has arrived" in error
+    assert f"{model} is kept; the same command goes on, without what has arrived" in error
     assert len(hub.repos["user/name"].commits) == 1
     arrived = len(hub.uploads)
     assert arrived == 2
@@ -228,7 +251,7 @@ def test_no_network(hub, saved, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert push(saved) == 1
     error = capsys.readouterr().err
-    assert "http://127.0.0.1:9 could not be reached" in error and f"{saved} is unchanged; the same command" in error
+    assert "http://127.0.0.1:9 could not be reached" in error and f"{saved} is kept; the same command" in error
 
 
 def test_what_a_repository_holds_is_not_replaced_by_accident(hub, model, tmp_path, capsys):
@@ -265,6 +288,24 @@ def _lose_a_tensor(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def _spoil(folder: Path) -> None:
+    path = folder / "model-00002-of-00003.safetensors"
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    tensors[first].view(-1)[-1] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _link(folder: Path, target: str) -> None:
+    (folder.parent / "id_rsa").write_text("secret")
+    (folder / ".hidden").write_text("secret")
+    (folder / "vocab.txt").symlink_to(target)
+
+
+def _write_index(folder: Path, places: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def _nest(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     (folder / "best").mkdir()
@@ -284,6 +325,12 @@ BROKEN = {
     "cut shard": (lambda f: _cut(f / "model-00002-of-00003.safetensors"), "model-00002-of-00003.safetensors cannot"),
     "lost shard": (lambda f: (f / "model-00001-of-00003.safetensors").unlink(), "model-00001-of-00003.safetensors is"),
     "lost tensor": (_lose_a_tensor, "lacks 1 tensors that the index names, e.g. more.weight"),
+    "other places": (lambda f: _write_index(f, {"a": ["b"]}), "index.json names the file \"['b']\", which holds no w"),
+    "no places": (lambda f: _write_index(f, []), "model.safetensors.index.json has no weight_map"),
+    "outside": (lambda f: _write_index(f, {"a": "../../x.safetensors"}), "names the file '../../x.safetensors'"),
+    "NaN": (_spoil, "model-00002-of-00003.safetensors holds numbers that are not finite in 1 tensors, e.g. "),
+    "link": (lambda f: _link(f, "../id_rsa"), "vocab.txt is a link out of the folder"),
+    "hidden link": (lambda f: _link(f, ".hidden"), "vocab.txt is a link out of the folder, or to something hidden"),
     "wrong card": (lambda f: (f / "README.md").write_text("---\nlicense: mine\n---\n"), "README.md: license"),
     "no card data": (lambda f: (f / "README.md").write_text("# Mine\n"), "README.md: the card must begin"),
     "a run": (_nest, "holds several models and is none itself; push one of"),

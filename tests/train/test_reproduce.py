@@ -27,7 +27,7 @@ from modeling_tnt.train.reproduce.arguments import Table3Arguments
 from modeling_tnt.train.reproduce.branch import begin_from_first_stage
 from modeling_tnt.train.reproduce.jobs import Job, count_parameters, find_other_settings, make_jobs, merge
 from modeling_tnt.train.reproduce.paper import BASE, CLAIMS, ROWS
-from modeling_tnt.train.reproduce.picture import draw_table
+from modeling_tnt.train.reproduce.picture import describe_lines, draw_table
 from modeling_tnt.train.reproduce.report import chance_beyond, summarize
 from modeling_tnt.train.reproduce.results import (
     HOLDS,
@@ -376,5 +376,5 @@ def test_bytes_for_a_token_leave_out_the_ends_of_documents(smoke):
 def test_a_picture_of_rows_that_failed_or_are_missing(tmp_path: Path):
     results = _results(tnt_0=[2.1, 2.2], tnt_1=[2.0], tnt_2=[], tnt_3=[math.nan], stage2=[])
     results[2].failures = {0: "the loss is nan"}
-    draw_table(tmp_path / "table3.png", results, scale="smoke")
+    draw_table(tmp_path / "table3.png", describe_lines(results), scale="smoke")
     assert (tmp_path / "table3.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
-from modeling_tnt.train import trainer
+from modeling_tnt.train import report, trainer
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import DataOptions, load_data
 from modeling_tnt.train.evaluation.scores import score_rows
@@ -39,7 +39,8 @@ def _steps(output_dir: Path) -> list[dict]:
 HEALTH = ("inner_grad_norm", "state_norm", "step_size", "inner_loss", "loss_before", "loss_after")
 
 
-def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path, tmp_path: Path, capsys):
+def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_idle_memories", lambda log: ["1 of 2 memories hardly learn"])
     assert main(flags) == 0
     metrics, scores = _metrics(output_dir), _metrics(output_dir)["validation_bits_per_byte"]
 
@@ -48,6 +49,7 @@ def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path,
     assert scores["after_stage1"] != scores["after_stage1_at_stage2_chunks"] != scores["after_stage2"]
     printed = capsys.readouterr().out
     assert all(f"{score:.3f}" in printed for score in scores.values())
+    assert printed.endswith("\nwarning  1 of 2 memories hardly learn; see loss.png\n")
     assert metrics["sample"]["continuation"] and metrics["sample"]["prompt"] in printed
     assert [(s["steps"], s["local_chunk_sizes"]) for s in metrics["stages"]] == [(6, [8]), (1, [2])]
     assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -65,9 +67,11 @@ def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path,
     for name, key in (("stage1", "after_stage1"), ("stage2", "after_stage2"), ("best", "best")):
         model = AutoModelForCausalLM.from_pretrained(output_dir / name)
         rows = load_data(options, AutoTokenizer.from_pretrained(output_dir / name)).validation.rows(64)
-        value = score_rows(model, rows.head(metrics["validation_tokens"] // 64), batch_size=2).bits_per_byte.value
+        value, error = score_rows(model, rows.head(metrics["validation_tokens"] // 64), batch_size=2).bits_per_byte
         expected = metrics["best_validation_bits_per_byte"] if key == "best" else scores[key]
         assert value == pytest.approx(expected, rel=1e-12)  # sums of the same numbers
+        logged = [r["standard_error"] for r in log if r["event"] == "validation" and r["name"] == key]
+        assert logged == [pytest.approx(error)] or key == "best"
     assert metrics["best_validation_bits_per_byte"] == min(scores["after_stage1"], scores["after_stage2"])
     assert AutoModelForCausalLM.from_pretrained(output_dir / "stage2").config.local_chunk_sizes == [2]
 

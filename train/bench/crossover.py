@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..pictures import short_count
 from .attempt import OK
-from .report import short_length
 from .rows import ModelRow
 
 LLAMA = "llama"
@@ -48,9 +48,9 @@ def _describe_crossover(ours: dict[int, float], llama: dict[int, float]) -> str:
         return "not measured: no length at which both were timed"
     found = find_crossover(ours, llama)
     longest = shared[-1]
-    ratio = f"{ours[longest] / llama[longest]:.2f} times the Llama's tokens/s at {short_length(longest)}"
+    ratio = f"{ours[longest] / llama[longest]:.2f} times the Llama's tokens/s at {short_count(longest)}"
     if found is None:
-        return f"none up to {short_length(longest)} ({ratio})"
+        return f"none up to {short_count(longest)} ({ratio})"
     if found == "always":
-        return f"{short_length(shared[0])} or less, the shortest that was timed ({ratio})"
+        return f"{short_count(shared[0])} or less, the shortest that was timed ({ratio})"
     return f"{found:,.0f} tokens, interpolated ({ratio})"

@@ -33,12 +33,13 @@ from modeling_tnt.kernels import choose_step_backend
 
 from ..checkpoint import atomic_file
 from ..options import to_mapping
+from ..pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from .arguments import DTYPES
 from .attempt import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory
 from .decode_arguments import DecodeBenchArguments
 from .machine import describe_machine, describe_versions
 from .models import build_llama
-from .report import align, length_table, list_reasons, new_figure, short_length, speed
+from .report import align, length_table, list_reasons, speed
 from .rows import DecodeRow, timing_fields
 from .session import Session
 from .timing import FEWEST_REPEATS, Timing, synchronize
@@ -76,7 +77,7 @@ def run_decode(args: DecodeBenchArguments) -> int:
             rows += measured
             bench.save(rows)
             for row in measured:
-                print(f"  {row.contender}, {short_length(context)}: {_milliseconds(row)}", flush=True)
+                print(f"  {row.contender}, {short_count(context)}: {_milliseconds(row)}", flush=True)
     finally:
         if rows:  # what was measured before an interruption is reported, too
             print(f"\n{bench.report(rows)}", flush=True)
@@ -305,33 +306,32 @@ def summarize_decode(rows: Sequence[DecodeRow]) -> str:
     if not ours:
         return "TNT was not measured"
     first = min(ours, key=lambda row: row.length)
-    lines = [["context", "to Llama's", "to its own at " + short_length(first.length)]]
+    lines = [["context", "to Llama's", "to its own at " + short_count(first.length)]]
     for row in ours:
         relative = "" if row.relative is None else f"{row.relative:.2f}"
-        lines.append([short_length(row.length), relative, f"{row.ms_median / first.ms_median:.2f}"])
+        lines.append([short_count(row.length), relative, f"{row.ms_median / first.ms_median:.2f}"])
     return f"TNT's median step as a multiple\n{align(lines)}"
 
 
 def save_decode_plot(path: Path, rows: Sequence[DecodeRow]) -> None:
     """A PNG of the step's milliseconds, and of the cache's MiB, over the context."""
-    figure, panels = new_figure(1, 2)
-    for name in dict.fromkeys(row.contender for row in rows):
-        mine = sorted((row for row in rows if row.contender == name and row.status == OK), key=lambda row: row.length)
-        if mine:
+    first = rows[0]
+    rows_of = f"{first.batch} row{'s' if first.batch > 1 else ''}"
+    title = f"One token behind a context: {first.preset}, {rows_of}, {first.dtype}, {first.machine}"
+    with picture(path, title, height=4.4) as figure:
+        time, memory = figure.subplots(1, 2)
+        for color, name in zip(COLORS, dict.fromkeys(row.contender for row in rows), strict=False):
+            mine = sorted((row for row in rows if row.contender == name and row.status == OK), key=lambda r: r.length)
+            # Dashed, as the Llama's two caches may lie on one line.
+            style = {"color": color, "marker": "o", "label": name, "linestyle": "--" if name == STATIC else "-"}
             lengths = [row.length for row in mine]
-            panels[0, 0].plot(lengths, [row.ms_median for row in mine], marker="o", markersize=4, label=name)
-            panels[0, 1].plot(lengths, [row.cache_bytes / MIB for row in mine], marker="o", markersize=4, label=name)
-    ticks = sorted({row.length for row in rows})
-    for axes, ylabel in zip(panels[0], ("ms a step", "MiB of cache"), strict=True):
-        axes.set(xlabel="tokens read before", ylabel=ylabel, yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [short_length(x) for x in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        if axes.get_lines():
-            axes.legend(fontsize=8)
-    figure.suptitle(f"{rows[0].preset}, {rows[0].dtype}, {rows[0].machine}", fontsize=10)
-    figure.savefig(path, dpi=120)
+            if mine:
+                time.plot(lengths, [row.ms_median for row in mine], **style)
+                memory.plot(lengths, [row.cache_bytes / MIB for row in mine], **style)
+        for axes, ylabel in ((time, "ms a step (median)"), (memory, "MiB of cache")):
+            axes.set(xlabel="tokens read before", ylabel=ylabel)
+            count_tokens(axes, sorted({row.length for row in rows}))
+            make_y_logarithmic(axes)
 
 
 def free_bytes(device: torch.device) -> float:

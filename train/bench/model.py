@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.kernels import choose_backend
 
+from ..pictures import COLORS, picture
 from .arguments import ModelBenchArguments
 from .attempt import NOT_RUN, OK, Outcome, attempt
 from .crossover import LLAMA, summarize_crossovers
 from .machine import describe_machine, describe_versions
 from .models import build_llama
-from .report import align, draw_speeds, length_table, list_reasons, new_figure, speed
+from .report import align, describe_rows, draw_speeds, length_table, list_reasons, speed
 from .rows import CsvLog, ModelRow, timing_fields
 from .session import Session
 from .timing import Timing, measure
@@ -199,14 +200,9 @@ def save_model_plot(path: Path, rows: Sequence[ModelRow], preset: str) -> None:
     for row in rows:
         if row.status == OK:
             lines.setdefault(row.contender, {})[row.length] = row.tokens_per_second
-    figure, panels = new_figure(1, 1)
-    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(row.contender for row in rows))}
-    draw_speeds(panels[0, 0], lines, colors, "tokens in a row")
-    tokens = rows[0].batch * rows[0].length
-    panels[0, 0].set_title(
-        f"training steps of {preset} on {tokens:,} tokens\n{rows[0].machine}, {rows[0].dtype}", fontsize=10
-    )
-    figure.savefig(path, dpi=120)
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(row.contender for row in rows))}
+    with picture(path, f"Training steps of {preset}, medians: {describe_rows(rows)}", height=4.5) as figure:
+        draw_speeds(figure.subplots(), lines, colors, "tokens in a row")
 
 
 def _name(row: ModelRow) -> str:

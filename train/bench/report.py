@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from ..pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from .attempt import CANNOT_RUN, FAILED, GATE_FAILED, MISSING, NOT_RUN, OK, OUT_OF_MEMORY
 from .rows import KernelRow, Row
 
@@ -46,7 +44,7 @@ def length_table(rows: Sequence[Row], name: Callable[[Row], str], cell: Callable
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         cells.setdefault(name(row), {})[row.length] = cell(row)
-    head = ["tokens in a row", *map(short_length, lengths)]
+    head = ["tokens in a row", *map(short_count, lengths)]
     return align([head, *([n, *(line.get(T, "") for T in lengths)] for n, line in cells.items())])
 
 
@@ -97,59 +95,45 @@ def list_reasons(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
 def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int, headline_length: int) -> None:
     """A PNG of tokens per second: by length at one chunk size, and below by chunk size at one length."""
     modes = list(dict.fromkeys(row.mode for row in rows))
-    figure, panels = new_figure(2, len(modes))
-    colors = {n: f"C{i % 10}" for i, n in enumerate(dict.fromkeys(_line_name(row) for row in rows))}
-    for (by_length, by_chunk), mode in zip(panels.T, modes, strict=True):
-        mine = [row for row in rows if row.mode == mode and row.status == OK]
-        lines: dict[str, dict[int, float]] = {}
-        for row in mine:
-            if row.chunk_size in (None, headline_chunk):
-                lines.setdefault(_line_name(row), {})[row.length] = row.tokens_per_second
-        draw_speeds(by_length, lines, colors, "tokens in a row")
-        by_length.set_title(f"{mode}, chunks of {headline_chunk}")
-        lines, chunkless = {}, {}
-        for row in mine:
-            if row.length == headline_length and row.chunk_size is not None:
-                lines.setdefault(_line_name(row), {})[row.chunk_size] = row.tokens_per_second
-            elif row.length == headline_length:
-                chunkless[_line_name(row)] = row.tokens_per_second
-        for name, value in chunkless.items():
-            by_chunk.axhline(value, color=colors[name], linestyle="--", label=name)
-        draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
-        by_chunk.set_title(f"{mode}, rows of {short_length(headline_length)} tokens")
-    tokens = rows[0].batch * rows[0].length
-    figure.suptitle(f"{rows[0].machine}, {rows[0].dtype}, {tokens:,} tokens a call", fontsize=11)
-    figure.savefig(path, dpi=120)
+    colors = {n: COLORS[i % len(COLORS)] for i, n in enumerate(dict.fromkeys(_line_name(row) for row in rows))}
+    with picture(path, f"Speed of one memory operation, medians: {describe_rows(rows)}", height=7) as figure:
+        panels = figure.subplots(2, len(modes), squeeze=False)
+        for (by_length, by_chunk), mode in zip(panels.T, modes, strict=True):
+            mine = [row for row in rows if row.mode == mode and row.status == OK]
+            lines: dict[str, dict[int, float]] = {}
+            for row in mine:
+                if row.chunk_size in (None, headline_chunk):
+                    lines.setdefault(_line_name(row), {})[row.length] = row.tokens_per_second
+            draw_speeds(by_length, lines, colors, "tokens in a row")
+            by_length.set_title(f"{mode}, chunks of {headline_chunk}")
+            lines, chunkless = {}, {}
+            for row in mine:
+                if row.length == headline_length and row.chunk_size is not None:
+                    lines.setdefault(_line_name(row), {})[row.chunk_size] = row.tokens_per_second
+                elif row.length == headline_length:
+                    chunkless[_line_name(row)] = row.tokens_per_second
+            for name, value in chunkless.items():
+                by_chunk.axhline(value, color=colors[name], linestyle="--", label=f"{name} (has no chunks)")
+            draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
+            by_chunk.set_title(f"{mode}, rows of {short_count(headline_length)} tokens")
 
 
-def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure and its panels [rows, columns], without pyplot: nothing global changes, no display is looked for."""
-    figure = Figure(figsize=(5.5 * columns, 4.25 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def describe_rows(rows: Sequence[Row]) -> str:
+    """Where the rows of one benchmark were measured, and on how much."""
+    return f"{rows[0].batch * rows[0].length:,} tokens a call, {rows[0].dtype}, {rows[0].machine}"
 
 
 def draw_speeds(axes: Axes, lines: dict[str, dict[int, float]], colors: dict[str, str], xlabel: str) -> None:
     """Tokens per second over lengths or chunk sizes, both logarithmic, with a tick at every x that was measured."""
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), color=colors[name], marker="o", markersize=4, label=name)
-    axes.set(xlabel=xlabel, ylabel="tokens/s", yscale="log")
-    axes.set_xscale("log", base=2)
-    ticks = sorted({x for points in lines.values() for x in points})
-    axes.set_xticks(ticks, [short_length(x) for x in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    if axes.get_lines():
-        axes.legend(fontsize=8)
+        axes.plot(*zip(*sorted(points.items()), strict=True), color=colors[name], marker="o", label=name)
+    axes.set(xlabel=xlabel, ylabel="tokens/s")
+    count_tokens(axes, sorted({x for points in lines.values() for x in points}))
+    make_y_logarithmic(axes, EngFormatter(sep=""))
 
 
 def _line_name(row: KernelRow) -> str:
     return row.contender if row.memory is None else f"{row.contender} {row.memory}"
-
-
-def short_length(length: int) -> str:
-    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
 def _number(value: float | None, text: Callable[[float], str]) -> str:

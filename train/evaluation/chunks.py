@@ -16,7 +16,8 @@ from typing import Any
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.configuration.validation import divisors
 
-from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
+from ..pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture
+from .estimates import Estimate
 from .perplexity import compare_scores
 from .scores import Scores
 
@@ -146,35 +147,46 @@ def describe_chunks(curves: dict[str, ChunkCurve]) -> list[str]:
 
 
 def draw_chunks(path: Path, curves: dict[str, ChunkCurve]) -> None:
-    """Perplexity by chunk size, and the loss beside that of the first model at its own chunks, with standard errors.
+    """Perplexity by chunk size, and below it what it costs to read a model at chunks other than its own; for several
+    models also how much each loses to the first at the same chunks.
 
-    The errors on the left are mostly how rows differ from one another, which is the same at each chunk size and for
-    each model; those on the right are paired, without it.
+    The errors above are mostly how rows differ from one another, which is the same at each chunk size and for each
+    model; those of the differences are paired, without it.
     """
-    figure = new_figure(10.5, 4.6)
-    left, right = figure.subplots(1, 2)
-    (first, base), *_ = curves.items()
-    for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
-        sizes, own = list(curve.scores), "/".join(map(str, curve.chunks[curve.own]))
-        perplexities = [s.perplexity for s in curve.scores.values()]
-        differences = [compare_scores(base.scores[base.own], s)["nats_per_token"] for s in curve.scores.values()]
-        # A little apart, so that the bars of several models do not cover each other.
-        x = [size * 1.04 ** (i - (len(curves) - 1) / 2) for size in sizes]
-        at = sizes.index(curve.own)
-        for axes, values in ((left, perplexities), (right, differences)):
-            draw_curve(axes, x, values, color=color, label=f"{name} (circled: as configured, {own})")
-            ring = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
-            axes.plot(x[at], values[at].value, "o", color=color, **ring)
-    ticks = sorted({size for curve in curves.values() for size in curve.scores})
-    several = any(len(chunks) > 1 for curve in curves.values() for chunks in curve.chunks.values())
-    for axes in (left, right):
-        count_in_doublings(axes, ticks)
-        axes.set_xlabel("local chunk size, in tokens" + (" (of the smallest; all scaled alike)" if several else ""))
-        axes.grid(alpha=0.3)
-    left.set_ylabel("perplexity (± standard error)")
-    left.set_title("Perplexity by chunk size at inference", fontsize=11)
-    add_legend(left)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_ylabel("nats per token")
-    right.set_title(f"Loss minus that of {first} as configured (paired errors)", fontsize=11)
-    save_figure(figure, path)
+    (first, base), *others = curves.items()
+    with picture(path, f"Local chunks at inference; {BARS}, of differences paired by row", height=6.5) as figure:
+        places = [["perplexity"] * 2, ["own", "first"] if others else ["own"] * 2]
+        panels = figure.subplot_mosaic(places)
+        for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+            own, at = curve.scores[curve.own], "/".join(map(str, curve.chunks[curve.own]))
+            shared = {size: s for size, s in curve.scores.items() if size in base.scores}
+            lines = {
+                "perplexity": {size: s.perplexity for size, s in curve.scores.items()},
+                "own": {size: _difference(own, s) for size, s in curve.scores.items()},
+                "first": {size: _difference(base.scores[size], s) for size, s in shared.items()},
+            }
+            for panel in panels.keys() - ({"first"} if curve is base else set()):
+                x = move_apart(lines[panel], i, len(curves))
+                draw_curve(panels[panel], x, list(lines[panel].values()), color=color, label=name)
+                if curve.own in lines[panel]:
+                    place = move_apart([curve.own], i, len(curves)), lines[panel][curve.own].value
+                    panels[panel].plot(
+                        *place, "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=1.5,
+                        label=f"{name} as configured, {at}",
+                    )  # fmt: skip
+        ticks = sorted({size for curve in curves.values() for size in curve.scores})
+        several = any(len(chunks) > 1 for curve in curves.values() for chunks in curve.chunks.values())
+        for axes in panels.values():
+            count_tokens(axes, ticks)
+            axes.set_xlabel("tokens in a local chunk" + (" (of the smallest; all scaled alike)" if several else ""))
+        panels["perplexity"].set_ylabel("perplexity")
+        panels["own"].set_title("Loss minus that at a model's own chunks")
+        if others:
+            panels["first"].set_title(f"Loss minus that of {first} at the same chunks")
+        for panel in panels.keys() - {"perplexity"}:
+            panels[panel].axhline(0, label="no difference", **REFERENCE)
+            panels[panel].set_ylabel("nats per token")
+
+
+def _difference(first: Scores, second: Scores) -> Estimate:
+    return compare_scores(first, second)["nats_per_token"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..pictures import COLORS, REFERENCE, picture
 from .estimates import Estimate, mean_error, ratio_influence
-from .figures import COLORS, new_figure, save_figure
 from .scores import Scores
 
 
@@ -53,26 +54,27 @@ def describe_perplexity(scores: dict[str, Scores]) -> list[str]:
 
 
 def draw_perplexity(path: Path, scores: dict[str, Scores]) -> None:
-    """A histogram of the rows' losses with the mean over all tokens and its standard error; beside it, for several
+    """A histogram of the rows' losses with the mean over all tokens and its standard error; below it, for several
     models, the same of the rows' differences to the first."""
     several = len(scores) > 1
-    figure = new_figure(10.5 if several else 7, 4.2)
-    axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
     losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0] for name, s in scores.items()}
-    labels = {name: f"{name}: {s.nats_per_token}, perplexity {s.perplexity}" for name, s in scores.items()}
-    _draw_histogram(axes[0], losses, {name: s.nats_per_token for name, s in scores.items()}, labels, COLORS)
-    axes[0].set_xlabel("nats per token of a row")
-    axes[0].set_title("Rows, and the mean over all tokens ± its standard error", fontsize=11)
-    if several:
-        (first, base), *others = scores.items()
-        differences = {name: losses[name] - losses[first] for name, _ in others}
-        means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
-        labels = {name: f"{name} minus {first}: {mean}" for name, mean in means.items()}
-        _draw_histogram(axes[1], differences, means, labels, COLORS[1:])
-        axes[1].axvline(0, color="black", linewidth=0.8)
-        axes[1].set_xlabel(f"nats per token of a row, minus those of {first}")
-        axes[1].set_title("Differences on the same rows", fontsize=11)
-    save_figure(figure, path)
+    title = "How well held-out rows are predicted; bands: mean over all tokens ± 1 standard error"
+    with picture(path, title, height=6.5 if several else 4) as figure:
+        parts = figure.subfigures(1 + several, 1, squeeze=False).flat
+        axes = parts[0].subplots()
+        means = {name: s.nats_per_token for name, s in scores.items()}
+        labels = {name: f"{name}: mean {s.nats_per_token}, perplexity {s.perplexity}" for name, s in scores.items()}
+        _draw_histogram(axes, losses, means, labels, COLORS)
+        axes.set_xlabel("nats per token of a row")
+        if several:
+            (first, base), *others = scores.items()
+            axes = parts[1].subplots()
+            means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
+            labels = {name: f"{name}: mean difference {mean}" for name, mean in means.items()}
+            differences = {name: losses[name] - losses[first] for name, _ in others}
+            _draw_histogram(axes, differences, means, labels, COLORS[1:])
+            axes.axvline(0, label=f"as {first}", **REFERENCE)
+            axes.set_xlabel(f"nats per token of a row, minus those of {first} on the same row")
 
 
 def _draw_histogram(
@@ -85,13 +87,10 @@ def _draw_histogram(
     bins = min(40, max(10, max(map(len, values.values())) // 4))
     for color, (name, row_values) in zip(colors, values.items(), strict=False):
         style = {"bins": bins, "range": (low - margin, high + margin), "color": color}
-        axes.hist(row_values.numpy(), histtype="stepfilled", alpha=0.2, **style)
-        axes.hist(row_values.numpy(), histtype="step", linewidth=1.3, **style)
+        axes.hist(row_values.numpy(), histtype="stepfilled", alpha=0.2, label=f"{name}: rows", **style)
+        axes.hist(row_values.numpy(), histtype="step", **style)
         mean, error = means[name]
         axes.axvline(mean, color=color, linestyle="--", label=labels[name])
         axes.axvspan(mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     axes.set_ylabel("rows")
-    # Room for the legend above the bars, which may be anywhere.
-    axes.set_ylim(top=axes.get_ylim()[1] * (1.08 + 0.09 * len(values)))
-    axes.legend(loc="upper left", fontsize=8.5)
-    axes.grid(alpha=0.3)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

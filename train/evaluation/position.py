@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pictures import BARS, COLORS, count_tokens, draw_curve, move_apart, picture
 from .estimates import Estimate, fit_slope, mean_error, ratio_influence
-from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .scores import TokenLosses
 
 BINS_PER_DOUBLING = 2
@@ -149,31 +149,28 @@ def describe_positions(curves: dict[str, PositionCurve]) -> list[str]:
 
 def draw_positions(path: Path, curves: dict[str, PositionCurve]) -> None:
     """The curves with their standard errors; beside them the last four doublings, with the fitted slopes."""
-    figure = new_figure(10.5, 4.4)
-    whole, end = figure.subplots(1, 2)
     longest = max(curve.edges[-1] for curve in curves.values())
     begin = longest / 16
-    for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
-        losses = {curve.centre(k): loss for k, loss in curve.losses().items()}
-        draw_curve(whole, list(losses), list(losses.values()), color=color, label=name)
-        late = {x: loss for x, loss in losses.items() if x >= begin}
-        slope = curve.slope()
-        label = name if slope is None else f"{name}: {slope[0]} nats a doubling"
-        draw_curve(end, list(late), list(late.values()), color=color, label=label)
-        if slope is not None:
-            ends = [x for x in losses if slope[1] <= x <= slope[2]]
-            middle = sum(map(math.log2, ends)) / len(ends)
-            level = sum(losses[x].value for x in ends) / len(ends)
-            fitted = [level + slope[0].value * (math.log2(x) - middle) for x in ends]
-            end.plot(ends, fitted, color=color, linewidth=2.5, alpha=0.4)
-    powers = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
-    count_in_doublings(whole, powers)
-    count_in_doublings(end, [x for x in powers if x >= begin])
-    whole.set_title("Loss by position", fontsize=11)
-    end.set_title("The last doublings: does more context keep helping?", fontsize=11)
-    for axes in (whole, end):
-        axes.set_xlabel("tokens read before the predicted one")
-        axes.set_ylabel("nats per token (± standard error)")
-        axes.grid(alpha=0.3)
-        add_legend(axes)
-    save_figure(figure, path)
+    with picture(path, f"Loss by how much was read; {BARS}", height=4.4) as figure:
+        whole, end = figure.subplots(1, 2)
+        for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+            losses = {curve.centre(k): loss for k, loss in curve.losses().items()}
+            late = {x: loss for x, loss in losses.items() if x >= begin}
+            for axes, shown in ((whole, losses), (end, late)):
+                x = move_apart(shown, i, len(curves))
+                draw_curve(axes, x, list(shown.values()), color=color, label=name)
+            slope = curve.slope()
+            if slope is not None:
+                ends = [x for x in losses if slope[1] <= x <= slope[2]]
+                middle = sum(map(math.log2, ends)) / len(ends)
+                level = sum(losses[x].value for x in ends) / len(ends)
+                fitted = [level + slope[0].value * (math.log2(x) - middle) for x in ends]
+                end.plot(ends, fitted, color=color, linewidth=4, alpha=0.3, label=f"{name}: {slope[0]} nats a doubling")
+        powers = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
+        count_tokens(whole, powers)
+        count_tokens(end, [x for x in powers if x >= begin])
+        whole.set_title("All positions")
+        end.set_title("The last doublings: does more context keep helping?")
+        for axes in (whole, end):
+            axes.set_xlabel("tokens read before the predicted one")
+            axes.set_ylabel("nats per token")

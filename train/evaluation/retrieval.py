@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_tnt import TNTForCausalLM
 
+from ..pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture, short_count
 from .estimates import Estimate, Proportion, mean
-from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .needles import DEPTH_BINS, Needle, digits_for
 
 PIECE = 1024  # tokens that a TNT model reads at a time
@@ -152,64 +154,51 @@ def describe_retrieval(results: dict[str, list[Retrieval]]) -> list[str]:
 
 def draw_retrieval(path: Path, results: dict[str, list[Retrieval]]) -> None:
     """Accuracy by length, nats of the answer by length, and for each model accuracy by length and depth."""
-    maps = [f"map{i}" for i in range(len(results))]
-    width = 2 * len(maps)
-    figure = new_figure(10, 7.5)
-    axes = figure.subplot_mosaic(
-        [["accuracy"] * (width // 2) + ["nats"] * (width // 2), [m for m in maps for _ in "ab"]]
-    )
     first = next(iter(results.values()))
     lengths = [r.length for r in first]
-    for color, (name, of_lengths) in zip(COLORS, results.items(), strict=False):
-        accuracy = [r.accuracy for r in of_lengths]
-        bars = [[p.value - p.interval()[0] for p in accuracy], [p.interval()[1] - p.value for p in accuracy]]
-        axes["accuracy"].errorbar(
-            lengths,
-            [p.value for p in accuracy],
-            yerr=bars,
-            color=color,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=name,
-        )
-        draw_curve(axes["nats"], lengths, [r.answer_nats for r in of_lengths], color=color, label=name)
-    dashed = {"color": "black", "linestyle": "--", "linewidth": 1}
-    axes["accuracy"].plot(lengths, [r.chance for r in first], label="chance: any value of the document", **dashed)
-    axes["nats"].plot(lengths, [r.chance_nats for r in first], label="chance: any value of the document", **dashed)
-    guess = [math.log(10) * digits_for(r.pairs) for r in first]
-    axes["nats"].plot(lengths, guess, color="black", linestyle=":", linewidth=1, label="chance: any digits")
-    axes["accuracy"].set_ylim(-0.03, 1.03)
-    axes["accuracy"].set_ylabel("share of exact answers")
-    axes["accuracy"].set_title("Values found again (±1 Wilson standard error)", fontsize=11)
-    axes["nats"].set_ylim(0, 1.35 * axes["nats"].get_ylim()[1])  # with room for the legend
-    axes["nats"].set_ylabel("nats of the answer")
-    axes["nats"].set_title("How surprising the right value is", fontsize=11)
-    for name in ("accuracy", "nats"):
-        count_in_doublings(axes[name], lengths)
-        axes[name].set_xlabel("tokens in the document")
-        axes[name].grid(alpha=0.3)
-    add_legend(axes["accuracy"])
-    add_legend(axes["nats"], loc="upper left")
-    for panel, (name, of_lengths) in zip(maps, results.items(), strict=True):
-        _draw_depths(axes[panel], name, of_lengths)
-    save_figure(figure, path)
+    with picture(path, f"Values found again in a text of pairs; {BARS} (of shares: Wilson's)", height=7.5) as figure:
+        upper, lower = figure.subfigures(2, 1)
+        accuracy, nats = upper.subplots(1, 2)
+        for i, (color, (name, of_lengths)) in enumerate(zip(COLORS, results.items(), strict=False)):
+            x = move_apart(lengths, i, len(results))
+            shares = [r.accuracy for r in of_lengths]
+            bars = [[p.value - p.interval()[0] for p in shares], [p.interval()[1] - p.value for p in shares]]
+            accuracy.errorbar(x, [p.value for p in shares], yerr=bars, color=color, marker="o", label=name)
+            draw_curve(nats, x, [r.answer_nats for r in of_lengths], color=color, label=name)
+        chance = {"label": "chance: any value of the document", "linestyle": "--", **REFERENCE}
+        accuracy.plot(lengths, [r.chance for r in first], **chance)
+        nats.plot(lengths, [r.chance_nats for r in first], **chance)
+        guess = [math.log(10) * digits_for(r.pairs) for r in first]
+        nats.plot(lengths, guess, label="chance: any digits", linestyle=":", **REFERENCE)
+        accuracy.set_ylim(-0.03, 1.03)
+        accuracy.set_ylabel("share of exact answers")
+        nats.set_ylim(bottom=0)
+        nats.set_ylabel("nats of the answer (lower is better)")
+        for axes in (accuracy, nats):
+            count_tokens(axes, lengths)
+            axes.set_xlabel("tokens in the document")
+        maps = lower.subplots(1, len(results), sharey=True, squeeze=False)[0]
+        for axes, (name, of_lengths) in zip(maps, results.items(), strict=True):
+            image = _draw_depths(axes, name, of_lengths)
+        maps[0].set_ylabel("depth of the pair (0%: at the start)")
+        lower.colorbar(image, ax=list(maps), label="share of exact answers")
 
 
-def _draw_depths(axes: Any, name: str, of_lengths: list[Retrieval]) -> None:
+def _draw_depths(axes: Axes, name: str, of_lengths: list[Retrieval]) -> AxesImage:
     """A map of the accuracy, with its numbers."""
     columns = [[math.nan if p is None else p.value for p in r.by_depth()] for r in of_lengths]
     grid = torch.tensor(columns).T.numpy()
-    axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in ((index, grid[index]) for index in _indices(grid)):
         if not math.isnan(value):
             color = "white" if value < 0.6 else "black"
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9, color=color)
-    axes.set_xticks(range(len(of_lengths)), [f"{r.length:,}" for r in of_lengths])
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(of_lengths)), [short_count(r.length) for r in of_lengths])
     axes.set_yticks(range(DEPTH_BINS), [f"{i / DEPTH_BINS:.0%}–{(i + 1) / DEPTH_BINS:.0%}" for i in range(DEPTH_BINS)])
     axes.set_xlabel("tokens in the document")
-    axes.set_ylabel("depth of the pair (0%: at the start)")
-    axes.set_title(f"{name}: exact answers by length and depth", fontsize=11)
+    axes.set_title(f"{name}: exact answers")
+    axes.grid(False)
+    return image
 
 
 def _indices(grid: Any) -> list[tuple[int, int]]:

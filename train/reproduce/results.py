@@ -13,6 +13,7 @@ import torch
 from ..data import TokenizedData
 from ..evaluation.estimates import Estimate, mean
 from ..recipe import Recipe
+from ..state import score_key
 from .jobs import Job
 from .paper import BASE, CLAIMS, ROWS, Claim
 
@@ -64,7 +65,7 @@ def read_score(job: Job, *, swapped: bool = False) -> RunScore:
     metrics = json.loads(job.folder.metrics_file.read_text(encoding="utf-8"))
     stages = metrics["stages"]
     first, last = stages[0]["name"], stages[-1]["name"]
-    key = f"after_{first}_at_{last}_chunks" if swapped else f"after_{last}"
+    key = score_key(first, at=last) if swapped else score_key(last)
     return RunScore(
         bits_per_byte=metrics["validation_bits_per_byte"][key],
         validation_tokens=metrics["validation_tokens"],

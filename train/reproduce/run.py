@@ -17,7 +17,7 @@ from ..data import TokenizedData, load_data, load_tokenizer
 from ..signals import Stopper
 from .arguments import Table3Arguments
 from .jobs import Job, find_other_settings, make_jobs
-from .picture import draw_table
+from .picture import describe_lines, draw_table
 from .report import Table, describe, write_json, write_markdown
 from .results import bytes_per_token, collect, judge, read_score
 from .runner import Runner
@@ -127,7 +127,7 @@ class Reproduction:
         table = self._make_table(failures)
         write_json(table, self.folder / JSON)
         write_markdown(table, self.folder / MARKDOWN)
-        draw_table(self.folder / PICTURE, table.results, scale=self.arguments.scale)
+        draw_table(self.folder / PICTURE, describe_lines(table.results), scale=self.arguments.scale)
 
     def _make_table(self, failures: dict[str, str]) -> Table:
         results = collect(self.arguments.rows, self.jobs, failures)
