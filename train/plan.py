@@ -19,7 +19,7 @@ from .data import Rows, TokenizedData, load_data, load_tokenizer
 from .distributed import find_wrong_setup
 from .options import flag_of, leaves, to_mapping
 from .push_run import find_wrong_push
-from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
+from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
 from .run_folder import RunFolder
 
 # What may differ between a run and its resumption: none of it changes what is computed.
@@ -197,7 +197,8 @@ def _find_wrong_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: 
 def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
     """Fill in the defaults of the stages, one after the other.
 
-    Raises ValueError for chunk sizes and shard lengths that do not fit the config.
+    Raises ValueError for chunk sizes and shard lengths that do not fit the config, local memories to train where there
+    are none, and more tokens than can be counted.
     """
     stages: list[Stage] = []
     end, current = 0, config
@@ -205,8 +206,17 @@ def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
         current = _swapped(options, current)
         seq_len = options.seq_len or recipe.training.seq_len
         start = seq_len * math.ceil(end / seq_len)
+        if options.trainable == "local" and not current.local_chunk_sizes:
+            raise ValueError(
+                f"--stages.{options.name}.trainable local: the model has no local memory to train; use all, or lora"
+            )
         steps = _count_steps(options, stages, recipe.training.batch_size * seq_len)
         end = start + steps * recipe.training.batch_size * seq_len
+        if end > LARGEST_NUMBER:
+            raise ValueError(
+                f"--stages.{options.name} would end after more than {LARGEST_NUMBER} tokens; give fewer steps or "
+                "tokens, or a smaller share"
+            )
         peak = recipe.optimizer.learning_rate * (0.1 if stages else 1.0)
         stages.append(
             Stage(
@@ -239,7 +249,7 @@ def _count_steps(options: StageOptions, earlier: list[Stage], tokens_per_step: i
     if options.tokens is not None:
         return max(1, math.ceil(options.tokens / tokens_per_step))
     if options.share is not None and earlier:
-        return max(1, round(options.share * earlier[0].steps))
+        return max(1, round(min(options.share * earlier[0].steps, LARGEST_NUMBER)))
     return options.steps or 1
 
 

@@ -32,6 +32,7 @@ from .optim import learning_rate_at, parameter_groups
 from .options import leaves, to_mapping
 from .plan import Run, Stage
 from .push_run import RunPusher
+from .recipe import LARGEST_SEED
 from .report import Log, Progress, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
@@ -113,7 +114,7 @@ class Session:
     def start_stage(self, index: int, resumed: Checkpoint | None) -> PreTrainedModel:
         """The stage's model on this process's device."""
         # The same everywhere: adapters are drawn here, and each process keeps its own part of them under FSDP.
-        set_seed(self.recipe.training.seed + index)
+        set_seed((self.recipe.training.seed + index) % (LARGEST_SEED + 1))
         if resumed is None:
             if index > self.state.stage:
                 self.state.begin_stage(index)
