@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import torch
@@ -21,7 +22,10 @@ from .checkpoint import atomic_file
 from .options import to_mapping
 from .plan import Run, Stage
 from .plot import save_plot
+from .run_folder import RunFolder
 from .state import Score, State
+
+T = TypeVar("T")
 
 
 class Log:
@@ -126,7 +130,26 @@ def _describe(stage: Stage) -> str:
     return chunks + ("" if stage.trainable == "all" else f" ({stage.trainable})")
 
 
-def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: float) -> dict[str, Any]:
+class Reporting:
+    """Calls what only reports: where that fails, a warning says so once, and the run goes on."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+
+    def __call__(self, what: str, report: Callable[..., T], *args: Any, otherwise: T | None = None, **kwargs: Any) -> T:
+        """What `report` returns, or `otherwise` when it fails. What has failed is not tried again."""
+        if what not in self.failed:
+            try:
+                return report(*args, **kwargs)
+            except Exception as error:  # of any library that draws, writes or sends
+                self.failed.add(what)
+                print(f"warning  {what} failed ({type(error).__name__}: {error}); the run goes on without", flush=True)
+        return otherwise
+
+
+def save_results(
+    run: Run, state: State, sample: tuple[str, str], reporting: Reporting, *, seconds: float
+) -> dict[str, Any]:
     """Write metrics.json, loss.png and sample.txt, print the summary, and return what metrics.json holds."""
     folder = run.folder
     prompt, continuation = sample
@@ -154,10 +177,14 @@ def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: fl
     if continuation:
         with atomic_file(folder.sample_file) as path:
             path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
-    with atomic_file(folder.plot_file) as path:
-        save_plot(path, read_log(folder.log_file), state.scores)
+    reporting("the plot", _draw, folder, state.scores)
     _print_summary(run, metrics, state.scores)
     return metrics
+
+
+def _draw(folder: RunFolder, scores: list[Score]) -> None:
+    with atomic_file(folder.plot_file) as path:
+        save_plot(path, read_log(folder.log_file), scores)
 
 
 def _count_parameters(run: Run) -> int:

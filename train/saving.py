@@ -26,6 +26,7 @@ from .checkpoint import (
 from .distributed import gather_optimizer, gather_weights, load_optimizer
 from .options import to_mapping
 from .plan import Run
+from .report import Reporting
 from .stage_model import resume_model, write_checkpoint_model, write_whole_model
 from .state import Score, State
 
@@ -52,8 +53,8 @@ class Checkpoint:
 class Saver:
     """Writes from the main process what all processes gather; an error there is raised in all of them."""
 
-    def __init__(self, run: Run, accelerator: Accelerator):
-        self.run, self.accelerator, self.folder = run, accelerator, run.folder
+    def __init__(self, run: Run, accelerator: Accelerator, reporting: Reporting):
+        self.run, self.accelerator, self.folder, self.reporting = run, accelerator, run.folder, reporting
         self.newest: Path | None = None
 
     @property
@@ -134,7 +135,8 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_model(folder)
-            write_run_card(folder, path, self.run, state, score, self.accelerator)
+            arguments = (folder, path, self.run, state, score, self.accelerator)
+            self.reporting(f"the model card of {path.name}", write_run_card, *arguments)
 
         self._write(path, write)
 

@@ -33,13 +33,15 @@ from .options import leaves, to_mapping
 from .plan import Run, Stage
 from .push_run import RunPusher
 from .recipe import LARGEST_SEED
-from .report import Log, Progress, print_start, save_results
+from .report import Log, Progress, Reporting, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
 from .signals import Stopper
 from .stage_model import build_model, choose_trained, without_adapters
 from .state import Score, State
 from .utilisation import operations_per_token, peak_operations
+
+TRACKERS = "reporting to the trackers"
 
 
 def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class Session:
         self.run, self.accelerator, self.stopper = run, accelerator, stopper
         self.recipe = run.recipe
         self.began = time.perf_counter()
-        self.saver = Saver(run, accelerator)
+        self.reporting = Reporting()
+        self.saver = Saver(run, accelerator, self.reporting)
         self.pusher = RunPusher(self.recipe.output)
         self.state, self.stop_requested = State(), False
         self.autocast = torch.bfloat16 if self.recipe.training.mixed_precision == "bf16" else None
@@ -81,10 +84,7 @@ class Session:
         if checkpoint is not None:
             self.state = checkpoint.state
         if self.recipe.output.trackers:
-            flat = {leaf.path: to_mapping(leaf.value) for leaf in leaves(self.recipe)}
-            self.accelerator.init_trackers(
-                "tnt", {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
-            )
+            self.reporting(TRACKERS, self._start_trackers)
         with Log(self.run.folder.log_file, keep_bytes=self.state.log_bytes, active=self.is_main) as self.log:
             if not self.state.scores:
                 self.state.scores += score_bigrams(self.run)
@@ -95,15 +95,22 @@ class Session:
         self.accelerator.wait_for_everyone()
         results = None
         if self.is_main:
-            sample = generate_final_sample(self.run, self.accelerator.device)
+            device = self.accelerator.device
+            sample = self.reporting("the sample", generate_final_sample, self.run, device, otherwise=("", ""))
             seconds = self.state.earlier_seconds + time.perf_counter() - self.began
-            results = save_results(self.run, self.state, sample, seconds=seconds)
-            finish_cards(self.run, self.state, seconds=seconds)
-        self.accelerator.end_training()
+            results = save_results(self.run, self.state, sample, self.reporting, seconds=seconds)
+            self.reporting("the model cards", finish_cards, self.run, self.state, seconds=seconds)
+        self.reporting("closing the trackers", self.accelerator.end_training)
         if self.is_main:  # the other processes are done, and wait for nothing
             last = self.run.stages[-1].name
             self.pusher.push_end(self.run.folder.stage(last), f"{last}, {self.state.total_steps} steps in all")
         return results or {}
+
+    def _start_trackers(self) -> None:
+        flat = {leaf.path: to_mapping(leaf.value) for leaf in leaves(self.recipe)}
+        self.accelerator.init_trackers(
+            "tnt", {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+        )
 
     @property
     def is_main(self) -> bool:
@@ -266,7 +273,8 @@ class Session:
             state.log_bytes = self.log.size()
             self.saver.save_checkpoint(state, model, optimizer, seconds=seconds)
             if self.is_main and not self.stop_requested:
-                self.pusher.push_checkpoint(self.saver.newest, f"{stage.name}, step {state.step}")
+                message = f"{stage.name}, step {state.step}"
+                self.reporting("the push of a checkpoint", self.pusher.push_checkpoint, self.saver.newest, message)
         if self.stop_requested:
             raise TrainingStopped(
                 f"stopped in {stage.name} at step {state.step}; {self.saver.kept()}. --output.resume goes on from it",
@@ -306,4 +314,4 @@ class Session:
             self.log.write(event=event, stage=stage.name, step=state.step, tokens=state.tokens, **values)
         if self.recipe.output.trackers:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self.accelerator.log(numbers, step=state.total_steps)
+            self.reporting(TRACKERS, self.accelerator.log, numbers, step=state.total_steps)

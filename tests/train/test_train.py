@@ -178,6 +178,23 @@ def test_trackers_get_what_the_log_gets(flags, output_dir: Path, fresh_accelerat
     assert len(events.Scalars("memory_health/layer0/local0/step_size")) == 3
 
 
+def test_what_only_reports_costs_no_run_its_end(flags, output_dir: Path, monkeypatch, capsys):
+    """With the largest seed, which every later stage adds to."""
+
+    def fails(*args, **kwargs):
+        raise KeyError("a bug")
+
+    for name in ("report.save_plot", "trainer.finish_cards", "trainer.generate_final_sample", "saving.write_run_card"):
+        monkeypatch.setattr(f"modeling_tnt.train.{name}", fails)
+    monkeypatch.setattr(trainer.RunPusher, "push_checkpoint", fails)
+    assert main([*flags, "--training.seed", str(2**32 - 1)]) == 0
+    printed = capsys.readouterr().out
+    for what in ("the plot", "the sample", "the model cards", "the model card of stage1", "the push of a checkpoint"):
+        assert printed.count(f"warning  {what} failed (KeyError: 'a bug')") == 1, what
+    assert _metrics(output_dir)["sample"] == {"prompt": "", "continuation": ""}
+    assert AutoModelForCausalLM.from_pretrained(output_dir / "stage2").config.local_chunk_sizes == [2]
+
+
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 
