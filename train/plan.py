@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import yaml
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -16,10 +15,10 @@ from modeling_tnt.configuration import TNTConfig
 
 from .bench.models import make_llama_config
 from .data import Rows, TokenizedData, load_data, load_tokenizer
-from .distributed import find_wrong_setup
+from .distributed import find_wrong_setup, from_main
 from .options import flag_of, leaves, to_mapping
 from .push_run import find_wrong_push
-from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
+from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
 from .run_folder import RunFolder
 
 # What may differ between a run and its resumption: none of it changes what is computed.
@@ -109,7 +108,8 @@ def _check(
     problems = recipe.problems()
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
     problems += find_missing_trackers(recipe) + _find_missing_peft(recipe)
-    problems += _find_other_run(recipe, folder)
+    other_run = _attempt(problems, lambda: from_main(accelerator, lambda: _find_other_run(recipe, folder)))
+    problems += other_run or []
     problems += find_wrong_push(recipe.output, recipe.model.architecture, accelerator)
     tokenizer = _attempt(problems, lambda: load_tokenizer(recipe.data.tokenizer))
     config = stages = None
@@ -328,22 +328,29 @@ def _find_missing_peft(recipe: Recipe) -> list[str]:
 
 
 def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """What stands in the way in the output folder."""
-    if recipe.output.overwrite or not folder.holds_run():
-        return []
-    if not recipe.output.resume:
+    """What stands in the way in the output folder. Raises ValueError or OSError for files of a run that are damaged."""
+    output, stages = recipe.output, [stage.name for stage in recipe.stages]
+    held = list(folder.find_holder())
+    if held:
+        return held
+    if folder.holds_run() and not (output.resume or output.overwrite):
         return [
             f"--output.dir {folder.root} holds another run; give another folder, --output.resume to go on with it, or "
             "--output.overwrite to replace it"
         ]
-    if not folder.recipe_file.exists():
-        return [f"--output.resume: {folder.root} has no {folder.recipe_file.name}; give another folder"]
-    saved = recipe_from_mapping(yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), str(folder.recipe_file))
-    return [
-        f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or another "
-        "--output.dir"
-        for path, old, new in find_differences(saved, recipe)
-    ]
+    problems = []
+    if output.resume and folder.holds_run():
+        problems += [
+            f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or "
+            "another --output.dir"
+            for path, old, new in find_differences(load_recipe(str(folder.recipe_file)), recipe)
+        ]
+        if folder.newest_first(stages):
+            return problems
+    blocked = list(folder.find_problems(folder.names(stages), flag="--output.dir", overwrite=True))
+    if blocked and folder.holds_run() and not folder.listed():
+        blocked[0] += "; the run there is of an earlier version, which kept no list: --output.resume goes on with it"
+    return problems + blocked
 
 
 def find_differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:

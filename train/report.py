@@ -44,7 +44,12 @@ class Log:
         if self.active:
             self.file = self.path.open("ab")
             # What a crash of the machine took from the end cannot be kept, and must not become zeros.
-            self.file.truncate(min(self.keep_bytes, self.path.stat().st_size))
+            written = self.path.read_bytes()
+            kept = self.keep_bytes
+            if len(written) < kept:
+                kept = written.rfind(b"\n") + 1
+                print(f"{self.path} was cut off or removed: the run goes on without the records lost there", flush=True)
+            self.file.truncate(kept)
             self.file.seek(0, os.SEEK_END)
         return self
 

@@ -80,7 +80,10 @@ class Session:
         self.tokens_per_byte = run.data.train.num_tokens / max(1, run.data.train.num_bytes)
 
     def run_stages(self) -> dict[str, Any]:
-        checkpoint = self.saver.open_run()
+        with self.saver.hold_folder():
+            return self._run_stages(self.saver.open_run())
+
+    def _run_stages(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         if checkpoint is not None:
             self.state = checkpoint.state
         if self.recipe.output.trackers:

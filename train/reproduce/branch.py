@@ -6,7 +6,7 @@ import shutil
 
 import yaml
 
-from ..checkpoint import atomic_folder, read_state
+from ..checkpoint import atomic_folder, files_below, read_state
 from ..options import to_mapping
 from ..run_folder import RunFolder
 from .jobs import Job
@@ -31,3 +31,4 @@ def begin_from_first_stage(job: Job, parent: Job) -> None:
         log = parent.folder.log_file.read_bytes()
         fresh.log_file.write_bytes(log[: read_state(checkpoint)["state"]["log_bytes"]])
         fresh.recipe_file.write_text(yaml.safe_dump(to_mapping(job.recipe), sort_keys=False), encoding="utf-8")
+        fresh.claim(file.relative_to(path).as_posix() for file in files_below(path))

@@ -163,7 +163,7 @@ def find_other_settings(jobs: list[Job]) -> list[str]:
         if not job.folder.recipe_file.exists():
             continue
         file = job.folder.recipe_file
-        saved = recipe_from_mapping(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        saved = load_recipe(str(file))
         problems += [
             f"{job.folder.root} was made with {path}={old}, now it is {new}"
             for path, old, new in find_differences(saved, job.recipe)
