@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from modeling_tnt.configuration import TNTConfig
 
 from .bench.models import make_llama_config
-from .data import Rows, TokenizedData, load_data, load_tokenizer
+from .checkpoint import read_state
+from .data import Rows, TokenizedData, Tokens, load_data, load_tokenizer
 from .distributed import find_wrong_setup, from_main
 from .options import flag_of, leaves, to_mapping
 from .push_run import find_wrong_push
@@ -26,6 +28,7 @@ FREE_TO_CHANGE = (
     "output.", "training.micro_batch_size", "training.data_workers", "training.sharding", "training.compile",
     "training.gradient_checkpointing", "data.cache_dir",
 )  # fmt: skip
+SIDES = {"train": "text to train on", "validation": "held-out text"}
 FIXED_OUTPUT = ("output.eval_tokens", "output.eval_every")
 
 T = TypeVar("T")
@@ -56,7 +59,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs, checked. `validation` holds the rows that are scored, and no more."""
+    """Everything that training needs, checked. `validation` holds the rows that are scored, and no more; `data_summary`
+    tells whether data is the same."""
 
     recipe: Recipe
     config: PreTrainedConfig
@@ -64,6 +68,7 @@ class Run:
     stages: list[Stage]
     folder: RunFolder
     data: TokenizedData
+    data_summary: dict[str, dict[str, Any]]
     validation: Rows
     micro_batch_size: int
 
@@ -95,10 +100,14 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
                 f"{f' for {least} processes' if least > 1 else ''}; give more data, a smaller --training.seq-len, "
                 f"another --data.validation-share{' or fewer processes' if least > 1 else ''}"
             )
+    summary = from_main(accelerator, lambda: {side: _summarize(getattr(data, side)) for side in SIDES})
+    problems = from_main(accelerator, lambda: _find_other_data(recipe, folder, summary))
+    if problems:
+        raise ValueError("\n  ".join(problems))
     first = stages[0]
     scored = min(recipe.output.eval_tokens, first.steps * recipe.training.batch_size * first.seq_len // 4)
     validation = data.validation.rows(first.seq_len, recipe.data.boundaries).head(max(1, scored // first.seq_len))
-    return Run(recipe, config, tokenizer, stages, folder, data, validation, micro_batch_size)
+    return Run(recipe, config, tokenizer, stages, folder, data, summary, validation, micro_batch_size)
 
 
 def _check(
@@ -351,6 +360,36 @@ def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
     if blocked and folder.holds_run() and not folder.listed():
         blocked[0] += "; the run there is of an earlier version, which kept no list: --output.resume goes on with it"
     return problems + blocked
+
+
+def _summarize(tokens: Tokens) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for begin in range(0, tokens.num_tokens, 1 << 24):
+        digest.update(tokens.tokens[begin : begin + (1 << 24)].data)
+    return {"documents": tokens.num_documents, "bytes": tokens.num_bytes, "tokens_sha256": digest.hexdigest()}
+
+
+def _find_other_data(recipe: Recipe, folder: RunFolder, summary: dict[str, dict[str, Any]]) -> list[str]:
+    """How the data differs from that of the newest checkpoint, when a run goes on. Earlier versions did not keep it."""
+    if not recipe.output.resume or recipe.output.accept_changed_data:
+        return []
+    for path in folder.newest_first([stage.name for stage in recipe.stages]):
+        try:
+            saved = read_state(path).get("data") or summary
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged; it will be passed over
+        return [
+            f"--output.resume: the {words} was {_words(saved[side])} when {path} was saved, and is now "
+            f"{_words(summary[side])}; bring the old text back, or go on with the new one by "
+            "--output.accept-changed-data"
+            for side, words in SIDES.items()
+            if saved[side] != summary[side]
+        ]
+    return []
+
+
+def _words(side: dict[str, Any]) -> str:
+    return f"{side['bytes']:,} bytes in {side['documents']:,} documents (tokens {side['tokens_sha256'][:8]})"
 
 
 def find_differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:

@@ -129,6 +129,9 @@ class OutputOptions:
         False, "output", "go on with the run that output.dir holds, from its newest checkpoint, or begin if there is "
         "none", alias="--resume",
     )  # fmt: skip
+    accept_changed_data: bool = option(
+        False, "output", "resume although the text is not what it was when the checkpoint was saved"
+    )
     checkpoint_every: int = option(200, "output", "steps between checkpoints")
     keep_checkpoints: int = option(2, "output", "newest checkpoints to keep; the best model is kept besides")
     eval_every: int | None = option(None, "output", "steps between validations; none: at the end of each stage")

@@ -128,7 +128,7 @@ class Saver:
         def write(folder: Path) -> None:
             write_model(folder)
             saved = {
-                "stage_name": stage.name, "seconds": seconds, "random": random,
+                "stage_name": stage.name, "seconds": seconds, "random": random, "data": self.run.data_summary,
                 "state": state.to_json(),
             }  # fmt: skip
             write_state(folder, saved, tensors)

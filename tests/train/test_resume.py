@@ -172,6 +172,19 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path):
     assert folder.newest_first(["a"]) == [folder.checkpoint("a", 2)] and not folder.prune(["a"], 1)
 
 
+def test_resume_on_changed_data_is_refused(flags, text_folder: Path, tmp_path: Path, capsys):
+    short = [*flags, "--stages.stage1.steps", "1"]
+    assert main(short) == 0
+    os.utime(text_folder / "3.txt", (1, 1))  # the text is the same
+    assert main([*short, "--resume"]) == 0
+    text = (text_folder / "3.txt").read_text()
+    (text_folder / "3.txt").write_text(text.replace("memory", "remory"))
+    assert main([*short, "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert "--output.resume: the " in message and "go on with the new one by --output.accept-changed-data" in message
+    assert main([*short, "--resume", "--output.accept-changed-data"]) == 0
+
+
 def test_resume_without_a_run_begins_one(flags, tmp_path: Path):
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0  # finished: scored again, nothing trained
