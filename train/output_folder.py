@@ -57,9 +57,12 @@ class OutputFolder:
         changed = (listed - set(dropped)) | set(names)
         if changed == listed:
             return
+        written[self.command] = sorted(changed)
+        if not any(written.values()):
+            (self.root / MANIFEST).unlink()
+            return
         with atomic_file(self.root / MANIFEST) as path:
-            content = {"written_by": {**written, self.command: sorted(changed)}}
-            path.write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({"written_by": written}, indent=0) + "\n", encoding="utf-8")
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
