@@ -46,7 +46,11 @@ class RunFolder(OutputFolder):
         ]  # fmt: skip
 
     def holds_run(self) -> bool:
-        return self.recipe_file.exists()
+        """Whether a run has written here; one of an earlier version, which kept no list, has a recipe.
+
+        Raises ValueError for a manifest that is damaged.
+        """
+        return self.recipe_file.exists() or any((self.root / name).is_file() for name in self.listed())
 
     def newest_first(self, stages: list[str]) -> list[Path]:
         """Checkpoints of these stages, whole or not, the furthest in training first."""

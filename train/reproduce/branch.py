@@ -16,7 +16,8 @@ def begin_from_first_stage(job: Job, parent: Job) -> None:
     """Give `job` the last checkpoint of `parent`'s first stage, as if it had trained that stage itself and been stopped
     there; `--resume` then goes on with the second stage, on the same data in the same order.
 
-    Does nothing when the run has begun already. Raises OSError without such a checkpoint, or when it cannot be written.
+    Does nothing when the run has begun already. Raises OSError without such a checkpoint, or when it cannot be written,
+    ValueError for a damaged manifest of the run.
     """
     if job.folder.holds_run():
         return

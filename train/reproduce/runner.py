@@ -88,7 +88,7 @@ class Runner:
             if job.parent is not None:
                 begin_from_first_stage(job, self.jobs[job.parent])
             recipe = write_recipe(job, runs)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._fail(job, str(error))
             return
         log = runs / f"{job.name}.log"
