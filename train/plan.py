@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
     summary = from_main(accelerator, lambda: {side: _summarize(getattr(data, side)) for side in SIDES})
     problems = from_main(accelerator, lambda: _find_other_data(recipe, folder, summary))
     if problems:
-        raise ValueError("\n  ".join(problems))
+        raise ValueError(problems[0])
     first = stages[0]
     scored = min(recipe.output.eval_tokens, first.steps * recipe.training.batch_size * first.seq_len // 4)
     validation = data.validation.rows(first.seq_len, recipe.data.boundaries).head(max(1, scored // first.seq_len))
@@ -349,6 +349,8 @@ def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
         ]
     problems = []
     if output.resume and folder.holds_run():
+        if not folder.recipe_file.exists():
+            return [f"--output.resume: {folder.root} has no {folder.recipe_file.name}; give another folder"]
         problems += [
             f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or "
             "another --output.dir"
@@ -378,12 +380,14 @@ def _find_other_data(recipe: Recipe, folder: RunFolder, summary: dict[str, dict[
             saved = read_state(path).get("data") or summary
         except (OSError, ValueError, AttributeError):
             continue  # damaged; it will be passed over
-        return [
-            f"--output.resume: the {words} was {_words(saved[side])} when {path} was saved, and is now "
-            f"{_words(summary[side])}; bring the old text back, or go on with the new one by "
-            "--output.accept-changed-data"
+        changes = [
+            f"the {words} was {_words(saved[side])} and is {_words(summary[side])}"
             for side, words in SIDES.items()
             if saved[side] != summary[side]
+        ]
+        return changes and [
+            f"--output.resume: the data is not what it was when {path} was saved: {', '.join(changes)}; bring the old "
+            "text back, or go on with the new one by --output.accept-changed-data"
         ]
     return []
 

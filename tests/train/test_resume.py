@@ -181,7 +181,10 @@ def test_resume_on_changed_data_is_refused(flags, text_folder: Path, tmp_path: P
     (text_folder / "3.txt").write_text(text.replace("memory", "remory"))
     assert main([*short, "--resume"]) == 2
     message = capsys.readouterr().err
-    assert "--output.resume: the " in message and "go on with the new one by --output.accept-changed-data" in message
+    assert (
+        "--output.resume: the data is not what it was when" in message
+        and "go on with the new one by --output.accept-changed-data" in message
+    )
     assert main([*short, "--resume", "--output.accept-changed-data"]) == 0
 
 
@@ -189,6 +192,15 @@ def test_resume_without_a_run_begins_one(flags, tmp_path: Path):
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0  # finished: scored again, nothing trained
     assert len([r for r in _log(tmp_path / "run") if r["event"] == "step"]) == 2
+
+
+def test_a_run_without_its_recipe_is_neither_resumed_nor_replaced_unasked(flags, tmp_path: Path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(["metrics.json"])
+    folder.metrics_file.touch()
+    assert main([*flags, "--resume"]) == 2 and main(flags) == 2
+    message = capsys.readouterr().err
+    assert "has no recipe.yaml; give another folder" in message and "holds another run; give another" in message
 
 
 def test_a_broken_recipe_in_a_run_is_named(flags, tmp_path: Path, capsys):
