@@ -124,7 +124,7 @@ class OutputOptions:
     """What is kept, shown and measured on the way."""
 
     dir: Path = option(Path("runs/quickstart"), "output", "folder for checkpoints, models, metrics and plots")
-    overwrite: bool = option(False, "output", "replace the run that output.dir holds", alias="--overwrite")
+    overwrite: bool = option(False, "output", "replace what an earlier run wrote in output.dir", alias="--overwrite")
     resume: bool = option(
         False, "output", "go on with the run that output.dir holds, from its newest checkpoint, or begin if there is "
         "none", alias="--resume",
