@@ -133,7 +133,8 @@ class OutputFolder:
             removing = neighbours(path)[2]
             os.rename(path, removing)
             discard(removing, path, own)
-            self.claim([], dropped=(f"{self._name(path)}/{name}" for name in own))
+            if not removing.exists():  # else `recover` has something left to do
+                self.claim([], dropped=(f"{self._name(path)}/{name}" for name in own))
         return bool(own)
 
     def recover(self) -> None:

@@ -134,23 +134,12 @@ class Saver:
             write_state(folder, saved, tensors)
             write_checksums(folder)
 
-        self._save(lambda: self._save_and_prune(path, write))
+        self._save(path, write)
         self.newest = path
+        from_main(self.accelerator, self._prune)
 
-    def _save_and_prune(self, path: Path, write: Callable[[Path], None]) -> None:
-        """One whole checkpoint is there at every moment, so that a disk needs room for two. Where it lacks that, those
-        before the newest are removed first."""
-        try:
-            self.folder.save_folder(path, write)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            if not self.folder.prune(self.stages, 1, self.damaged):
-                raise OSError(
-                    f"{error}; the newest checkpoint is removed only when the next one is whole: make room for both"
-                ) from error
-            self.folder.save_folder(path, write)
-        self.damaged = [damaged for damaged in self.damaged if damaged != path]
+    def _prune(self) -> None:
+        self.damaged = [path for path in self.damaged if path != self.newest]
         self.folder.prune(self.stages, self.run.recipe.output.keep_checkpoints, self.damaged)
         self.damaged.clear()
 
@@ -174,7 +163,7 @@ class Saver:
             arguments = (folder, path, self.run, state, score, self.accelerator)
             self.reporting(f"the model card of {path.name}", write_run_card, *arguments)
 
-        self._save(lambda: self.folder.save_folder(path, write))
+        self._save(path, write)
 
     def kept(self) -> str:
         """What is left when training stops here, as words."""
@@ -182,8 +171,19 @@ class Saver:
             return "no checkpoint had been saved yet (--output.checkpoint-every)"
         return f"the last checkpoint is kept in {self.newest}"
 
-    def _save(self, action: Callable[[], None]) -> None:
+    def _save(self, path: Path, write: Callable[[Path], None]) -> None:
         try:
-            from_main(self.accelerator, action)
+            from_main(self.accelerator, lambda: self._save_folder(path, write))
         except OSError as error:
             raise OSError(f"{error}; {self.kept()}") from error
+
+    def _save_folder(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Where the disk is full, the checkpoints before the newest make room. A whole one is there at every moment."""
+        try:
+            self.folder.save_folder(path, write)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            if not self.folder.prune(self.stages, 1, self.damaged):
+                raise OSError(f"{error}; make room: the newest checkpoint stays until the next one is whole") from error
+            self.folder.save_folder(path, write)

@@ -279,7 +279,7 @@ def test_a_full_disk_is_given_room_by_the_checkpoints_before_the_newest(flags, o
     monkeypatch.setattr(TNTForCausalLM, "save_pretrained", room_for_two)
     assert main([*flags, "--output.keep-checkpoints", str(keep)]) == (0 if keep == 2 else 1)
     if keep == 1:
-        assert "removed only when the next one is whole: make room for both" in capsys.readouterr().err
+        assert "make room: the newest checkpoint stays until the next one is whole" in capsys.readouterr().err
         assert [p.name for p in (output_dir / "checkpoints").iterdir()] == ["stage1-00000002"]
 
 
