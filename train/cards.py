@@ -87,11 +87,12 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
             commands = {result.command for result in results}
             evaluated = [result for result in facts.results if result.command not in commands]  # by tnt card, meanwhile
             facts = replace(facts, results=[*results, *evaluated])
-        with atomic_file(path / run.folder.plot_file.name) as fresh:
-            shutil.copyfile(run.folder.plot_file, fresh)
-        facts = replace(
-            facts, path=find_path(path), plot=run.folder.plot_file.name, seconds=seconds if index == last else None
-        )
+        plot = run.folder.plot_file
+        if plot.exists():
+            with atomic_file(path / plot.name) as fresh:
+                shutil.copyfile(plot, fresh)
+            facts = replace(facts, plot=plot.name)
+        facts = replace(facts, path=find_path(path), seconds=seconds if index == last else None)
         save_facts(path, facts)
         try:
             write_card(path, facts)

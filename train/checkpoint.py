@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "trainer_state.safetensors"
+CHECKSUMS_FILE = "SHA256SUMS"  # in the format of sha256sum
+_ASIDE = ("saving", "previous", "removing")
 
 
-def save_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace the folder `path` by what `write` puts into an empty one.
+def save_folder(path: Path, write: Callable[[Path], None], own: Collection[str] = ()) -> None:
+    """Replace the folder `path` by what `write` puts into an empty one; `own` as for `atomic_folder`.
 
     Raises OSError when it cannot be written (a full disk, no permission); what was there is kept then.
     """
     try:
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, own) as folder:
             write(folder)
     except (OSError, SafetensorError) as error:
         kept = f"the one saved before is kept in {path}" if path.exists() else "nothing was there before it"
         raise OSError(f"{path} could not be saved ({error}); {kept}") from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether there was no room, or a quota was used up, for what `save_folder` wrote."""
+    if error is None or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return error is not None
+    return f"os error {errno.ENOSPC}" in str(error) or is_disk_full(error.__cause__)  # as safetensors says it
 
 
 def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -69,21 +80,76 @@ def restore_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> N
         torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
+def write_checksums(folder: Path) -> None:
+    """Write down what is in the folder, so that `find_damage` can tell later whether it still is."""
+    lines = [f"{_checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in sorted(files_below(folder))]
+    (folder / CHECKSUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. One of an earlier version has no checksums: it is whole if
+    its files are there and can be opened."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        for alternatives in ((STATE_FILE,), (TENSORS_FILE,), ("config.json", "adapter_config.json")):
+            if names.isdisjoint(alternatives):
+                return f"{alternatives[0]} is missing"
+        tensors = {name for name in names if name.endswith(".safetensors")}
+        if tensors == {TENSORS_FILE}:
+            return "the model's weights are missing"
+        if CHECKSUMS_FILE in names:
+            lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+            checksums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+            if not tensors | {STATE_FILE} <= checksums.keys():
+                return f"{CHECKSUMS_FILE} was cut off or changed"
+            for name, checksum in checksums.items():
+                if _checksum(folder / name) != checksum:
+                    return f"{name} is not as it was saved: it was cut off or changed"
+        else:
+            for name in tensors:
+                try:
+                    with safe_open(folder / name, framework="pt"):  # a file that was cut off does not open
+                        pass
+                except (SafetensorError, OSError) as error:
+                    return f"{name} cannot be read ({error})"
+        if not {"state", "seconds", "random"} <= read_state(folder).keys():
+            return f"{STATE_FILE} holds no state of a run"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    except (ValueError, AttributeError) as error:
+        return f"{STATE_FILE} cannot be read ({error})"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, own: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `path` and, when the block succeeds, put it in the place of `path`.
 
     At every moment a complete folder is on the disk: the old one is renamed to `.<name>.previous`, the new one takes
     its name, and only then is the old one removed. A process killed between the two renames leaves the old one under
     that name: `recover` brings it back.
+
+    Args:
+        own: files of the old folder, as paths from it, that are removed with it. Others go over to the new one, but for
+            those that it has itself.
     """
-    fresh, previous = _neighbours(path)
+    fresh, previous, _ = neighbours(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
+    recover(path, own)
     fresh.mkdir()
     try:
         yield fresh
-        _flush_to_disk(fresh)
+        _settle(fresh)
         if path.exists():
             os.rename(path, previous)
         os.rename(fresh, path)
@@ -92,17 +158,42 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.rename(previous, path)
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    shutil.rmtree(previous, ignore_errors=True)
+    discard(previous, path, own)
 
 
-def recover(path: Path) -> None:
-    """Undo what a process killed while it saved `path` left behind: nothing, or a half-written folder, or a complete
-    one that had been renamed to make room."""
-    fresh, previous = _neighbours(path)
+def recover(path: Path, own: Collection[str] = ()) -> None:
+    """Undo what a process killed while it saved or removed `path` left behind: nothing, or a half-written folder, or a
+    complete one that had been renamed to make room, or one that was being removed. `own` as for `atomic_folder`."""
+    fresh, previous, removing = neighbours(path)
     if previous.exists() and not path.exists():
         os.rename(previous, path)
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
+    for aside in (previous, removing):
+        discard(aside, path, own)
+
+
+def discard(aside: Path, path: Path, own: Collection[str]) -> None:
+    """Remove the folder `path`, which was renamed to `aside`: the files named in `own`, and those that are in `path`
+    again. Others go back to `path`. What the disk does not let go of stays for `recover`."""
+    with suppress(OSError):
+        for file in list(files_below(aside)):
+            name = file.relative_to(aside)
+            if name.as_posix() in own or os.path.lexists(path / name):
+                file.unlink()
+            else:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(file, path / name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """The file `path`, or all files in the folder `path` and its subfolders; links are files, and are not followed."""
+    if path.is_symlink() or path.is_file():
+        yield path
+        return
+    for place, folders, files in os.walk(path):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (Path(place, name) for name in [*files, *links])
 
 
 @contextmanager
@@ -120,13 +211,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def _neighbours(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.previous")
+def neighbours(path: Path) -> tuple[Path, Path, Path]:
+    """Where a folder is while it is written, replaced and removed."""
+    saving, previous, removing = (path.with_name(f".{path.name}.{suffix}") for suffix in _ASIDE)
+    return saving, previous, removing
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """Wait until the files are on the disk: a rename may otherwise reach it before what it names."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _settle(folder: Path) -> None:
+    """Give files the permissions that new ones have here, which safetensors does not, and wait until they are on the
+    disk: a rename may otherwise reach it before what it names."""
+    for path in files_below(folder):
+        path.chmod(folder.stat().st_mode & 0o666)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -7,14 +7,14 @@ CPUs, where it is tested, and with NCCL on GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -26,6 +26,8 @@ _SUPPORTED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU, DistributedType.FSDP,
 )  # fmt: skip
+
+T = TypeVar("T")
 
 
 def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:
@@ -112,6 +114,20 @@ def sum_over_processes(values: list[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns in the main process, in every process. Its OSError or ValueError is raised in all."""
+    value = failure = None
+    if accelerator.is_main_process:
+        try:
+            value = action()
+        except (OSError, ValueError) as error:
+            failure = error
+    value, failure = broadcast_object_list([value, failure])
+    if failure is not None:
+        raise failure
+    return value
 
 
 def _is_distributed() -> bool:

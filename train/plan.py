@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import yaml
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -16,11 +16,12 @@ from modeling_tnt.configuration import TNTConfig
 from modeling_tnt.configuration.validation import divisors
 
 from .bench.models import make_llama_config
-from .data import Rows, TokenizedData, load_data, load_tokenizer
-from .distributed import find_wrong_setup
+from .checkpoint import read_state
+from .data import Rows, TokenizedData, Tokens, load_data, load_tokenizer
+from .distributed import find_wrong_setup, from_main
 from .options import flag_of, leaves, to_mapping
 from .push_run import find_wrong_push
-from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, recipe_from_mapping
+from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
 from .run_folder import RunFolder
 
 # What may differ between a run and its resumption: none of it changes what is computed.
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = (
     "output.", "training.micro_batch_size", "training.data_workers", "training.sharding", "training.compile",
     "training.gradient_checkpointing", "data.cache_dir",
 )  # fmt: skip
+SIDES = {"train": "text to train on", "validation": "held-out text"}
 FIXED_OUTPUT = ("output.eval_tokens", "output.eval_every")
 
 T = TypeVar("T")
@@ -58,7 +60,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs, checked. `validation` holds the rows that are scored, and no more."""
+    """Everything that training needs, checked. `validation` holds the rows that are scored, and no more; `data_summary`
+    tells whether data is the same."""
 
     recipe: Recipe
     config: PreTrainedConfig
@@ -66,6 +69,7 @@ class Run:
     stages: list[Stage]
     folder: RunFolder
     data: TokenizedData
+    data_summary: dict[str, dict[str, Any]]
     validation: Rows
     micro_batch_size: int
 
@@ -97,10 +101,14 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
                 f"{f' for {least} processes' if least > 1 else ''}; give more data, a smaller --training.seq-len, "
                 f"another --data.validation-share{' or fewer processes' if least > 1 else ''}"
             )
+    summary = from_main(accelerator, lambda: {side: _summarize(getattr(data, side)) for side in SIDES})
+    problems = from_main(accelerator, lambda: _find_other_data(recipe, folder, summary))
+    if problems:
+        raise ValueError(problems[0])
     first = stages[0]
     scored = min(recipe.output.eval_tokens, first.steps * recipe.training.batch_size * first.seq_len // 4)
     validation = data.validation.rows(first.seq_len, recipe.data.boundaries).head(max(1, scored // first.seq_len))
-    return Run(recipe, config, tokenizer, stages, folder, data, validation, micro_batch_size)
+    return Run(recipe, config, tokenizer, stages, folder, data, summary, validation, micro_batch_size)
 
 
 def _check(
@@ -110,7 +118,8 @@ def _check(
     problems = recipe.problems()
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
     problems += find_missing_trackers(recipe) + _find_missing_peft(recipe)
-    problems += _find_other_run(recipe, folder)
+    other_run = _attempt(problems, lambda: from_main(accelerator, lambda: _find_other_run(recipe, folder)))
+    problems += other_run or []
     problems += find_wrong_push(recipe.output, recipe.model.architecture, accelerator)
     tokenizer = _attempt(problems, lambda: load_tokenizer(recipe.data.tokenizer))
     config = stages = None
@@ -198,7 +207,8 @@ def _find_wrong_vocabulary(recipe: Recipe, config: PreTrainedConfig, tokenizer: 
 def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
     """Fill in the defaults of the stages, one after the other.
 
-    Raises ValueError for chunk sizes and shard lengths that do not fit the config.
+    Raises ValueError for chunk sizes and shard lengths that do not fit the config, local memories to train where there
+    are none, and more tokens than can be counted.
     """
     stages: list[Stage] = []
     end, current = 0, config
@@ -206,8 +216,17 @@ def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
         current = _swapped(options, current)
         seq_len = options.seq_len or recipe.training.seq_len
         start = seq_len * math.ceil(end / seq_len)
+        if options.trainable == "local" and not current.local_chunk_sizes:
+            raise ValueError(
+                f"--stages.{options.name}.trainable local: the model has no local memory to train; use all, or lora"
+            )
         steps = _count_steps(options, stages, recipe.training.batch_size * seq_len)
         end = start + steps * recipe.training.batch_size * seq_len
+        if end > LARGEST_NUMBER:
+            raise ValueError(
+                f"--stages.{options.name} would end after more than {LARGEST_NUMBER} tokens; give fewer steps or "
+                "tokens, or a smaller share"
+            )
         peak = recipe.optimizer.learning_rate * (0.1 if stages else 1.0)
         stages.append(
             Stage(
@@ -240,7 +259,7 @@ def _count_steps(options: StageOptions, earlier: list[Stage], tokens_per_step: i
     if options.tokens is not None:
         return max(1, math.ceil(options.tokens / tokens_per_step))
     if options.share is not None and earlier:
-        return max(1, round(options.share * earlier[0].steps))
+        return max(1, round(min(options.share * earlier[0].steps, LARGEST_NUMBER)))
     return options.steps or 1
 
 
@@ -319,22 +338,63 @@ def _find_missing_peft(recipe: Recipe) -> list[str]:
 
 
 def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """What stands in the way in the output folder."""
-    if recipe.output.overwrite or not folder.holds_run():
-        return []
-    if not recipe.output.resume:
+    """What stands in the way in the output folder. Raises ValueError or OSError for files of a run that are damaged."""
+    output, stages = recipe.output, [stage.name for stage in recipe.stages]
+    held = list(folder.find_holder())
+    if held:
+        return held
+    if folder.holds_run() and not (output.resume or output.overwrite):
         return [
             f"--output.dir {folder.root} holds another run; give another folder, --output.resume to go on with it, or "
             "--output.overwrite to replace it"
         ]
-    if not folder.recipe_file.exists():
-        return [f"--output.resume: {folder.root} has no {folder.recipe_file.name}; give another folder"]
-    saved = recipe_from_mapping(yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), str(folder.recipe_file))
-    return [
-        f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or another "
-        "--output.dir"
-        for path, old, new in find_differences(saved, recipe)
-    ]
+    problems = []
+    if output.resume and folder.holds_run():
+        if not folder.recipe_file.exists():
+            return [f"--output.resume: {folder.root} has no {folder.recipe_file.name}; give another folder"]
+        problems += [
+            f"--output.resume: {flag_of(path)} is {new} and was {old} when the run began; use the old value, or "
+            "another --output.dir"
+            for path, old, new in find_differences(load_recipe(str(folder.recipe_file)), recipe)
+        ]
+        if folder.newest_first(stages):
+            return problems
+    blocked = list(folder.find_problems(folder.names(stages), flag="--output.dir", overwrite=True))
+    if blocked and folder.holds_run() and not folder.listed():
+        blocked[0] += "; the run there is of an earlier version, which kept no list: --output.resume goes on with it"
+    return problems + blocked
+
+
+def _summarize(tokens: Tokens) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for begin in range(0, tokens.num_tokens, 1 << 24):
+        digest.update(tokens.tokens[begin : begin + (1 << 24)].data)
+    return {"documents": tokens.num_documents, "bytes": tokens.num_bytes, "tokens_sha256": digest.hexdigest()}
+
+
+def _find_other_data(recipe: Recipe, folder: RunFolder, summary: dict[str, dict[str, Any]]) -> list[str]:
+    """How the data differs from that of the newest checkpoint, when a run goes on. Earlier versions did not keep it."""
+    if not recipe.output.resume or recipe.output.accept_changed_data:
+        return []
+    for path in folder.newest_first([stage.name for stage in recipe.stages]):
+        try:
+            saved = read_state(path).get("data") or summary
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged; it will be passed over
+        changes = [
+            f"the {words} was {_words(saved[side])} and is {_words(summary[side])}"
+            for side, words in SIDES.items()
+            if saved[side] != summary[side]
+        ]
+        return changes and [
+            f"--output.resume: the data is not what it was when {path} was saved: {', '.join(changes)}; bring the old "
+            "text back, or go on with the new one by --output.accept-changed-data"
+        ]
+    return []
+
+
+def _words(side: dict[str, Any]) -> str:
+    return f"{side['bytes']:,} bytes in {side['documents']:,} documents (tokens {side['tokens_sha256'][:8]})"
 
 
 def find_differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,6 +25,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 PRECISIONS = ("no", "bf16")
 PUSHES = ("end", "save")
 UNNAMED = "stage"
+LONGEST_NAME = 64
+# Of a run's folders, those that are not named after stages.
+OTHER_FOLDERS = {"best": "the best model", "checkpoints": "the checkpoints", "tnt": "what TensorBoard gets"}
+LARGEST_SEED = 2**32 - 1  # of NumPy
+LARGEST_NUMBER = 2**53  # beyond it floats are no longer exact
 
 
 @dataclass
@@ -114,11 +120,14 @@ class OutputOptions:
     """What is kept, shown and measured on the way."""
 
     dir: Path = option(Path("runs/quickstart"), "output", "folder for checkpoints, models, metrics and plots")
-    overwrite: bool = option(False, "output", "replace the run that output.dir holds", alias="--overwrite")
+    overwrite: bool = option(False, "output", "replace what an earlier run wrote in output.dir", alias="--overwrite")
     resume: bool = option(
         False, "output", "go on with the run that output.dir holds, from its newest checkpoint, or begin if there is "
         "none", alias="--resume",
     )  # fmt: skip
+    accept_changed_data: bool = option(
+        False, "output", "resume although the text is not what it was when the checkpoint was saved"
+    )
     checkpoint_every: int = option(200, "output", "steps between checkpoints")
     keep_checkpoints: int = option(2, "output", "newest checkpoints to keep; the best model is kept besides")
     eval_every: int | None = option(None, "output", "steps between validations; none: at the end of each stage")
@@ -208,6 +217,7 @@ def recipe_from_mapping(mapping: Any, name: str) -> Recipe:
     for i, stage in enumerate(recipe.stages):
         if stage.name == UNNAMED:
             stage.name = f"stage{i + 1}"
+    problems += _find_wrong_names(recipe.stages)  # here already: flags are named after stages
     if problems:
         raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
     return recipe
@@ -232,6 +242,8 @@ def _find_wrong_numbers(recipe: Recipe) -> Iterator[str]:
     }  # fmt: skip
     yield from _not_positive(positive)
     yield from _outside({"optimizer.weight_decay": optimizer.weight_decay}, 0, 10)
+    if training.seed > LARGEST_SEED:
+        yield f"--training.seed must be at most {LARGEST_SEED}, got {training.seed}"
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"--optimizer.{name} must be at least 0 and below 1, got {getattr(optimizer, name)}"
@@ -271,17 +283,28 @@ def _find_wrong_license(name: str | None) -> Iterator[str]:
 def _find_wrong_stages(recipe: Recipe) -> Iterator[str]:
     if not recipe.stages:
         yield "stages must hold at least one stage, got []"
-    names = [stage.name for stage in recipe.stages]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"stages: the name {name!r} is given to {names.count(name)} stages; give each its own"
+    yield from _find_wrong_names(recipe.stages)
     for i, stage in enumerate(recipe.stages):
         yield from _find_wrong_stage(recipe, stage, first=i == 0)
 
 
+def _find_wrong_names(stages: list[StageOptions]) -> Iterator[str]:
+    """A stage's name is that of a folder in output.dir, begins the names of its checkpoints, and is part of flags."""
+    seen: dict[str, str] = {}
+    for name in (str(stage.name) for stage in stages):
+        folder = unicodedata.normalize("NFC", name).casefold()  # some file systems tell no more apart
+        if not name.replace("-", "").replace("_", "").isalnum() or len(name) > LONGEST_NAME:
+            rule = f"1 to {LONGEST_NAME} letters, digits, - and _"
+            yield f"stages: a name must be of {rule}, since a folder gets it, got {name!r}"
+        elif folder in OTHER_FOLDERS:
+            yield f"stages: the name {name!r} is taken by the folder of {OTHER_FOLDERS[folder]}; give another"
+        elif folder in seen:
+            yield f"stages: the names {seen[folder]!r} and {name!r} are of one folder; give each stage its own"
+        seen.setdefault(folder, name)
+
+
 def _find_wrong_stage(recipe: Recipe, stage: StageOptions, *, first: bool) -> Iterator[str]:
     at = f"stages.{stage.name}"
-    if not stage.name.replace("-", "").replace("_", "").isalnum():
-        yield f"stages: a name may hold letters, digits, - and _, since a folder gets it, got {stage.name!r}"
     lengths = {name: getattr(stage, name) for name in ("steps", "tokens", "share") if getattr(stage, name) is not None}
     if len(lengths) != 1:
         given = " and ".join(f"{name}={value}" for name, value in lengths.items()) or "none of them"
@@ -317,6 +340,8 @@ def _below(least: dict[str, tuple[int | None, int]]) -> Iterable[str]:
     for name, (value, minimum) in least.items():
         if value is not None and value < minimum:
             yield f"{flag_of(name)} must be at least {minimum}, got {value}"
+        elif value is not None and value > LARGEST_NUMBER:
+            yield f"{flag_of(name)} must be at most {LARGEST_NUMBER}, got {value}"
 
 
 def _not_positive(values: dict[str, float | None]) -> Iterable[str]:

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import torch
@@ -24,6 +25,8 @@ from .plan import Run, Stage
 from .plot import save_plot
 from .progress import progress_bar
 from .state import Score, State, score_key
+
+T = TypeVar("T")
 
 
 class Log:
@@ -42,7 +45,12 @@ class Log:
         if self.active:
             self.file = self.path.open("ab")
             # What a crash of the machine took from the end cannot be kept, and must not become zeros.
-            self.file.truncate(min(self.keep_bytes, self.path.stat().st_size))
+            written = self.path.read_bytes()
+            kept = self.keep_bytes
+            if len(written) < kept:
+                kept = written.rfind(b"\n") + 1
+                print(f"{self.path} was cut off or removed: the run goes on without the records lost there", flush=True)
+            self.file.truncate(kept)
             self.file.seek(0, os.SEEK_END)
         return self
 
@@ -117,7 +125,26 @@ def _describe(stage: Stage) -> str:
     return chunks + ("" if stage.trainable == "all" else f" ({stage.trainable})")
 
 
-def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: float) -> dict[str, Any]:
+class Reporting:
+    """Calls what only reports: where that fails, a warning says so once, and the run goes on."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+
+    def __call__(self, what: str, report: Callable[..., T], *args: Any, otherwise: T | None = None, **kwargs: Any) -> T:
+        """What `report` returns, or `otherwise` when it fails. What has failed is not tried again."""
+        if what not in self.failed:
+            try:
+                return report(*args, **kwargs)
+            except Exception as error:  # of any library that draws, writes or sends
+                self.failed.add(what)
+                print(f"warning  {what} failed ({type(error).__name__}: {error}); the run goes on without", flush=True)
+        return otherwise
+
+
+def save_results(
+    run: Run, state: State, sample: tuple[str, str], reporting: Reporting, *, seconds: float
+) -> dict[str, Any]:
     """Write metrics.json, loss.png and sample.txt, print the summary, and return what metrics.json holds."""
     folder = run.folder
     prompt, continuation = sample
@@ -146,9 +173,9 @@ def save_results(run: Run, state: State, sample: tuple[str, str], *, seconds: fl
         with atomic_file(folder.sample_file) as path:
             path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
     log = read_log(folder.log_file)
-    save_plot(folder.plot_file, log, state.scores)
+    reporting("the plot", save_plot, folder.plot_file, log, state.scores)
     _print_summary(run, metrics, state.scores)
-    for sentence in find_idle_memories(log):
+    for sentence in reporting("the memories' health", find_idle_memories, log) or []:
         print(f"warning  {sentence}; see {folder.plot_file.name}", flush=True)
     return metrics
 

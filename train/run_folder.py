@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import yaml
+from .checkpoint import CHECKSUMS_FILE, STATE_FILE, TENSORS_FILE
+from .output_folder import OutputFolder
 
-from .checkpoint import STATE_FILE, read_state, recover
 
-
-class RunFolder:
+class RunFolder(OutputFolder):
     """`output.dir`.
 
     recipe.yaml                    the recipe with every default filled in
@@ -23,7 +21,7 @@ class RunFolder:
     """
 
     def __init__(self, root: Path):
-        self.root = root
+        super().__init__(root, "train")
         self.recipe_file = root / "recipe.yaml"
         self.log_file = root / "log.jsonl"
         self.metrics_file = root / "metrics.json"
@@ -38,40 +36,35 @@ class RunFolder:
     def checkpoint(self, stage: str, step: int) -> Path:
         return self.checkpoints / f"{stage}-{step:08d}"
 
+    def names(self, stages: Iterable[str]) -> list[str]:
+        """Everything that a run with these stages writes."""
+        files = (self.recipe_file, self.log_file, self.metrics_file, self.plot_file, self.sample_file)
+        models = [self.best, *map(self.stage, stages)]
+        pictures = [model / self.plot_file.name for model in models]  # put there at the end
+        return [
+            *map(self._name, (*files, *pictures)), *(f"{self._name(f)}/" for f in (self.checkpoints, *models))
+        ]  # fmt: skip
+
     def holds_run(self) -> bool:
-        return any(path.exists() for path in (self.recipe_file, self.metrics_file, self.log_file, self.checkpoints))
+        """Whether a run has written here; one of an earlier version, which kept no list, has a recipe.
 
-    def clear(self) -> None:
-        """Remove the results of an earlier run, and nothing else."""
-        for folder in (self.checkpoints, self.best, *map(self.stage, self._stage_names())):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.recipe_file, self.log_file, self.metrics_file, self.plot_file, self.sample_file):
-            file.unlink(missing_ok=True)
+        Raises ValueError for a manifest that is damaged.
+        """
+        return self.recipe_file.exists() or any((self.root / name).is_file() for name in self.listed())
 
-    def _stage_names(self) -> list[str]:
-        if not self.recipe_file.exists():
-            return []
-        saved = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        return [stage["name"] for stage in saved["stages"]]
+    def newest_first(self, stages: list[str]) -> list[Path]:
+        """Checkpoints of these stages, whole or not, the furthest in training first."""
+        found = []
+        for path in self.checkpoints.glob("*"):
+            stage, _, step = path.name.rpartition("-")
+            parts = (STATE_FILE, TENSORS_FILE, CHECKSUMS_FILE)
+            if stage in stages and step.isdecimal() and any((path / name).exists() for name in parts):
+                found.append((stages.index(stage), int(step), path))
+        return [path for *_, path in sorted(found, reverse=True)]
 
-    def recover(self) -> None:
-        """Undo what a killed process left behind in the middle of a save."""
-        for folder in (self.best, *map(self.stage, self._stage_names())):
-            recover(folder)
-        for hidden in list(self.checkpoints.glob(".*.previous")) + list(self.checkpoints.glob(".*.saving")):
-            recover(hidden.with_name(hidden.name.rpartition(".")[0].removeprefix(".")))
-
-    def newest_first(self) -> Iterator[Path]:
-        """Complete checkpoints, the furthest in training first."""
-        found = [path for path in self.checkpoints.glob("*") if (path / STATE_FILE).is_file()]
-
-        def progress(path: Path) -> tuple[int, int]:
-            state = read_state(path)["state"]
-            return state["stage"], state["step"]
-
-        yield from sorted(found, key=progress, reverse=True)
-
-    def prune(self, keep: int) -> None:
-        """Remove all but the `keep` newest checkpoints."""
-        for path in list(self.newest_first())[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+    def prune(self, stages: list[str], keep: int, damaged: Collection[Path] = ()) -> bool:
+        """Remove all but the `keep` newest checkpoints, and those that are damaged. Returns whether any was removed."""
+        paths = self.newest_first(stages)
+        whole = [path for path in paths if path not in damaged]
+        old = [path for path in paths if path not in whole[:keep]]
+        return any([self.remove_folder(path) for path in old])

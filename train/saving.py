@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from .cards import write_run_card
 from .checkpoint import (
     atomic_file,
+    find_damage,
+    is_disk_full,
     random_state,
     read_state,
     read_tensors,
     restore_random_state,
-    save_folder,
+    write_checksums,
     write_state,
 )
-from .distributed import gather_optimizer, gather_weights, load_optimizer
+from .distributed import from_main, gather_optimizer, gather_weights, load_optimizer
 from .options import to_mapping
 from .plan import Run
+from .report import Reporting
 from .stage_model import resume_model, write_checkpoint_model, write_whole_model
 from .state import Score, State
 
@@ -52,46 +54,62 @@ class Checkpoint:
 class Saver:
     """Writes from the main process what all processes gather; an error there is raised in all of them."""
 
-    def __init__(self, run: Run, accelerator: Accelerator):
-        self.run, self.accelerator, self.folder = run, accelerator, run.folder
+    def __init__(self, run: Run, accelerator: Accelerator, reporting: Reporting):
+        self.run, self.accelerator, self.folder, self.reporting = run, accelerator, run.folder, reporting
+        self.stages = [stage.name for stage in run.stages]
         self.newest: Path | None = None
+        self.damaged: list[Path] = []
 
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @contextmanager
+    def hold_folder(self) -> Iterator[None]:
+        """Hold the output folder against other runs. Raises OSError in all processes when another run holds it."""
+        with ExitStack() as held:
+            from_main(self.accelerator, lambda: held.enter_context(self.folder.hold()))
+            yield
+
     def open_run(self) -> Checkpoint | None:
-        """The checkpoint to go on from; or, when there is none, an output folder without an earlier run's results."""
-        path = None
-        if self.is_main:
-            if self.run.recipe.output.resume and self.folder.holds_run():
-                path = self._find_readable()
-            if path is None:
-                self.folder.root.mkdir(parents=True, exist_ok=True)
-                self.folder.clear()
-                with atomic_file(self.folder.recipe_file) as file:
-                    file.write_text(yaml.safe_dump(to_mapping(self.run.recipe), sort_keys=False), encoding="utf-8")
-        path = self._from_main(path)
-        if path is None:
+        """The checkpoint to go on from; or, when there is none, an output folder without an earlier run's results.
+
+        Raises ValueError for files of a user that are in the way, and when there are checkpoints and none is whole.
+        """
+        self.newest = from_main(self.accelerator, self._find_or_begin)
+        if self.newest is None:
             return None
-        self.newest = path
-        saved = read_state(path)
+        saved = read_state(self.newest)
         state = State.from_json(saved["state"])
         state.earlier_seconds += saved["seconds"]
-        return Checkpoint(self.run, path, state)
+        return Checkpoint(self.run, self.newest, state)
 
-    def _find_readable(self) -> Path | None:
-        self.folder.recover()
-        for path in self.folder.newest_first():
-            try:
-                for file in path.glob("*.safetensors"):
-                    with safe_open(file, framework="pt"):  # a file that was cut off does not open
-                        pass
-            except (SafetensorError, OSError) as error:
-                print(f"{path} cannot be read ({error}); going on from the one before", flush=True)
-            else:
-                return path
+    def _find_or_begin(self) -> Path | None:
+        names = self.folder.names(self.stages)
+        if self.run.recipe.output.resume and self.folder.newest_first(self.stages):
+            self.folder.claim(names)
+            self.folder.recover()
+            return self._find_whole()
+        problems = list(self.folder.find_problems(names, flag="--output.dir", overwrite=True))
+        if problems:
+            raise ValueError(problems[0])
+        self.folder.clear()
+        self.folder.claim(names)
+        with atomic_file(self.folder.recipe_file) as file:
+            file.write_text(yaml.safe_dump(to_mapping(self.run.recipe), sort_keys=False), encoding="utf-8")
         return None
+
+    def _find_whole(self) -> Path:
+        for path in self.folder.newest_first(self.stages):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            print(f"{path} is damaged: {damage}; trying the one before", flush=True)
+            self.damaged.append(path)
+        raise ValueError(
+            f"no checkpoint in {self.folder.checkpoints} is whole ({damage}); bring one back from a copy, or begin "
+            "anew with --output.overwrite"
+        )
 
     def save_checkpoint(self, state: State, model: PreTrainedModel, optimizer: Optimizer, *, seconds: float) -> None:
         """All that is needed to go on from here, then the oldest ones are removed.
@@ -109,13 +127,21 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_model(folder)
-            saved = {"stage_name": stage.name, "seconds": seconds, "random": random, "state": state.to_json()}
+            saved = {
+                "stage_name": stage.name, "seconds": seconds, "random": random, "data": self.run.data_summary,
+                "state": state.to_json(),
+            }  # fmt: skip
             write_state(folder, saved, tensors)
+            write_checksums(folder)
 
-        self._write(path, write)
+        self._save(path, write)
         self.newest = path
-        if self.is_main:
-            self.folder.prune(self.run.recipe.output.keep_checkpoints)
+        from_main(self.accelerator, self._prune)
+
+    def _prune(self) -> None:
+        self.damaged = [path for path in self.damaged if path != self.newest]
+        self.folder.prune(self.stages, self.run.recipe.output.keep_checkpoints, self.damaged)
+        self.damaged.clear()
 
     def save_stage(self, state: State, model: PreTrainedModel, score: Score) -> None:
         self._save_model(self.folder.stage(self.run.stages[state.stage].name), state, model, score)
@@ -134,9 +160,10 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_model(folder)
-            write_run_card(folder, path, self.run, state, score, self.accelerator)
+            arguments = (folder, path, self.run, state, score, self.accelerator)
+            self.reporting(f"the model card of {path.name}", write_run_card, *arguments)
 
-        self._write(path, write)
+        self._save(path, write)
 
     def kept(self) -> str:
         """What is left when training stops here, as words."""
@@ -144,21 +171,19 @@ class Saver:
             return "no checkpoint had been saved yet (--output.checkpoint-every)"
         return f"the last checkpoint is kept in {self.newest}"
 
-    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
-        failure = None
-        if self.is_main:
-            try:
-                save_folder(path, write)
-            except OSError as error:
-                failure = str(error)
-        failure = self._from_main(failure)
-        if failure is not None:
-            raise OSError(f"{failure}; {self.kept()}")
+    def _save(self, path: Path, write: Callable[[Path], None]) -> None:
+        try:
+            from_main(self.accelerator, lambda: self._save_folder(path, write))
+        except OSError as error:
+            raise OSError(f"{error}; {self.kept()}") from error
 
-    def _from_main(self, value: object) -> object:
-        """The main process's value, in every process."""
-        if self.accelerator.num_processes == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def _save_folder(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Where the disk is full, the checkpoints before the newest make room. A whole one is there at every moment."""
+        try:
+            self.folder.save_folder(path, write)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            if not self.folder.prune(self.stages, 1, self.damaged):
+                raise OSError(f"{error}; make room: the newest checkpoint stays until the next one is whole") from error
+            self.folder.save_folder(path, write)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from modeling_tnt import TNTPreTrainedModel
+from modeling_tnt.compat import enable_checkpointing
 from modeling_tnt.health import memory_health
 
 from .batches import StepBatches
@@ -32,13 +33,16 @@ from .optim import learning_rate_at, parameter_groups
 from .options import leaves, to_mapping
 from .plan import Run, Stage
 from .push_run import RunPusher
-from .report import Log, Progress, print_start, save_results
+from .recipe import LARGEST_SEED
+from .report import Log, Progress, Reporting, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
 from .signals import Stopper
 from .stage_model import build_model, choose_trained, without_adapters
 from .state import Score, State, score_key
 from .utilisation import operations_per_token, peak_operations
+
+TRACKERS = "reporting to the trackers"
 
 
 def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
@@ -69,21 +73,22 @@ class Session:
         self.run, self.accelerator, self.stopper = run, accelerator, stopper
         self.recipe = run.recipe
         self.began = time.perf_counter()
-        self.saver = Saver(run, accelerator)
+        self.reporting = Reporting()
+        self.saver = Saver(run, accelerator, self.reporting)
         self.pusher = RunPusher(self.recipe.output)
         self.state, self.stop_requested = State(), False
         self.autocast = torch.bfloat16 if self.recipe.training.mixed_precision == "bf16" else None
         self.tokens_per_byte = run.data.train.num_tokens / max(1, run.data.train.num_bytes)
 
     def run_stages(self) -> dict[str, Any]:
-        checkpoint = self.saver.open_run()
+        with self.saver.hold_folder():
+            return self._run_stages(self.saver.open_run())
+
+    def _run_stages(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         if checkpoint is not None:
             self.state = checkpoint.state
         if self.recipe.output.trackers:
-            flat = {leaf.path: to_mapping(leaf.value) for leaf in leaves(self.recipe)}
-            self.accelerator.init_trackers(
-                "tnt", {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
-            )
+            self.reporting(TRACKERS, self._start_trackers)
         with Log(self.run.folder.log_file, keep_bytes=self.state.log_bytes, active=self.is_main) as self.log:
             if not self.state.scores:
                 self.state.scores += score_bigrams(self.run)
@@ -94,15 +99,22 @@ class Session:
         self.accelerator.wait_for_everyone()
         results = None
         if self.is_main:
-            sample = generate_final_sample(self.run, self.accelerator.device)
+            device = self.accelerator.device
+            sample = self.reporting("the sample", generate_final_sample, self.run, device, otherwise=("", ""))
             seconds = self.state.earlier_seconds + time.perf_counter() - self.began
-            results = save_results(self.run, self.state, sample, seconds=seconds)
-            finish_cards(self.run, self.state, seconds=seconds)
-        self.accelerator.end_training()
+            results = save_results(self.run, self.state, sample, self.reporting, seconds=seconds)
+            self.reporting("the model cards", finish_cards, self.run, self.state, seconds=seconds)
+        self.reporting("closing the trackers", self.accelerator.end_training)
         if self.is_main:  # the other processes are done, and wait for nothing
             last = self.run.stages[-1].name
             self.pusher.push_end(self.run.folder.stage(last), f"{last}, {self.state.total_steps} steps in all")
         return results or {}
+
+    def _start_trackers(self) -> None:
+        flat = {leaf.path: to_mapping(leaf.value) for leaf in leaves(self.recipe)}
+        self.accelerator.init_trackers(
+            "tnt", {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat.items()}
+        )
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +125,7 @@ class Session:
     def start_stage(self, index: int, resumed: Checkpoint | None) -> PreTrainedModel:
         """The stage's model on this process's device."""
         # The same everywhere: adapters are drawn here, and each process keeps its own part of them under FSDP.
-        set_seed(self.recipe.training.seed + index)
+        set_seed((self.recipe.training.seed + index) % (LARGEST_SEED + 1))
         if resumed is None:
             if index > self.state.stage:
                 self.state.begin_stage(index)
@@ -121,7 +133,7 @@ class Session:
         else:
             model = resumed.load_model()
         if self.recipe.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         model = model.to(self.accelerator.device)
         if self.recipe.training.compile:
             model.compile()
@@ -265,7 +277,8 @@ class Session:
             state.log_bytes = self.log.size()
             self.saver.save_checkpoint(state, model, optimizer, seconds=seconds)
             if self.is_main and not self.stop_requested:
-                self.pusher.push_checkpoint(self.saver.newest, f"{stage.name}, step {state.step}")
+                message = f"{stage.name}, step {state.step}"
+                self.reporting("the push of a checkpoint", self.pusher.push_checkpoint, self.saver.newest, message)
         if self.stop_requested:
             raise TrainingStopped(
                 f"stopped in {stage.name} at step {state.step}; {self.saver.kept()}. --output.resume goes on from it",
@@ -306,4 +319,4 @@ class Session:
             self.log.write(event=event, stage=stage.name, step=state.step, tokens=state.tokens, **values)
         if self.recipe.output.trackers:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self.accelerator.log(numbers, step=state.total_steps)
+            self.reporting(TRACKERS, self.accelerator.log, numbers, step=state.total_steps)

@@ -363,7 +363,7 @@ def test_a_gpu_that_is_not_there(capsys):
 def test_results_are_not_replaced_unasked(output_dir: Path, tmp_path: Path, capsys):
     assert run(KERNELS, output_dir, "--time-limit", "1e-9")[0] == 0
     assert main([*KERNELS, "--output-dir", str(output_dir)]) == 2
-    assert "holds kernels.csv; give another folder, or --overwrite" in capsys.readouterr().err
+    assert "holds kernels.csv, kernels.png; give another folder, or --overwrite" in capsys.readouterr().err
     assert run(KERNELS, output_dir, "--time-limit", "1e-9", "--overwrite")[0] == 0
     (tmp_path / "file").touch()
     assert main([*KERNELS, "--output-dir", str(tmp_path / "file" / "below")]) == 2

@@ -47,7 +47,7 @@ def test_it_measures_writes_and_prints(output_dir: Path, capsys):
     assert "TNT's median step as a multiple" in printed and "cache, MiB" in printed
     assert (output_dir / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert main([*DECODE, "--output-dir", str(output_dir)]) == 2
-    assert "holds decode.json; give another folder, or --overwrite" in capsys.readouterr().err
+    assert "holds decode.json, decode.png; give another folder, or --overwrite" in capsys.readouterr().err
 
 
 def test_a_cache_that_does_not_fit_is_left_out_with_its_size(output_dir: Path, capsys):

@@ -14,14 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_tnt.train.checkpoint import (
+    CHECKSUMS_FILE,
+    STATE_FILE,
+    TENSORS_FILE,
     atomic_file,
     atomic_folder,
+    find_damage,
     random_state,
     read_state,
     read_tensors,
     recover,
     restore_random_state,
     save_folder,
+    write_checksums,
     write_state,
 )
 
@@ -142,3 +147,62 @@ def test_random_numbers_go_on_where_they_were_saved(tmp_path: Path):
     expected = draw()
     restore_random_state(read_state(tmp_path)["random"], read_tensors(tmp_path))
     assert draw() == expected
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The files of a checkpoint, with small weights."""
+    save_file({"weight": torch.zeros(100)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    write_state(tmp_path, {"state": {}, "seconds": 0.0, "random": {}}, {"rng": torch.zeros(100)})
+    write_checksums(tmp_path)
+    return tmp_path
+
+
+def _flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]), "emptied": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "of an earlier version"])
+@pytest.mark.parametrize("name", [STATE_FILE, TENSORS_FILE, "model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_found_and_its_file_named(checkpoint: Path, damage: str, name: str, checksums: bool):
+    if not checksums:
+        (checkpoint / CHECKSUMS_FILE).unlink()
+    assert find_damage(checkpoint) is None
+    DAMAGES[damage](checkpoint / name)
+    found = find_damage(checkpoint)
+    assert found and (name in found or "weights are missing" in found), found
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, TENSORS_FILE, "model.safetensors", "config.json"])
+def test_a_flipped_bit_is_found(checkpoint: Path, name: str):
+    _flip(checkpoint / name)
+    assert name in find_damage(checkpoint)
+
+
+def test_a_checkpoint_without_its_config_is_damaged(checkpoint: Path):
+    (checkpoint / "config.json").unlink()
+    assert find_damage(checkpoint) == "config.json is missing"
+
+
+def test_checksums_that_were_cut_off_are_no_proof(checkpoint: Path):
+    DAMAGES["emptied"](checkpoint / CHECKSUMS_FILE)
+    assert CHECKSUMS_FILE in find_damage(checkpoint)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_get_the_permissions_of_other_new_files(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        save_folder(tmp_path / "a", lambda folder: save_file({"x": torch.zeros(1)}, folder / "model.safetensors"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

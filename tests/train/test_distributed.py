@@ -22,6 +22,7 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import RowOrder
 from modeling_tnt.train.distributed import gather_weights, load_optimizer
 from modeling_tnt.train.report import read_log
+from modeling_tnt.train.run_folder import RunFolder
 
 # Marked documents give the processes different numbers of predicted tokens.
 RUN = ["--training.batch-size", "4", "--training.micro-batch-size", "1", "--data.boundaries", "marked",
@@ -102,6 +103,15 @@ def test_one_process_goes_on_with_a_run_of_fsdp2(flags, one_process: Path, tmp_p
     assert main([*flags, *RUN, "--resume"]) == 0
     assert str(checkpoint) in capsys.readouterr().out
     _assert_equal_within_float_error(tmp_path / "run", one_process)
+
+
+def test_processes_in_a_folder_in_use_fail_together(flags, tmp_path: Path):
+    with RunFolder(tmp_path / "run").hold():
+        launched = _launch(flags)
+        _, errors = launched.communicate(timeout=300)
+    assert launched.returncode != 0
+    assert errors.count("is in use: another process") == 2
+    assert errors.count("Traceback") == 1, "the launcher's own, which says that they failed"
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(flags, tmp_path: Path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from modeling_tnt.train.evaluation.arguments import EvalArguments
 from modeling_tnt.train.evaluation.run import run_eval
 from modeling_tnt.train.evaluation.subjects import shorten
 from modeling_tnt.train.options import Parser, add_flags, to_arguments
+from modeling_tnt.train.output_folder import MANIFEST
 
 WORDS = "the memory reads one token and then another while it learns to forget what no longer helps".split()
 
@@ -116,7 +117,7 @@ def test_results_are_repeated_by_the_seed_and_not_overwritten(arguments, tmp_pat
     assert run_eval(arguments(tasks=["retrieval"])) == 0
     first = read(tmp_path / "eval", "retrieval")["models"]
     assert run_eval(arguments(tasks=["retrieval"])) == 2
-    assert "holds retrieval.json; give another folder, or --overwrite" in capsys.readouterr().err
+    assert "holds retrieval.json, retrieval.png; give another folder, or --overwrite" in capsys.readouterr().err
     assert run_eval(arguments(tasks=["retrieval"], overwrite=True)) == 0
     assert read(tmp_path / "eval", "retrieval")["models"] == first
     assert run_eval(arguments(tasks=["retrieval"], overwrite=True, seed=1)) == 0
@@ -257,7 +258,9 @@ def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch
     monkeypatch.setitem(run_module._MEASURES, "position", interrupt)
     assert run_eval(arguments()) == 130
     assert "finished tasks are kept" in capsys.readouterr().err
-    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["perplexity.json", "perplexity.png"]
+    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == [
+        "perplexity.json", "perplexity.png", MANIFEST
+    ]  # fmt: skip
 
     def exhaust(*_):
         raise torch.OutOfMemoryError("none left")

@@ -183,6 +183,49 @@ def test_bad_arguments(flags, tmp_path: Path, capsys, more: list[str], says: str
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["best"], "the name 'best' is taken by the folder of the best model"),
+        (["Checkpoints"], "'Checkpoints' is taken by"),
+        (["a", "a"], "the names 'a' and 'a' are of one folder"),
+        (["a", "A"], "the names 'a' and 'A' are of one folder"),
+        (["../victim"], "letters, digits, - and _, since a folder gets it, got '../victim'"),
+        (["a.b"], "got 'a.b'"),
+        ([""], "got ''"),
+        (["x" * 65], "1 to 64 letters"),
+    ],
+)  # fmt: skip
+def test_names_of_stages(tmp_path: Path, capsys, names: list[str], says: str):
+    stages = [{"name": name, "steps": 1} for name in names]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": stages, "modell": {}}))
+    assert main(["train", "--config", str(tmp_path / "r.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert says in message and "modell is unknown" in message and "Traceback" not in message
+    assert any(says in problem for problem in Recipe(stages=[StageOptions(**stage) for stage in stages]).problems())
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ([{"tokens": 1e300}], "--stages.stage1 would end after more than"),
+        ([{"steps": 5}, {"share": 1e308}], "--stages.stage2 would end after more than"),
+        ([{"steps": 5, "trainable": "local"}], "--stages.stage1.trainable local: the model has no local memory"),
+    ],
+)
+def test_stages_that_cannot_be_trained(stages: list[dict], says: str):
+    recipe = recipe_from_mapping({"stages": stages}, "it")
+    with pytest.raises(ValueError, match=says):
+        plan_stages(recipe, TNTConfig.from_preset("tiny", local_chunk_sizes=[]))
+
+
+def test_numbers_have_an_end():
+    recipe = Recipe(stages=[StageOptions(name="a", steps=10**400)])
+    recipe.training.seed = 2**32
+    problems = "\n".join(recipe.problems())
+    assert "--training.seed must be at most 4294967295" in problems and "--stages.a.steps must be at most" in problems
+
+
 def test_an_unknown_flag_suggests_a_known_one(flags, capsys):
     for typo, known in (
         ("--training.batchsize", "--training.batch-size"), ("--lerning-rate=3", "--optimizer.learning-rate"),

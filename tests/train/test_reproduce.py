@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 from modeling_tnt.train.bench.timing import Deadline
+from modeling_tnt.train.checkpoint import files_below
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import load_data
 from modeling_tnt.train.options import to_mapping
+from modeling_tnt.train.output_folder import LOCK, MANIFEST, OutputFolder
 from modeling_tnt.train.reproduce import jobs as jobs_module
 from modeling_tnt.train.reproduce import runner as runner_module
 from modeling_tnt.train.reproduce.arguments import Table3Arguments
@@ -40,6 +42,7 @@ from modeling_tnt.train.reproduce.results import (
     difference_to_base,
     judge,
 )
+from modeling_tnt.train.reproduce.run import _take_folder
 from modeling_tnt.train.reproduce.runner import Runner
 from modeling_tnt.train.reproduce.scales import SCALES
 from modeling_tnt.train.signals import Stopper
@@ -222,11 +225,7 @@ def fake_trainer(tmp_path: Path, monkeypatch) -> None:
 
 
 def _runner(jobs: list[Job], stopper: Stopper, *, time_limit: float | None = None) -> Runner:
-    with open(os.devnull) as lock:
-        runner = Runner(
-            jobs, workers=2, device="cpu", stopper=stopper, deadline=Deadline(time_limit), lock=os.dup(lock.fileno())
-        )
-    return runner
+    return Runner(jobs, workers=2, device="cpu", stopper=stopper, deadline=Deadline(time_limit))
 
 
 def _began(job: Job) -> float:
@@ -288,13 +287,31 @@ def test_a_stop_lets_runs_save_and_starts_no_more(cause: str, smoke, fake_traine
     assert [(job.folder.root / "saved").exists() for job in jobs] == [True, True, False]
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path, capsys):
-    import fcntl
+def _table3(folder: Path, *more: str) -> int:
+    return main(["reproduce", "table3", "--scale", "smoke", "--seeds", "1", "--output-dir", str(folder), *more])
 
-    with (tmp_path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert main(["reproduce", "table3", "--scale", "smoke", "--output-dir", str(tmp_path)]) == 2
-    assert "in use by another reproduction" in capsys.readouterr().err
+
+@pytest.mark.parametrize("place", [".", f"runs/{BASE}-seed0"], ids=["a reproduction", "a run that outlived its own"])
+def test_a_folder_in_use_is_refused(tmp_path: Path, capsys, place: str):
+    with OutputFolder(tmp_path / place, "train").hold():
+        assert _table3(tmp_path) == 2
+    assert "is in use: another process" in capsys.readouterr().err
+
+
+def test_a_reproduction_replaces_its_own_files_only(smoke, tmp_path: Path, capsys):
+    (tmp_path / "table3.md").write_text("mine")
+    assert _table3(tmp_path) == 2 and _table3(tmp_path, "--overwrite") == 2
+    assert "holds table3.md under names that tnt reproduce table3 writes" in capsys.readouterr().err
+    (job,) = (job for job in smoke(seeds=1) if job.row == BASE)
+    root = job.folder.root.parents[1]
+    folder = OutputFolder(root, "reproduce table3")
+    _take_folder(folder, [job], overwrite=False)
+    job.folder.claim(["recipe.yaml"])
+    for name in ("table3.md", f"runs/{job.name}.log", f"runs/{job.name}/recipe.yaml", f"runs/{job.name}/notes.txt"):
+        (root / name).write_text("")
+    _take_folder(folder, [job], overwrite=True)
+    left = {p.relative_to(root).as_posix() for p in files_below(root) if p.name not in (MANIFEST, LOCK)}
+    assert left == {f"runs/{job.name}/notes.txt"}
 
 
 def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):

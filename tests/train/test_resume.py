@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from modeling_tnt.train import trainer
 from modeling_tnt.train.checkpoint import STATE_FILE, TENSORS_FILE
 from modeling_tnt.train.cli import main
+from modeling_tnt.train.output_folder import LOCK
 from modeling_tnt.train.report import read_log
+from modeling_tnt.train.run_folder import RunFolder
 
 LONGER = ["--stages.stage1.steps", "7", "--stages.stage2.share", "0.6", "--output.eval-every", "3",
           "--output.keep-checkpoints", "3"]  # fmt: skip
@@ -140,15 +142,73 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(flags, expecte
     monkeypatch.setattr(trainer.Session, "take_step", take_step)
     assert main([*flags, *LONGER, "--resume"]) == 0
     printed = capsys.readouterr().out
-    assert f"{newest} cannot be read" in printed and f"resumed  from {checkpoints / 'stage1-00000004'}" in printed
+    assert f"{newest} is damaged: model.safetensors" in printed
+    assert f"resumed  from {checkpoints / 'stage1-00000004'}" in printed
     assert not half_written.exists()
     _assert_same_run(tmp_path / "run", expected)
+
+
+def test_no_whole_checkpoint_is_an_error_and_a_lost_log_is_not(flags, tmp_path: Path, capsys):
+    run, short = tmp_path / "run", [*flags, "--stages.stage1.steps", "2", "--resume"]
+    assert main(short) == 0
+    (run / "log.jsonl").unlink()
+    (run / "checkpoints" / "stage2-00000001" / STATE_FILE).write_text("")
+    assert main(short) == 0
+    printed = capsys.readouterr().out
+    assert f"stage2-00000001 is damaged: {STATE_FILE}" in printed
+    assert f"{run / 'log.jsonl'} was cut off or removed" in printed
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"stage1-00000002", "stage2-00000001"}
+    for path in run.glob(f"checkpoints/*/{STATE_FILE}"):
+        path.unlink()
+    assert main(short) == 1
+    assert f"no checkpoint in {run / 'checkpoints'} is whole ({STATE_FILE} is missing)" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.save_folder(folder.checkpoint("a", step), lambda fresh: (fresh / STATE_FILE).touch())
+    assert folder.prune(["a"], 1, damaged=[folder.checkpoint("a", 3)])
+    assert folder.newest_first(["a"]) == [folder.checkpoint("a", 2)] and not folder.prune(["a"], 1)
+
+
+def test_resume_on_changed_data_is_refused(flags, text_folder: Path, tmp_path: Path, capsys):
+    short = [*flags, "--stages.stage1.steps", "1"]
+    assert main(short) == 0
+    os.utime(text_folder / "3.txt", (1, 1))  # the text is the same
+    assert main([*short, "--resume"]) == 0
+    text = (text_folder / "3.txt").read_text()
+    (text_folder / "3.txt").write_text(text.replace("memory", "remory"))
+    assert main([*short, "--resume"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "--output.resume: the data is not what it was when" in message
+        and "go on with the new one by --output.accept-changed-data" in message
+    )
+    assert main([*short, "--resume", "--output.accept-changed-data"]) == 0
 
 
 def test_resume_without_a_run_begins_one(flags, tmp_path: Path):
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0  # finished: scored again, nothing trained
     assert len([r for r in _log(tmp_path / "run") if r["event"] == "step"]) == 2
+
+
+def test_a_run_without_its_recipe_is_neither_resumed_nor_replaced_unasked(flags, tmp_path: Path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(["metrics.json"])
+    folder.metrics_file.touch()
+    assert main([*flags, "--resume"]) == 2 and main(flags) == 2
+    message = capsys.readouterr().err
+    assert "has no recipe.yaml; give another folder" in message and "holds another run; give another" in message
+
+
+def test_a_broken_recipe_in_a_run_is_named(flags, tmp_path: Path, capsys):
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("a: [")
+    assert main([*flags, "--resume"]) == 2
+    assert str(recipe) in (message := capsys.readouterr().err) and "is not valid YAML" in message
 
 
 def test_resume_with_another_recipe_is_refused(flags, tmp_path: Path, capsys):
@@ -193,4 +253,4 @@ def _assert_same_logs_and_weights(run: Path, expected: Path) -> None:
     for name in ("stage1", "stage2", "best"):
         weights, wanted = (load_file(r / name / "model.safetensors") for r in (run, expected))
         assert all(torch.equal(weights[k], wanted[k]) for k in wanted), name
-    assert not [p for p in run.rglob(".*")]
+    assert {p.name for p in run.rglob(".*")} == {LOCK}

@@ -20,6 +20,7 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import DataOptions, load_data
 from modeling_tnt.train.evaluation.scores import score_rows
 from modeling_tnt.train.optim import parameter_groups
+from modeling_tnt.train.output_folder import LOCK
 from modeling_tnt.train.report import read_log
 
 
@@ -54,7 +55,7 @@ def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path,
     assert [(s["steps"], s["local_chunk_sizes"]) for s in metrics["stages"]] == [(6, [8]), (1, [2])]
     assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert metrics["sample"]["prompt"] in (output_dir / "sample.txt").read_text()
-    assert not [p for p in output_dir.rglob("*") if p.name.startswith(".")]
+    assert {p.name for p in output_dir.rglob(".*")} == {LOCK}
 
     log = read_log(output_dir / "log.jsonl")
     assert [r["tokens"] for r in _steps(output_dir)] == [128 * i for i in range(1, 8)]
@@ -182,6 +183,23 @@ def test_trackers_get_what_the_log_gets(flags, output_dir: Path, fresh_accelerat
     assert len(events.Scalars("memory_health/layer0/local0/step_size")) == 3
 
 
+def test_what_only_reports_costs_no_run_its_end(flags, output_dir: Path, monkeypatch, capsys):
+    """With the largest seed, which every later stage adds to."""
+
+    def fails(*args, **kwargs):
+        raise KeyError("a bug")
+
+    for name in ("report.save_plot", "trainer.finish_cards", "trainer.generate_final_sample", "saving.write_run_card"):
+        monkeypatch.setattr(f"modeling_tnt.train.{name}", fails)
+    monkeypatch.setattr(trainer.RunPusher, "push_checkpoint", fails)
+    assert main([*flags, "--training.seed", str(2**32 - 1)]) == 0
+    printed = capsys.readouterr().out
+    for what in ("the plot", "the sample", "the model cards", "the model card of stage1", "the push of a checkpoint"):
+        assert printed.count(f"warning  {what} failed (KeyError: 'a bug')") == 1, what
+    assert _metrics(output_dir)["sample"] == {"prompt": "", "continuation": ""}
+    assert AutoModelForCausalLM.from_pretrained(output_dir / "stage2").config.local_chunk_sizes == [2]
+
+
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 
@@ -249,6 +267,24 @@ def test_a_full_disk_keeps_the_last_checkpoint(flags, output_dir: Path, monkeypa
     assert [p.name for p in (output_dir / "checkpoints").iterdir()] == [kept.name]
     monkeypatch.undo()
     assert main([*flags, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_full_disk_is_given_room_by_the_checkpoints_before_the_newest(flags, output_dir: Path, monkeypatch, capsys,
+                                                                        keep: int):  # fmt: skip
+    """There is room for two. The only whole one is never removed before the next is."""
+    save = TNTForCausalLM.save_pretrained
+
+    def room_for_two(self, folder: Path, **options):
+        if folder.parent.name == "checkpoints" and len(list(folder.parent.iterdir())) > (2 if keep == 2 else 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder, **options)
+
+    monkeypatch.setattr(TNTForCausalLM, "save_pretrained", room_for_two)
+    assert main([*flags, "--output.keep-checkpoints", str(keep)]) == (0 if keep == 2 else 1)
+    if keep == 1:
+        assert "make room: the newest checkpoint stays until the next one is whole" in capsys.readouterr().err
+        assert [p.name for p in (output_dir / "checkpoints").iterdir()] == ["stage1-00000002"]
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

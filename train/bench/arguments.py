@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from modeling_tnt.configuration import TNTConfig, available_presets
 from modeling_tnt.kernels import BACKENDS
 
 from ..options import find_blocked_folder, flag_of, option
+from ..output_folder import OutputFolder
 from .costs import MODES
 from .models import make_titans_config, make_tnt_config
 
@@ -58,7 +59,9 @@ _MODEL_QUICK: dict[str, dict[str, Any]] = {
 
 @dataclass
 class BenchArguments:
-    """What all benchmarks take. A None is filled in for the device by `resolve`."""
+    """What all benchmarks take. A None is filled in for the device by `resolve`. `results`: files in `output_dir`."""
+
+    results: ClassVar[tuple[str, str]]
 
     device: str | None = option(None, "run", "cuda or cpu; by default cuda if there is one")
     quick: bool = option(False, "run", "fewer and smaller measurements, where their sizes are not given")
@@ -69,7 +72,7 @@ class BenchArguments:
     seed: int | None = option(None, "run", "of the random inputs; by default another one in each run, and printed")
     overwrite: bool = option(False, "output", "replace the results that output_dir holds")
 
-    def _resolve(self, defaults: dict[str, dict[str, Any]], quick: dict[str, dict[str, Any]], result: str) -> Any:
+    def _resolve(self, defaults: dict[str, dict[str, Any]], quick: dict[str, dict[str, Any]]) -> Any:
         """A copy without None but for `time_limit`. Raises one ValueError that lists every problem."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device not in defaults:
@@ -81,11 +84,14 @@ class BenchArguments:
         fills = {k: v for k, v in fills.items() if getattr(self, k) is None}
         filled = replace(self, **fills | {"device": device, "output_dir": Path(self.output_dir)})
         problems = [*filled._find_problems(), *filled._find_wrong_sizes(), *find_blocked_folder(filled.output_dir)]
-        if not self.overwrite and (filled.output_dir / result).exists():
-            problems.append(f"--output-dir {filled.output_dir} holds {result}; give another folder, or --overwrite")
+        problems += filled.output.find_problems(self.results, overwrite=self.overwrite)
         if problems:
             raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
         return filled
+
+    @property
+    def output(self) -> OutputFolder:
+        return OutputFolder(self.output_dir, f"bench {Path(self.results[0]).stem}")
 
     def _find_problems(self) -> Iterable[str]:
         """Those of one benchmark alone."""
@@ -141,6 +147,8 @@ def _grid_option(name: str, help: str, defaults: dict[str, dict[str, Any]]) -> A
 class KernelBenchArguments(_GridArguments):
     """What `tnt bench kernels` needs to know; every field is a flag."""
 
+    results = ("kernels.csv", "kernels.png")
+
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _KERNEL_DEFAULTS)
     tokens: int | None = _grid_option("tokens", "tokens of a call, in tokens / T rows", _KERNEL_DEFAULTS)
     chunk_sizes: list[int] | None = _grid_option("chunk_sizes", "tokens in a chunk, in this order", _KERNEL_DEFAULTS)
@@ -165,7 +173,7 @@ class KernelBenchArguments(_GridArguments):
     output_dir: Path = option(Path("runs/bench-kernels"), "output", "folder for kernels.csv and kernels.png")
 
     def resolve(self) -> KernelBenchArguments:
-        return self._resolve(_KERNEL_DEFAULTS, _KERNEL_QUICK, "kernels.csv")
+        return self._resolve(_KERNEL_DEFAULTS, _KERNEL_QUICK)
 
     def _find_problems(self) -> Iterable[str]:
         yield from self._find_unknown("backends", MEMORY_BACKENDS)
@@ -188,6 +196,8 @@ class KernelBenchArguments(_GridArguments):
 class ModelBenchArguments(_GridArguments):
     """What `tnt bench model` needs to know; every field is a flag."""
 
+    results = ("model.csv", "model.png")
+
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _MODEL_DEFAULTS)
     tokens: int | None = _grid_option("tokens", "tokens of a step, in tokens / T rows", _MODEL_DEFAULTS)
     chunk_sizes: list[int] | None = _grid_option(
@@ -206,7 +216,7 @@ class ModelBenchArguments(_GridArguments):
     output_dir: Path = option(Path("runs/bench-model"), "output", "folder for model.csv and model.png")
 
     def resolve(self) -> ModelBenchArguments:
-        return self._resolve(_MODEL_DEFAULTS, _MODEL_QUICK, "model.csv")
+        return self._resolve(_MODEL_DEFAULTS, _MODEL_QUICK)
 
     def tnt_config(self, chunk_size: int) -> TNTConfig:
         return make_tnt_config(self.preset, chunk_size, self.backend)

@@ -71,6 +71,7 @@ def run_decode(args: DecodeBenchArguments) -> int:
     bench = DecodeBench(args)
     print(bench.describe(), flush=True)
     rows: list[DecodeRow] = []
+    args.output.claim(args.results)
     try:
         for context in args.contexts:
             measured = bench.measure(context)

@@ -28,6 +28,8 @@ _QUICK: dict[str, dict[str, Any]] = {
 class DecodeBenchArguments(BenchArguments):
     """What `tnt bench decode` needs to know; every field is a flag."""
 
+    results = ("decode.json", "decode.png")
+
     contexts: list[int] | None = option(
         None, "grid", f"tokens read before the step (default: {' '.join(map(str, CONTEXTS))})"
     )
@@ -48,7 +50,7 @@ class DecodeBenchArguments(BenchArguments):
     output_dir: Path = option(Path("runs/bench-decode"), "output", "folder for decode.json and decode.png")
 
     def resolve(self) -> DecodeBenchArguments:
-        return self._resolve(_DEFAULTS, _QUICK, "decode.json")
+        return self._resolve(_DEFAULTS, _QUICK)
 
     def tnt_config(self) -> TNTConfig:
         return TNTConfig.from_preset(self.preset, kernel_backend=self.backend)

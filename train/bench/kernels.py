@@ -35,6 +35,7 @@ def run_kernels(args: KernelBenchArguments) -> int:
     bench = KernelBench(args)
     print(bench.describe(), flush=True)
     rows: list[KernelRow] = []
+    args.output.claim(args.results)
     with CsvLog(args.output_dir / "kernels.csv", KernelRow) as log:
         try:
             for row in bench.rows():

@@ -65,6 +65,7 @@ def run_model(args: ModelBenchArguments) -> int:
     bench = ModelBench(args)
     print(bench.describe(), flush=True)
     rows: list[ModelRow] = []
+    args.output.claim(args.results)
     with CsvLog(args.output_dir / "model.csv", ModelRow) as log:
         try:
             for row in bench.rows():

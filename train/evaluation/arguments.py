@@ -11,6 +11,7 @@ import torch
 
 from ..data import DataOptions
 from ..options import find_blocked_folder, flag_of, option
+from ..output_folder import OutputFolder
 
 TASKS = ("perplexity", "position", "chunks", "retrieval")
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,9 +107,15 @@ class EvalArguments:
             yield "--device mps: torch cannot use it here; use --device cpu"
 
     def _find_old_results(self) -> Iterable[str]:
-        held = [f"{task}.json" for task in self.tasks or TASKS if (self.output_dir / f"{task}.json").exists()]
-        if held and not self.overwrite:
-            yield f"--output-dir {self.output_dir} holds {', '.join(held)}; give another folder, or --overwrite"
+        yield from self.output.find_problems(self.results, overwrite=self.overwrite)
+
+    @property
+    def output(self) -> OutputFolder:
+        return OutputFolder(self.output_dir, "eval")
+
+    @property
+    def results(self) -> list[str]:
+        return [f"{task}.{kind}" for task in self.tasks or TASKS for kind in ("json", "png")]
 
     def torch_device(self) -> torch.device:
         """The device that is named, or the default. Raises RuntimeError for what torch does not know."""

@@ -115,6 +115,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Do the tasks one after the other, each written to `output_dir` when it is done. Returns what the files hold."""
     arguments = evaluation.arguments
     _print_start(evaluation)
+    arguments.output.claim(arguments.results)
     reports = {}
     for task in evaluation.tasks:
         began = time.perf_counter()

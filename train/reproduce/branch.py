@@ -6,7 +6,7 @@ import shutil
 
 import yaml
 
-from ..checkpoint import atomic_folder, read_state
+from ..checkpoint import atomic_folder, files_below, read_state
 from ..options import to_mapping
 from ..run_folder import RunFolder
 from .jobs import Job
@@ -16,7 +16,8 @@ def begin_from_first_stage(job: Job, parent: Job) -> None:
     """Give `job` the last checkpoint of `parent`'s first stage, as if it had trained that stage itself and been stopped
     there; `--resume` then goes on with the second stage, on the same data in the same order.
 
-    Does nothing when the run has begun already. Raises OSError without such a checkpoint, or when it cannot be written.
+    Does nothing when the run has begun already. Raises OSError without such a checkpoint, or when it cannot be written,
+    ValueError for a damaged manifest of the run.
     """
     if job.folder.holds_run():
         return
@@ -31,3 +32,4 @@ def begin_from_first_stage(job: Job, parent: Job) -> None:
         log = parent.folder.log_file.read_bytes()
         fresh.log_file.write_bytes(log[: read_state(checkpoint)["state"]["log_bytes"]])
         fresh.recipe_file.write_text(yaml.safe_dump(to_mapping(job.recipe), sort_keys=False), encoding="utf-8")
+        fresh.claim(file.relative_to(path).as_posix() for file in files_below(path))

@@ -12,7 +12,6 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
-from modeling_tnt.hub_cards.strict_yaml import load_yaml
 
 from ..data import load_tokenizer
 from ..options import to_mapping
@@ -164,7 +163,7 @@ def find_other_settings(jobs: list[Job]) -> list[str]:
         if not job.folder.recipe_file.exists():
             continue
         file = job.folder.recipe_file
-        saved = recipe_from_mapping(load_yaml(file.read_bytes(), str(file)), str(file))
+        saved = load_recipe(str(file))
         problems += [
             f"{job.folder.root} was made with {path}={old}, now it is {new}"
             for path, old, new in find_differences(saved, job.recipe)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from ..bench.machine import describe_machine
 from ..bench.timing import Deadline
 from ..data import TokenizedData, load_data, load_tokenizer
+from ..output_folder import OutputFolder
+from ..run_folder import RunFolder
 from ..signals import Stopper
 from .arguments import Table3Arguments
 from .jobs import Job, find_other_settings, make_jobs
@@ -24,6 +22,7 @@ from .runner import Runner
 from .scales import SCALES
 from .speed import has_speeds, measure_speeds, read_speeds
 
+COMMAND = "reproduce table3"
 RUNS, SPEED = "runs", "speed.json"
 MARKDOWN, PICTURE, JSON = "table3.md", "table3.png", "table3.json"
 
@@ -37,8 +36,8 @@ def run_table3(arguments: Table3Arguments) -> int:
     """
     try:
         resolved = arguments.resolve()
-        with _hold(resolved.output_dir) as lock:
-            reproduction = _prepare(resolved, lock)
+        with OutputFolder(resolved.output_dir, COMMAND).hold():
+            reproduction = _prepare(resolved)
             try:
                 return reproduction.run()
             except OSError as error:
@@ -49,14 +48,13 @@ def run_table3(arguments: Table3Arguments) -> int:
         return _fail("interrupted; the same command goes on", status=130)
 
 
-def _prepare(arguments: Table3Arguments, lock: int) -> Reproduction:
-    """Check the recipes of all runs and read the data. Nothing is trained.
+def _prepare(arguments: Table3Arguments) -> Reproduction:
+    """Check the recipes of all runs and the output folder, and read the data. Nothing is trained.
 
     Raises ValueError for settings that cannot be used, and OSError for data or a tokenizer that cannot be read.
     """
-    if arguments.overwrite:
-        _clear(arguments.output_dir)
     jobs = make_jobs(arguments)
+    _take_folder(OutputFolder(arguments.output_dir, COMMAND), jobs, overwrite=arguments.overwrite)
     others = find_other_settings(jobs)
     if others:
         more = [f"and {len(others) - 5} more"] if len(others) > 5 else []
@@ -64,14 +62,14 @@ def _prepare(arguments: Table3Arguments, lock: int) -> Reproduction:
         raise ValueError("\n  ".join([head, *others[:5], *more]))
     # Tokenised here, once: the runs find it in the cache.
     options = jobs[0].recipe.data
-    return Reproduction(arguments, jobs, load_data(options, load_tokenizer(options.tokenizer)), lock)
+    return Reproduction(arguments, jobs, load_data(options, load_tokenizer(options.tokenizer)))
 
 
 class Reproduction:
     """All runs, then the speed of their steps, then the reports."""
 
-    def __init__(self, arguments: Table3Arguments, jobs: list[Job], data: TokenizedData, lock: int):
-        self.arguments, self.jobs, self.data, self.lock = arguments, jobs, data, lock
+    def __init__(self, arguments: Table3Arguments, jobs: list[Job], data: TokenizedData):
+        self.arguments, self.jobs, self.data = arguments, jobs, data
         self.folder, self.deadline = arguments.output_dir, Deadline(arguments.time_limit)
 
     def run(self) -> int:
@@ -80,7 +78,7 @@ class Reproduction:
         with Stopper() as stopper:
             runner = Runner(
                 self.jobs, workers=self.arguments.workers, device=self.arguments.device, stopper=stopper,
-                deadline=self.deadline, lock=self.lock,
+                deadline=self.deadline,
             )  # fmt: skip
             runner.run()
         self._report(runner.failures)
@@ -142,29 +140,26 @@ class Reproduction:
         )  # fmt: skip
 
 
-def _clear(folder: Path) -> None:
-    """Remove an earlier reproduction, and nothing else."""
-    shutil.rmtree(folder / RUNS, ignore_errors=True)
-    for name in (MARKDOWN, PICTURE, JSON, SPEED):
-        (folder / name).unlink(missing_ok=True)
+def _take_folder(folder: OutputFolder, jobs: list[Job], *, overwrite: bool) -> None:
+    """List what will be written. The runs list their own files, each in its folder.
 
-
-@contextmanager
-def _hold(folder: Path) -> Iterator[int]:
-    """Hold the folder against a second reproduction; yields a file descriptor that the runs inherit, so that those of a
-    process that was killed hold it, too, until they end. Raises OSError when it is held already."""
-    import fcntl  # not on Windows, where the other commands should work
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(
-                f"--output-dir {folder} is in use by another reproduction, or by runs of one that was killed; wait for "
-                "them, end them, or give another folder"
-            ) from error
-        yield file.fileno()
+    Raises ValueError for a user's files in the way, and for a run in progress, which one that was killed may leave.
+    """
+    names = [MARKDOWN, PICTURE, JSON, SPEED]
+    names += [f"{RUNS}/{job.name}.{kind}" for job in jobs for kind in ("yaml", "log")]
+    runs = {job.folder.root for job in jobs}
+    runs |= {(folder.root / name).with_suffix("") for name in folder.listed() if name.startswith(f"{RUNS}/")}
+    problems = [held for root in runs for held in RunFolder(root).find_holder()]
+    # One of an earlier version kept no list; its runs tell that it is one, and it can be gone on with.
+    if overwrite or not any(job.folder.holds_run() for job in jobs):
+        problems += folder.find_problems(names, overwrite=True)
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    if overwrite:
+        for root in runs:
+            RunFolder(root).clear()
+        folder.clear()
+    folder.claim(names)
 
 
 def _fail(error: BaseException | str, status: int) -> int:

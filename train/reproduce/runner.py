@@ -41,12 +41,11 @@ class Runner:
 
     failures  the reason of each run that failed, by its name. A failure stops no other run but those that begin with
               it; the next start of the same command tries again.
-    lock      file descriptor that the runs inherit.
     """
 
-    def __init__(self, jobs: list[Job], *, workers: int, device: str, stopper: Stopper, deadline: Deadline, lock: int):
+    def __init__(self, jobs: list[Job], *, workers: int, device: str, stopper: Stopper, deadline: Deadline):
         self.jobs, self.workers, self.device = {job.name: job for job in jobs}, workers, device
-        self.stopper, self.deadline, self.lock = stopper, deadline, lock
+        self.stopper, self.deadline = stopper, deadline
         self.waiting = [job for job in jobs if not job.finished]
         self.running: list[Process] = []
         self.done = len(jobs) - len(self.waiting)
@@ -89,7 +88,7 @@ class Runner:
             if job.parent is not None:
                 begin_from_first_stage(job, self.jobs[job.parent])
             recipe = write_recipe(job, runs)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._fail(job, str(error))
             return
         log = runs / f"{job.name}.log"
@@ -98,7 +97,6 @@ class Runner:
             handle = subprocess.Popen(
                 trainer_command(recipe),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=self._environment(),
-                pass_fds=[self.lock],
             )  # fmt: skip
         self.running.append(Process(job, handle, log, log_start, time.monotonic()))
 
