@@ -90,7 +90,8 @@ class HubExportMixin:
         has a README.md.
 
         Args:
-            push_to_hub: upload the folder's model too; the arguments behind it are those of the method `push_to_hub`.
+            push_to_hub: upload what was written, too, and nothing else that lies in the folder; the arguments behind it
+                are those of the method `push_to_hub`.
             repo_id: None: the folder's name.
 
         Raises:
@@ -101,6 +102,7 @@ class HubExportMixin:
             raise ValueError(f"save_directory={os.fspath(save_directory)!r} is a file; name a folder")
         folder = Path(save_directory)
         adapter_only = getattr(self, "_hf_peft_config_loaded", False)
+        before = _written_at(folder)
         if is_main_process and not adapter_only:
             self.config.auto_map = dict(AUTO_MAP)
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ class HubExportMixin:
         if push_to_hub and is_main_process:
             self._upload(
                 folder, repo_id or folder.resolve().name, private=private, token=token, create_pr=create_pr,
-                commit_message=commit_message,
+                commit_message=commit_message, only=[n for n, at in _written_at(folder).items() if before.get(n) != at],
             )  # fmt: skip
 
     def _write_card(self, folder: Path, repo_id: str | None = None) -> None:
@@ -207,8 +209,9 @@ class HubExportMixin:
         commit_description: str | None = None,
         revision: str | None = None,
         tags: list[str] | None = None,
+        only: list[str] | None = None,
     ) -> CommitInfo:
-        """Upload the files of a folder, without the card if the repository has one; see `push_to_hub`."""
+        """Upload the files of a folder (None: all), without the card if the repository has one; see `push_to_hub`."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -222,8 +225,14 @@ class HubExportMixin:
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(self).__name__}", commit_description=commit_description,
+            allow_patterns=None if only is None else [*only, card.name],
             ignore_patterns=[card.name] if keep_card else None, delete_patterns=list(WEIGHTS) if whole else None,
         )  # fmt: skip
+
+
+def _written_at(folder: Path) -> dict[str, int]:
+    """When each file of a folder was last written, in nanoseconds; empty if there is no folder."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
 
 
 def _add_tags(path: Path, tags: list[str]) -> None:

@@ -47,6 +47,8 @@ def run(folder: Path, work: Path) -> None:
     check_same("user/method", expected)
     assert AutoTokenizer.from_pretrained("user/method").get_vocab() == tokenizer.get_vocab()
 
+    (work / "saved").mkdir()
+    (work / "saved" / "notes.txt").write_text("not the model's")
     model.save_pretrained(work / "saved", push_to_hub=True, repo_id="user/saved")
     check_same("user/saved", expected)
     HfApi().upload_file(path_or_fileobj=CARD, path_in_repo="README.md", repo_id="user/saved")

@@ -473,7 +473,7 @@ def test_push_to_hub_brings_a_card_of_the_model_with_its_name(used_hub, name, co
 
 def test_push_to_hub_keeps_the_card_that_is_there(used_hub):
     repo = used_hub.repos["user/saved"]
-    assert repo.files()["README.md"].endswith(b"My own words\n")
+    assert repo.files()["README.md"].endswith(b"My own words\n") and "notes.txt" not in repo.files()
     assert repo.titles()[-1] == "Upload TNTForCausalLM" and "model.safetensors" not in repo.files()
 
 
