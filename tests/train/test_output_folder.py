@@ -185,6 +185,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_not_replaced(flags, tmp_path
     assert "of an earlier version, which kept no list: --output.resume goes on with it" in capsys.readouterr().err
     assert set(_content_names(run)) == before
     assert main([*flags, "--stages.stage1.steps", "2", "--resume"]) == 0
+    assert "is of an earlier version; what that wrote is never removed" in capsys.readouterr().out
     assert RunFolder(run).listed()
 
 
