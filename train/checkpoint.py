@@ -82,8 +82,10 @@ def restore_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
 def write_checksums(folder: Path) -> None:
     """Write down what is in the folder, so that `find_damage` can tell later whether it still is."""
-    lines = [f"{_checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in sorted(files_below(folder))]
-    (folder / CHECKSUMS_FILE).write_text("".join(lines), encoding="utf-8")
+    sums = folder / CHECKSUMS_FILE
+    files = [path for path in sorted(files_below(folder)) if path != sums]
+    lines = [f"{_checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    sums.write_text("".join(lines), encoding="utf-8")
 
 
 def find_damage(folder: Path) -> str | None:

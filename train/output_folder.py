@@ -108,6 +108,8 @@ class OutputFolder:
     def _files_at(self, names: list[str], listed: set[str]) -> Iterator[Path]:
         for name in names:
             path = self.root / name
+            if path.is_dir() and not name.endswith("/"):
+                yield path
             # What a killed process left is the command's own where it had listed the folder.
             hidden = neighbours(path) if name.endswith("/") and name not in listed else ()
             for place in (path, *hidden):

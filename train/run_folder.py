@@ -18,6 +18,7 @@ class RunFolder(OutputFolder):
     <stage>/                       the model at the end of a stage
     best/                          the model with the lowest validation loss
     metrics.json, loss.png, sample.txt    at the end
+    tnt-manifest.json, .tnt.lock   see `OutputFolder`
     """
 
     def __init__(self, root: Path):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .cards import write_run_card
 from .checkpoint import (
+    STATE_FILE,
     atomic_file,
     find_damage,
     is_disk_full,
@@ -87,6 +88,8 @@ class Saver:
     def _find_or_begin(self) -> Path | None:
         names = self.folder.names(self.stages)
         if self.run.recipe.output.resume and self.folder.newest_first(self.stages):
+            if not self.folder.listed():
+                print(f"{self.folder.root} is of an earlier version; what that wrote is never removed", flush=True)
             self.folder.claim(names)
             self.folder.recover()
             return self._find_whole()
@@ -101,7 +104,7 @@ class Saver:
 
     def _find_whole(self) -> Path:
         for path in self.folder.newest_first(self.stages):
-            damage = find_damage(path)
+            damage = find_damage(path) or _find_other_state(path)
             if damage is None:
                 return path
             print(f"{path} is damaged: {damage}; trying the one before", flush=True)
@@ -187,3 +190,11 @@ class Saver:
             if not self.folder.prune(self.stages, 1, self.damaged):
                 raise OSError(f"{error}; make room: the newest checkpoint stays until the next one is whole") from error
             self.folder.save_folder(path, write)
+
+
+def _find_other_state(path: Path) -> str | None:
+    try:
+        State.from_json(read_state(path)["state"])
+    except (TypeError, KeyError, ValueError) as error:
+        return f"{STATE_FILE} holds no state that this version knows ({error})"
+    return None

@@ -54,7 +54,8 @@ def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
         NonFiniteError: names the step and the last checkpoint, which is kept.
         OutOfMemory: says what to lower.
         TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint of the last whole step is saved.
-        OSError: when something cannot be saved or loaded; what was saved before is kept.
+        OSError: when something cannot be saved or loaded, or another run is writing; what was saved before is kept.
+        ValueError: when no checkpoint is whole, or a user's files came in the way since `prepare`.
         PushError: when all is done and saved, but could not be pushed (`output.push_to_hub`).
     """
     try:

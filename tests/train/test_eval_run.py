@@ -128,7 +128,7 @@ def test_results_are_repeated_by_the_seed_and_not_overwritten(arguments, tmp_pat
 def test_other_models_have_no_chunks(arguments, models, tmp_path, capsys, name):
     assert run_eval(arguments(models / name, retrieval_lengths=[64])) == 0
     assert "note     the task chunks is left out" in capsys.readouterr().out
-    assert sorted(p.stem for p in (tmp_path / "eval").glob("*.json")) == ["perplexity", "position", "retrieval"]
+    assert sorted(p.stem for p in (tmp_path / "eval").glob("*.png")) == ["perplexity", "position", "retrieval"]
     assert run_eval(arguments(models / name, tasks=["chunks"], output_dir=tmp_path / "other")) == 2
     message = capsys.readouterr().err
     assert "--tasks chunks cannot be done" in message

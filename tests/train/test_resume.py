@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_tnt.train import trainer
-from modeling_tnt.train.checkpoint import STATE_FILE, TENSORS_FILE
+from modeling_tnt.train.checkpoint import (
+    STATE_FILE,
+    TENSORS_FILE,
+    read_state,
+    read_tensors,
+    write_checksums,
+    write_state,
+)
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.output_folder import LOCK
 from modeling_tnt.train.report import read_log
@@ -158,8 +165,14 @@ def test_no_whole_checkpoint_is_an_error_and_a_lost_log_is_not(flags, tmp_path: 
     assert f"stage2-00000001 is damaged: {STATE_FILE}" in printed
     assert f"{run / 'log.jsonl'} was cut off or removed" in printed
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"stage1-00000002", "stage2-00000001"}
-    for path in run.glob(f"checkpoints/*/{STATE_FILE}"):
-        path.unlink()
+    stage1, stage2 = sorted(run.glob("checkpoints/*"))
+    (stage1 / STATE_FILE).unlink()
+    saved = read_state(stage2)
+    write_state(stage2, saved | {"state": saved["state"] | {"later": 1}}, read_tensors(stage2))
+    write_checksums(stage2)
+    assert main(short) == 1
+    assert f"{stage2} is damaged: {STATE_FILE} holds no state that this version knows" in capsys.readouterr().out
+    (stage2 / STATE_FILE).unlink()
     assert main(short) == 1
     assert f"no checkpoint in {run / 'checkpoints'} is whole ({STATE_FILE} is missing)" in capsys.readouterr().err
 
