@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field, fields
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -112,7 +113,8 @@ class TNTConfig(PreTrainedConfig):
         self.local_chunk_sizes = _as_list(self.local_chunk_sizes)
         self.local_shard_lengths = _as_list(self.local_shard_lengths)
         saved_by = kwargs.pop("tnt_version", None)
-        raise_problems(find_unknown_fields(type(self), kwargs) + find_problems(self), saved_by)
+        unknown, wrong = find_unknown_fields(type(self), kwargs), find_problems(self, kwargs.get("num_labels"))
+        raise_problems(chain(unknown, wrong), saved_by)
         super().__post_init__(**kwargs)
         self._resolve_defaults()
 

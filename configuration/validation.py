@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -17,6 +18,11 @@ from .version import VERSION
 MEMORY_TYPES = ("mlp", "linear")
 QK_PROJECTIONS = ("shard", "chunk", "none")
 KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
+
+# A file of somebody else's must not keep its reader busy: numbers are bounded, and so is what is said of them.
+LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+LARGEST_INT = 2**31 - 1
+SHOWN_PROBLEMS, SHOWN_LENGTH = 20, 1_000
 
 # What transformers, and what builds on it, passes to a constructor or to AutoConfig.from_pretrained, or stores in a
 # config.json, without declaring it on its base class.
@@ -38,10 +44,12 @@ def raise_problems(problems: Iterable[str], saved_by: str | None = None) -> None
     Args:
         saved_by: the version of this package that wrote the fields; a newer one is a likely cause.
     """
-    problems = list(problems)
+    problems = list(islice(problems, SHOWN_PROBLEMS))
     if problems:
-        lines = [f"  {i}. {problem}" for i, problem in enumerate(problems, start=1)]
+        cut = [p if len(p) <= SHOWN_LENGTH else f"{p[:SHOWN_LENGTH]} ..." for p in problems]
+        lines = [f"  {i}. {problem}" for i, problem in enumerate(cut, start=1)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count += " or more" if len(problems) == SHOWN_PROBLEMS else ""
         if _is_newer(saved_by):
             lines.append(
                 f"It was saved by modeling-tnt {saved_by}, and this is {VERSION}: update modeling-tnt, or load "
@@ -57,15 +65,14 @@ def _is_newer(version: str | None) -> bool:
         return False
 
 
-def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool = False) -> list[str]:
+def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool = False) -> Iterator[str]:
     """Keywords that are neither a field of the config class `cls` nor known to transformers' base class.
 
     With `only_misspelt`, only those that look like a field. A `model_type` of another model counts as unknown too.
     """
     names = [f.name for f in fields(cls)]
-    problems = []
     if kwargs.get("model_type", cls.model_type) != cls.model_type:
-        problems.append(
+        yield (
             f"model_type must be {cls.model_type!r}, got {kwargs['model_type']!r}; load this checkpoint with AutoConfig"
         )
     for key in kwargs:
@@ -74,20 +81,39 @@ def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool =
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
         near = [cls.attribute_map[key]] if key in cls.attribute_map else near
         if near:
-            problems.append(f"{key} is not a field of {cls.__name__}; did you mean {near[0]}?")
+            yield f"{key} is not a field of {cls.__name__}; did you mean {near[0]}?"
         elif not only_misspelt:
-            problems.append(f"{key} is not a field of {cls.__name__}; remove it, or see help({cls.__name__})")
-    return problems
+            yield f"{key} is not a field of {cls.__name__}; remove it, or see help({cls.__name__})"
 
 
-def find_problems(config: Any) -> list[str]:
-    """All problems of a config's fields; fields whose default is derived may still be None."""
-    return [
-        *_find_wrong_scalars(config),
-        *_find_wrong_token_ids(config),
-        *_find_wrong_chunks(config),
-        *_find_contradictions(config),
-    ]
+def find_problems(config: Any, num_labels: Any = None) -> Iterator[str]:
+    """All problems of a config's fields; fields whose default is derived may still be None.
+
+    `num_labels`: of a classifier, which transformers makes a table of.
+    """
+    too_large = list(_find_too_large(config, num_labels))
+    yield from too_large
+    if too_large:
+        return  # the other rules compute with the numbers
+    yield from _find_wrong_scalars(config)
+    yield from _find_wrong_token_ids(config)
+    yield from _find_wrong_chunks(config)
+    yield from _find_contradictions(config)
+
+
+def divisors(number: int) -> list[int]:
+    """In rising order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d < number]
+
+
+def _find_too_large(c: Any, num_labels: Any) -> Iterator[str]:
+    values = {f.name: getattr(c, f.name) for f in fields(c)} | {"num_labels": num_labels}
+    for name, value in values.items():
+        limit = LARGEST.get(name, LARGEST_INT)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > limit:
+                yield f"{name} must be at most {limit}, got {number}"
 
 
 def _is_int(x: Any, at_least: int) -> bool:
@@ -133,11 +159,10 @@ def _find_wrong_token_ids(c: Any) -> Iterator[str]:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(c, name)
         ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        for i in ids:
-            if i is not None and not _is_int(i, 0):
-                yield f"{name} must be a token id (an int of at least 0) or None, got {value!r}"
-            elif i is not None and _is_int(c.vocab_size, 1) and i >= c.vocab_size:
-                yield f"{name}={value!r} must be below vocab_size={c.vocab_size}; use a larger vocab_size"
+        if any(i is not None and not _is_int(i, 0) for i in ids):
+            yield f"{name} must be a token id (an int of at least 0) or None, got {value!r}"
+        elif _is_int(c.vocab_size, 1) and any(i is not None and i >= c.vocab_size for i in ids):
+            yield f"{name}={value!r} must be below vocab_size={c.vocab_size}; use a larger vocab_size"
 
 
 def _find_wrong_chunks(c: Any) -> Iterator[str]:
@@ -173,10 +198,10 @@ def _find_wrong_chunks(c: Any) -> Iterator[str]:
             )
 
 
-def _nearest_divisors(length: int, chunk: int) -> str:
-    """The divisors of `length` next to `chunk` on either side, as words."""
-    divisors = [d for d in range(1, length + 1) if length % d == 0]
-    below, above = [d for d in divisors if d < chunk], [d for d in divisors if d > chunk]
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted` on either side, as words."""
+    known = divisors(number)
+    below, above = [d for d in known if d < wanted], [d for d in known if d > wanted]
     return " or ".join(str(d) for d in below[-1:] + above[:1])
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_tnt.configuration import TNTConfig
+from modeling_tnt.configuration.validation import divisors
 
 from .bench.models import make_llama_config
 from .data import Rows, TokenizedData, load_data, load_tokenizer
@@ -273,7 +274,7 @@ def _swapped(options: StageOptions, config: TNTConfig) -> TNTConfig:
 
 def _divide_chunk(chunk_size: int, divisor: int) -> int:
     """The largest divisor of a chunk size that is at most 1/divisor of it, at least 1."""
-    return max(d for d in range(1, max(1, chunk_size // divisor) + 1) if chunk_size % d == 0)
+    return max(d for d in divisors(chunk_size) if d <= max(1, chunk_size // divisor))
 
 
 def split_batch(recipe: Recipe, num_processes: int) -> int:
@@ -289,7 +290,7 @@ def split_batch(recipe: Recipe, num_processes: int) -> int:
         raise ValueError(
             f"--training.micro-batch-size {micro} must divide the {share} rows of a step that each of {num_processes} "
             f"process{'es' if num_processes > 1 else ''} gets; use "
-            f"{max(d for d in range(1, share + 1) if share % d == 0 and d <= max(1, micro))}"
+            f"{max(d for d in divisors(share) if d <= max(1, micro))}"
         )
     return micro or share
 

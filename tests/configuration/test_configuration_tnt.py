@@ -1,11 +1,13 @@
 """TNTConfig: defaults, saving and loading, and every message of the validation."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_tnt.configuration import TNTConfig, available_presets, validation
+from modeling_tnt.configuration.validation import divisors
 from modeling_tnt.configuration.version import VERSION
 
 PRESETS = ["tiny", "titans-150m", "tnt-150m", "ttt-linear-125m", "ttt-mlp-125m"]
@@ -254,3 +256,35 @@ def test_a_config_of_a_newer_version_says_so(tmp_path):
     with pytest.raises(ValueError, match="memory_depth") as error:
         TNTConfig.from_pretrained(tmp_path)
     assert "saved by" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # What would take days if it were linear in the number.
+        (
+            {"local_shard_lengths": 2 * 10**9, "local_chunk_sizes": [3]},
+            "local_chunk_sizes[0]=3 must divide local_shard_lengths=2000000000; use 2 or 4",
+        ),
+        ({"local_shard_lengths": 10**18}, f"local_shard_lengths must be at most 2147483647, got {10**18}"),
+        ({"local_chunk_sizes": [10**18]}, f"local_chunk_sizes must be at most 2147483647, got {10**18}"),
+        ({"hidden_size": 10**400, "num_heads": 7}, "hidden_size must be at most 2147483647, got 1000"),
+        ({"head_dim": 10**400}, "head_dim must be at most 2147483647, got 1000"),
+        ({"memory_base_lr": 10**400}, "memory_base_lr must be at most 2147483647, got 1000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000, got 1000000000"),
+        ({"num_labels": 10**9}, "num_labels must be at most 1000000, got 1000000000"),
+        ({"eos_token_id": [-1] * 100_000}, "eos_token_id must be a token id"),
+        ({"local_chunk_sizes": [0] * 100_000, "local_shard_lengths": None}, "20 problems or more"),
+        ({f"field{i}": i for i in range(100_000)}, "20 problems or more"),
+        ({"x" * 10**6: 1}, " ..."),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:25],
+)
+def test_a_file_of_somebody_else_is_refused_at_once(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        TNTConfig(**fields)
+    assert len(str(refused.value)) < 22_000
+
+
+def test_divisors():
+    assert divisors(1) == [1] and divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36] and divisors(7) == [1, 7]

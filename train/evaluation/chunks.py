@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.configuration.validation import divisors
 
 from .figures import COLORS, add_legend, count_in_doublings, draw_curve, new_figure, save_figure
 from .perplexity import compare_scores
@@ -51,7 +52,7 @@ def scale_chunks(config: TNTConfig, smallest: int) -> list[int]:
     first = config.local_chunk_sizes.index(own)
     if scaled[first] != smallest:
         shard = config.shard_lengths[first]
-        near = {max(d for d in _divisors(shard) if d <= smallest)} | {d for d in _divisors(shard) if d > smallest}
+        near = {max(d for d in divisors(shard) if d <= smallest)} | {d for d in divisors(shard) if d > smallest}
         raise ValueError(
             f"{smallest} must divide {shard}, the shard length of the local memory with the smallest chunks; "
             f"use {' or '.join(map(str, sorted(near)[:2]))}"
@@ -63,11 +64,7 @@ def _nearest_chunk(target: float, shard: int | None) -> int:
     """The chunk size nearest to `target` by ratio that a memory with this shard length may have."""
     if shard is None:
         return max(1, round(target))
-    return min(_divisors(shard), key=lambda d: abs(math.log(d / target)))
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors(shard), key=lambda d: abs(math.log(d / target)))
 
 
 def default_chunk_sizes(config: TNTConfig, seq_len: int) -> list[int]:
