@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from . import registration  # noqa: F401  its import tells transformers and PEFT of these models
 from .cache import TNTCacheLayer, check_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
