@@ -21,6 +21,7 @@ from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .generation import TNTGenerationMixin
 from .hub_export import HubExportMixin
+from .kernels.checks import check_not_traced
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
@@ -221,8 +222,9 @@ class TNTModel(TNTPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
-                another configuration or batch size, or packed sequences behind a cache.
+                another configuration or batch size, packed sequences behind a cache, or under torch.jit.trace.
         """
+        check_not_traced()
         given = self._check_inputs(input_ids, inputs_embeds)
         batch_shape = (given.shape[0], given.shape[1])
         if output_attentions:
