@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import field, fields
 from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .presets import load_preset
-from .validation import find_problems, find_unknown_fields, raise_problems
+from .validation import (
+    describe_extra_keys,
+    find_extra_keys,
+    find_problems,
+    find_unknown_fields,
+    is_newer,
+    raise_problems,
+)
 from .version import VERSION
+
+logger = logging.get_logger(__name__)
 
 CACHE_LAYER_TYPE = "tnt_memory"
 """Name under which the model's cache layer is registered with transformers; see `TNTConfig.layer_types`."""
@@ -65,7 +76,7 @@ class TNTConfig(PreTrainedConfig):
 
     Raises:
         ValueError: one that lists every problem of the fields, unknown ones included, and says so if they were saved by
-            a newer version of this package.
+            a newer version of this package. Unknown keys of a file are kept instead, see `from_dict`.
     """
 
     model_type = "tnt"
@@ -173,13 +184,29 @@ class TNTConfig(PreTrainedConfig):
         transformers would set the replacements one by one behind the checks and drop those that it does not know. With
         `return_unused_kwargs=True`, as the models' `from_pretrained` calls it, what is no field is returned to the
         caller, but for names that look like a misspelt field.
+
+        Keys of `config_dict` that are no fields, such as a tool's or a note, become attributes with one warning. Where
+        a newer version of this package has saved them they are errors: they may be choices that change the model.
         """
-        own = {f.name for f in fields(cls)}
-        overrides = {k: v for k, v in kwargs.items() if k in own and k not in _TRANSFORMERS_FIELDS}
-        others = {k: v for k, v in kwargs.items() if k not in overrides and k != "return_unused_kwargs"}
-        raise_problems(find_unknown_fields(cls, others, only_misspelt=kwargs.get("return_unused_kwargs", False)))
-        rest = {k: v for k, v in kwargs.items() if k not in overrides}
-        return super().from_dict({**config_dict, **overrides}, **rest)
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        extra = [] if is_newer(config_dict.get("tnt_version")) else find_extra_keys(cls, config_dict)
+        own = {*(f.name for f in fields(cls)), *extra} - _TRANSFORMERS_FIELDS
+        overrides = {k: v for k, v in kwargs.items() if k in own}
+        others = {k: v for k, v in kwargs.items() if k not in own}
+        raise_problems(find_unknown_fields(cls, others, only_misspelt=return_unused))
+        given = {**config_dict, **overrides}
+        kept = {key: given.pop(key) for key in extra}
+        config, unused = super().from_dict(given, return_unused_kwargs=True, **others)
+        for key, value in kept.items():
+            setattr(config, key, value)
+        if kept:
+            logger.warning_once(describe_extra_keys(cls, extra))
+        return (config, unused) if return_unused else config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike):
+        """As `from_dict`: transformers would take the keys of a file for a caller's."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
 
 _TRANSFORMERS_FIELDS = {f.name for f in fields(PreTrainedConfig)}

@@ -46,11 +46,10 @@ def raise_problems(problems: Iterable[str], saved_by: str | None = None) -> None
     """
     problems = list(islice(problems, SHOWN_PROBLEMS))
     if problems:
-        cut = [p if len(p) <= SHOWN_LENGTH else f"{p[:SHOWN_LENGTH]} ..." for p in problems]
-        lines = [f"  {i}. {problem}" for i, problem in enumerate(cut, start=1)]
+        lines = [f"  {i}. {_cut(problem)}" for i, problem in enumerate(problems, start=1)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         count += " or more" if len(problems) == SHOWN_PROBLEMS else ""
-        if _is_newer(saved_by):
+        if is_newer(saved_by):
             lines.append(
                 f"It was saved by modeling-tnt {saved_by}, and this is {VERSION}: update modeling-tnt, or load "
                 "the checkpoint with trust_remote_code=True where modeling-tnt is not imported"
@@ -58,9 +57,10 @@ def raise_problems(problems: Iterable[str], saved_by: str | None = None) -> None
         raise ValueError("\n".join([f"TNTConfig has {count}:", *lines]))
 
 
-def _is_newer(version: str | None) -> bool:
+def is_newer(version: str | None) -> bool:
+    """Whether a version of this package is newer than this one."""
     try:
-        return version is not None and Version(version) > Version(VERSION)
+        return version is not None and Version(str(version)) > Version(VERSION)
     except InvalidVersion:
         return False
 
@@ -70,20 +70,52 @@ def find_unknown_fields(cls: type, kwargs: dict[str, Any], only_misspelt: bool =
 
     With `only_misspelt`, only those that look like a field. A `model_type` of another model counts as unknown too.
     """
-    names = [f.name for f in fields(cls)]
     if kwargs.get("model_type", cls.model_type) != cls.model_type:
         yield (
             f"model_type must be {cls.model_type!r}, got {kwargs['model_type']!r}; load this checkpoint with AutoConfig"
         )
     for key in kwargs:
-        if key in names or key in _TRANSFORMERS_KEYS or key.startswith("_") or hasattr(PreTrainedConfig, key):
+        if _is_known(cls, key):
             continue
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
-        near = [cls.attribute_map[key]] if key in cls.attribute_map else near
-        if near:
-            yield f"{key} is not a field of {cls.__name__}; did you mean {near[0]}?"
+        near = _nearest_field(cls, key)
+        if near is not None:
+            yield f"{key} is not a field of {cls.__name__}; did you mean {near}?"
         elif not only_misspelt:
             yield f"{key} is not a field of {cls.__name__}; remove it, or see help({cls.__name__})"
+
+
+def find_extra_keys(cls: type, config_dict: dict[str, Any]) -> list[str]:
+    """What a file holds besides fields, and a config can hold: what tools and users have set on a config, which
+    `save_pretrained` writes. Other names of fields and those of properties and methods are no such keys."""
+    taken = {"tnt_version", *cls.attribute_map}
+    return [key for key in config_dict if not (_is_known(cls, key) or hasattr(cls, key) or key in taken)]
+
+
+def describe_extra_keys(cls: type, keys: list[str]) -> str:
+    """A warning of the keys that `find_extra_keys` has found."""
+    named = []
+    for key in keys[:SHOWN_PROBLEMS]:
+        near = _nearest_field(cls, key)
+        named.append(_cut(key) + (f" (did you mean {near}?)" if near else ""))
+    more = f" and {len(keys) - len(named)} more" if len(keys) > len(named) else ""
+    return (
+        f"The model's config file has keys that are no fields of {cls.__name__}: {', '.join(named)}{more}. They are "
+        "kept, and saved again, and have no effect."
+    )
+
+
+def _is_known(cls: type, key: str) -> bool:
+    is_field = any(key == f.name for f in fields(cls))
+    return is_field or key in _TRANSFORMERS_KEYS or key.startswith("_") or hasattr(PreTrainedConfig, key)
+
+
+def _nearest_field(cls: type, key: str) -> str | None:
+    near = difflib.get_close_matches(key, [f.name for f in fields(cls)], n=1, cutoff=0.8)
+    return cls.attribute_map.get(key, near[0] if near else None)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]} ..."
 
 
 def find_problems(config: Any, num_labels: Any = None) -> Iterator[str]:

@@ -39,6 +39,16 @@ class MemoryProblem(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
+def check_not_traced() -> None:
+    """torch.jit.trace would end in an internal assertion and the request to report it to PyTorch: our operators take
+    lists of tensors, and the reference backend differentiates."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace, and torch.onnx.export with dynamo=False, which uses it, cannot record a memory that is "
+            'trained while it reads; use torch.export.export(model, (input_ids,), {"use_cache": False}, strict=False)'
+        )
+
+
 def check_local(
     q: Tensor,
     k: Tensor,
@@ -57,6 +67,7 @@ def check_local(
     initial_state: MemoryState | None,
 ) -> MemoryProblem:
     """Check a `local_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
+    check_not_traced()
     problem = MemoryProblem(
         q, k, v, lr, params, chunk_size, shard_length, qk_projection, normalize_projection, momentum, decay,
         token_scale, cu_seqlens, initial_state,

@@ -14,12 +14,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
+from . import registration  # noqa: F401  its import tells transformers and PEFT of these models
 from .cache import TNTCacheLayer, check_cache, check_mask
 from .compat import OTHER_NAME, BaseModelOutputWithPast, CausalLMOutputWithPast, cache_of, named_cache, one_cache
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .generation import TNTGenerationMixin, warn_no_cache_when_checkpointing
 from .hub_export import HubExportMixin
+from .kernels.checks import check_not_traced
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
@@ -222,8 +224,9 @@ class TNTModel(TNTPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
-                another configuration or batch size, or packed sequences behind a cache.
+                another configuration or batch size, packed sequences behind a cache, or under torch.jit.trace.
         """
+        check_not_traced()
         cache = one_cache(cache, past_key_values)
         given = self._check_inputs(input_ids, inputs_embeds)
         batch_shape = (given.shape[0], given.shape[1])

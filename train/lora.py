@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.registration import is_tnt_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -123,8 +124,7 @@ def find_tnt_model(model: nn.Module) -> nn.Module:
     Raises TypeError if there is none.
     """
     for module in model.modules():
-        # By method and not isinstance: a model that was loaded as remote code brings classes of its own.
-        if hasattr(type(module), "set_local_chunks"):
+        if is_tnt_model(module):
             return module
     raise TypeError(
         f"the model must be a TNT model, such as TNTForCausalLM, or wrap one; got {type(model).__name__}, which has no "

@@ -7,25 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from modeling_tnt.registration import decaying_parameters
+
 from .plan import Stage
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: the matrices of linear layers decay; everything else does not.
-
-    What does not decay: embeddings (and an output head tied to them), norms, biases, convolutions, the linear maps of
-    the step size, momentum and forget gates, and the memories' learned initial states: those are where the inner
-    optimisation starts, and their scale sets the size of its first gradients. Frozen parameters are in no group.
-    """
-    decayed = {}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings and not name.endswith("_gate"):
-            decayed[id(module.weight)] = module.weight
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in decayed]
+    """AdamW's groups: what decays, see `decaying_parameters`, and what does not. Frozen parameters are in no group."""
+    decaying = decaying_parameters(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in decayed.values() if p.requires_grad], "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in decaying], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -286,7 +286,7 @@ def _swapped(options: StageOptions, config: TNTConfig) -> TNTConfig:
                 f"{memories} local memories"
             )
     try:
-        return TNTConfig(**{**config.to_diff_dict(), **changes})
+        return TNTConfig.from_dict(config.to_diff_dict(), **changes)
     except ValueError as error:
         raise ValueError(f"{at}: {error}") from error
 

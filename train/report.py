@@ -172,10 +172,10 @@ def save_results(
     if continuation:
         with atomic_file(folder.sample_file) as path:
             path.write_text(f"{prompt}\n\n----- continued by the model -----\n\n{continuation}\n", encoding="utf-8")
-    log = read_log(folder.log_file)
+    log = reporting("reading the log", read_log, folder.log_file, otherwise=[])
     reporting("the plot", save_plot, folder.plot_file, log, state.scores)
     _print_summary(run, metrics, state.scores)
-    for sentence in reporting("the memories' health", find_idle_memories, log) or []:
+    for sentence in reporting("the memories' health", find_idle_memories, log, otherwise=[]):
         print(f"warning  {sentence}; see {folder.plot_file.name}", flush=True)
     return metrics
 

@@ -252,10 +252,50 @@ def test_a_config_of_a_newer_version_says_so(tmp_path):
     # What this version understands it reads.
     (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0"}))
     assert TNTConfig.from_pretrained(tmp_path).to_dict() == TNTConfig().to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"memory_depth": 3}))
-    with pytest.raises(ValueError, match="memory_depth") as error:
-        TNTConfig.from_pretrained(tmp_path)
-    assert "saved by" not in str(error.value)
+
+
+@pytest.fixture
+def warnings_of_configs(monkeypatch):
+    """The texts that `TNTConfig` warns of."""
+    texts = []
+    monkeypatch.setattr("modeling_tnt.configuration.configuration_tnt.logger.warning_once", texts.append)
+    return texts
+
+
+def test_keys_that_somebody_has_set_are_kept_and_told_of(tmp_path, warnings_of_configs):
+    config = TNTConfig.from_preset("tiny")
+    config.pretraining_tp, config.local_chunk_size, config.note = 1, [1], {"run": 7}
+    config.save_pretrained(tmp_path)
+    for load in (TNTConfig, AutoConfig):
+        loaded = load.from_pretrained(tmp_path)
+        loaded.save_pretrained(tmp_path / "again")
+        assert loaded.note == {"run": 7}
+        assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    assert TNTConfig.from_json_file(tmp_path / "config.json").pretraining_tp == 1
+    first, *others = warnings_of_configs
+    assert (
+        "pretraining_tp" in first and "note" in first and "local_chunk_size (did you mean local_chunk_sizes?)" in first
+    )
+    assert set(others) == {first} and len(others) == 2
+    # Replaced like a field; what the file does not hold stays an error.
+    assert TNTConfig.from_pretrained(tmp_path, pretraining_tp=2).pretraining_tp == 2
+    with pytest.raises(ValueError, match="pretraining_to is not a field"):
+        TNTConfig.from_pretrained(tmp_path, pretraining_to=2)
+    with pytest.raises(ValueError, match="pretraining_tp is not a field"):
+        TNTConfig(pretraining_tp=1)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "shard_lengths", "from_preset"])
+def test_a_file_must_not_hold_what_stands_for_something_else(key):
+    """Another name of a field, a property and a method."""
+    with pytest.raises(ValueError, match=f"{key} is not a field of TNTConfig"):
+        TNTConfig.from_dict({key: 3})
+
+
+def test_what_is_told_of_extra_keys_is_bounded(warnings_of_configs):
+    config = TNTConfig.from_dict({"x" * 10**6: 1} | {f"field{i}": i for i in range(10_000)})
+    assert config.field9999 == 9999
+    assert "and 9981 more" in warnings_of_configs[0] and len(warnings_of_configs[0]) < 2_000
 
 
 @pytest.mark.parametrize(

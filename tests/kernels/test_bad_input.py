@@ -224,6 +224,12 @@ def test_a_misspelt_argument_is_refused(operation):
         operation(X, X, X, GATE, PARAMS, chunk_size=2, chunk_sizes=2)
 
 
+@pytest.mark.parametrize("operation", [local_memory, global_memory])
+def test_tracing_is_refused(operation):
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lambda x: operation(x, x, x, GATE, PARAMS, chunk_size=2)[0], (X,))
+
+
 def test_good_arguments_are_good():
     """Every case above differs from this one by what it names only."""
     o, state = local_memory(**good())

@@ -285,6 +285,20 @@ def test_export_makes_a_program_of_one_shape(tmp_path):
         torch.export.export(model, (tokens[:, :1],), {"cache": cache}, strict=False)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_tracing_names_what_goes_instead(backend):
+    """Not an internal assertion of PyTorch's, also behind a cache, whose token is read by another operator."""
+    model, tokens = make_model(num_hidden_layers=1, kernel_backend=backend), make_tokens(2, 6)
+    cache = model(tokens, use_cache=True).past_key_values
+    calls = (
+        lambda ids: model(ids, use_cache=False).logits,
+        lambda ids: model(ids[:, :1], past_key_values=cache).logits,
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"torch\.export\.export\(model"), torch.no_grad():
+            torch.jit.trace(call, (tokens,))
+
+
 def test_trainer_evaluates_without_the_caches(tmp_path):
     datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
     model = make_model(dtype=torch.float32)
