@@ -39,6 +39,12 @@ LEANS_ON = (
     "transformers.modeling_layers:GradientCheckpointingLayer",
     "transformers.utils:can_return_tuple",
     "torch.nn.modules.linear:NonDynamicallyQuantizableLinear",
+    # What is looked up by the name of a class or model type, and which weights decay.
+    "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "transformers.trainer:Trainer.get_decay_parameter_names",
+    "peft.utils.constants:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     # The code of checkpoints, pushes and the trainer.
     "transformers.dynamic_module_utils:get_relative_imports",
     "transformers.utils:cached_file",

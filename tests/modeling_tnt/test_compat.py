@@ -19,6 +19,7 @@ NAMES = ("cache", "past_key_values")
 @pytest.mark.parametrize("name", LEANS_ON)
 def test_what_the_package_leans_on_is_there(name):
     module, _, attributes = name.partition(":")
+    pytest.importorskip(module.partition(".")[0])
     found = importlib.import_module(module)
     for attribute in attributes.split("."):
         assert hasattr(found, attribute), f"{name} has moved"
