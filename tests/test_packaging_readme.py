@@ -12,6 +12,7 @@ from modeling_tnt.configuration import TNTConfig, available_presets
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -44,6 +45,15 @@ def test_preset_table(preset):
     assert global_chunk == ("–" if config.global_chunk_size is None else str(config.global_chunk_size))
     resets = "never" if config.local_shard_lengths is None else f"{config.local_shard_lengths} tokens"
     assert local == f"{', '.join(map(str, config.local_chunk_sizes))}, {resets}"
+
+
+def test_versions_that_were_tested_are_those_of_the_constraints():
+    sentence = re.search(r"Tested on 2[\d-]+ with (.*?)\s\(.*?transformers (\S+), the oldest", README, flags=re.DOTALL)
+    tested = re.findall(r"(\w+) (\d[\d.]*\d)", sentence[1])
+    assert len(tested) == 6
+    for name, version in tested:
+        assert re.search(rf"^{name}=={re.escape(version)}\b", CONSTRAINTS, flags=re.MULTILINE), f"{name} {version}"
+    assert f"transformers>={sentence[2]}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
 def test_links_and_names_into_the_code_exist():
