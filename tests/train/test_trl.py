@@ -64,6 +64,10 @@ def test_other_layouts(base, options):
 def test_lora(base):
     trainer, losses = fine_tune(base, lora=True)
     assert losses[-1] < losses[0]
+    # Copies of the local memories are trained besides, and decay as little as what they are copies of.
+    names = trainer.get_decay_parameter_names(trainer.model)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainable & set(names) == {name for name in trainable if ".lora_" in name} != trainable
     loaded = load_lora(base.parent / "run" / "checkpoint-4")
     assert loaded.config.local_chunk_sizes == [1]
     tokens = torch.arange(3, 30)[None]
