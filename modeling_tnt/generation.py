@@ -24,11 +24,24 @@ class _Answers:
     """How the answers of a call of `generate` end.
 
     eos_token_ids  behind which `generate` fills a row with padding until the last row has ended, too.
+    pad_token_id   that padding.
     begin          the column of the first generated token, or None before it is known.
     """
 
     eos_token_ids: list[int]
+    pad_token_id: int | None
     begin: int | None = None
+
+    @classmethod
+    def of(cls, settings: list[Any]) -> _Answers:
+        """By the first of several mappings or configs that says it, as in `generate`."""
+
+        def find(name: str) -> list[int]:
+            given = (s.get(name) if isinstance(s, dict) else getattr(s, name) for s in settings)
+            return next((torch.as_tensor(ids).flatten().tolist() for ids in given if ids is not None), [])
+
+        eos = find("eos_token_id")
+        return cls(eos, next(iter(find("pad_token_id") or eos), None))
 
     def hide_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask [B, 1] of the last column, 0 in rows that have ended before it; as it was if no row can have."""
@@ -36,6 +49,7 @@ class _Answers:
             return attention_mask
         ends = torch.tensor(self.eos_token_ids, device=input_ids.device)
         has_ended = torch.isin(input_ids[:, self.begin : -1], ends).any(1, keepdim=True)
+        has_ended &= input_ids[:, -1:] == self.pad_token_id
         if attention_mask is not None:
             has_ended = has_ended | (attention_mask[:, -1:] == 0)
         return (~has_ended).long()
@@ -72,10 +86,7 @@ class TNTGenerationMixin(GenerationMixin):
         _check_something_is_left_to_read(
             kwargs.get(CACHE_NAME), args[0] if args and prompt is None else prompt, kwargs.get("attention_mask")
         )
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
-        eos = self.generation_config.eos_token_id if eos is None else eos
-        eos = torch.as_tensor([] if eos is None else eos).flatten().tolist()
-        token = _ANSWERS.set(_Answers(eos))
+        token = _ANSWERS.set(_Answers.of([kwargs, config, self.generation_config]))
         try:
             return give_both_names(super().generate(*args, **kwargs))
         finally:
