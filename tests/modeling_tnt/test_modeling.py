@@ -312,5 +312,22 @@ def test_health_tells_the_loss_of_a_chunk_before_and_after_its_update():
     assert still["layer0/local0/loss_after"] == pytest.approx(still["layer0/local0/loss_before"], rel=1e-6)
 
 
+@torch.no_grad()
+def test_hooks_see_the_batch_as_it_was_given():
+    """Between blocks, and in every linear map: [B, T, ...], with padding, too, whose hidden states are zero."""
+    model, tokens, mask, seen = make_model(), make_tokens(3, 9), torch.ones(3, 9, dtype=torch.long), {}
+    mask[0, :4] = mask[2, 7:] = 0
+    for name, module in model.model.named_modules():
+        if name.startswith("layers.") and (name.count(".") == 1 or isinstance(module, torch.nn.Linear)):
+            module.register_forward_hook(lambda _m, _args, out, name=name: seen.__setitem__(name, out))
+    out = model(tokens, attention_mask=mask, output_hidden_states=True)
+    assert len(seen) > 20 and {tuple(t.shape[:2]) for t in seen.values()} == {(3, 9)}
+    assert all(not hidden[mask == 0].any() for hidden in (*out.hidden_states, seen["layers.0"], seen["layers.1"]))
+    # Adding a vector to a block's output, as steering does, is the same for a row alone.
+    model.model.layers[0].register_forward_hook(lambda _m, _args, out: out + 0.5)
+    padded = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(padded[:1, 4:], model(tokens[:1, 4:]).logits, **EXACT)
+
+
 def test_vocabulary_size_is_respected():
     assert make_model().get_output_embeddings().weight.shape == (VOCAB, 32)
