@@ -124,7 +124,8 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
         projection_rows = min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), MAX_PROJECTION_ROWS)
     multi = multi_start or p.chunk_size > MIN_ROWS
     warps = 4 if _state_words(p, multi) <= 4096 else 8
-    tall = device_of(p.q.device).capability >= (9, 0)
+    # Weights held tall pay where a group of warps multiplies (wgmma and its successor). 12.0 and 12.1 have neither.
+    tall = device_of(p.q.device).capability[0] in (9, 10)
     return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps, tall)
 
 

@@ -451,6 +451,17 @@ def test_choices_do_not_depend_on_the_length(device: tuple):
     assert len(choices) == 1
 
 
+@pytest.mark.parametrize("capability, tall", [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_weights_are_held_tall_only_where_groups_of_warps_multiply(capability: tuple, tall: bool):
+    """By the compiler: held tall, sm_120 spills 3,432 / 2,236 / 14,548 B in forward, recompute and backward; held wide
+    240 / 0 / 1,176."""
+    tokens, gate = (torch.empty(*shape, device="meta") for shape in ((1, 32, 2, 64), (1, 32, 2)))
+    params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
+    with assume_device(capability, 99 * 1024):
+        tiles = tiles_for(MemoryProblem(tokens, tokens, tokens, gate, params, 8, 2048, "shard"), multi_start=False)
+    assert tiles.tall is tall
+
+
 @pytest.mark.parametrize("case", [TINY, TINY.with_(rule="token_scale", projection="chunk", memory="mlp")], ids=str)
 def test_kernels_are_compiled_once_for_all_lengths(case: Case, monkeypatch):
     constants: dict[str, set] = {}
