@@ -104,10 +104,12 @@ class TNTMemory(nn.Module):
 
     def forward(self, x: Tensor, chunk_size: int, use: Callable[[MemoryInputs], Any] | None = None) -> Any:
         """What `use` makes of this memory's inputs for the tokens x [B, T, hidden_size]; None: the inputs."""
-        with torch.autocast(x.device.type, enabled=False):  # products of many gates follow: bfloat16 has too few digits
-            gates = (self.lr_gate, self.momentum_gate, self.decay_gate)
-            logits = (None if gate is None else gate(x.to(gate.weight.dtype)) for gate in gates)
-            inputs = MemoryInputs(self.params, MemoryGates(*logits), self.base_lr, self.token_scale(chunk_size))
+        if torch.is_autocast_enabled(x.device.type):  # products of many gates follow: bfloat16 has too few digits
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x, chunk_size, use)
+        gates = (self.lr_gate, self.momentum_gate, self.decay_gate)
+        logits = [None if gate is None else gate(x.to(gate.weight.dtype)) for gate in gates]
+        inputs = MemoryInputs(self.params, MemoryGates(*logits), self.base_lr, self.token_scale(chunk_size))
         return inputs if use is None else use(inputs)
 
     def token_scale(self, chunk_size: int) -> Tensor | None:
