@@ -6,11 +6,14 @@ take and give both names under any release; inside of this package it is `cache`
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import transformers.generation.utils as generation
+from packaging.version import Version
 from transformers import Cache, PreTrainedModel, modeling_outputs
 from transformers.utils import ModelOutput
 
@@ -69,6 +72,24 @@ def rename_cache(arguments: dict[str, Any]) -> None:
     given = one_cache(arguments.pop("cache", None), arguments.pop(OTHER_NAME, None))
     if given is not None:
         arguments[CACHE_NAME] = given
+
+
+def rename_for_peft(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What `prepare_inputs_for_generation` returns, with the cache under the name that PEFT looks for.
+
+    PEFT before 0.22 looks for `past_key_values` under every release of transformers, and without it puts a learned
+    prompt before every token.
+    """
+    peft = sys.modules.get("peft")
+    if CACHE_NAME == OTHER_NAME or peft is None or CACHE_NAME not in inputs or not _is_before(peft.__version__, "0.22"):
+        return inputs
+    inputs[OTHER_NAME] = inputs.pop(CACHE_NAME)
+    return inputs
+
+
+@functools.cache
+def _is_before(version: str, limit: str) -> bool:
+    return Version(version) < Version(limit)
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:

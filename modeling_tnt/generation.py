@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .compat import CACHE_NAME, give_both_names, rename_cache
+from .compat import CACHE_NAME, give_both_names, rename_cache, rename_for_peft
 from .state import expand_rows
 
 logger = logging.get_logger(__name__)
@@ -44,15 +44,17 @@ class _Answers:
         return cls(eos, next(iter(find("pad_token_id") or eos), None))
 
     def hide_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """The mask [B, 1] of the last column, 0 in rows that have ended before it; as it was if no row can have."""
+        """The mask of all columns with zeros where a row has ended before; as it was while none has."""
         if self.begin is None or not self.eos_token_ids or input_ids.shape[1] - self.begin < 2:
             return attention_mask
-        ends = torch.tensor(self.eos_token_ids, device=input_ids.device)
-        has_ended = torch.isin(input_ids[:, self.begin : -1], ends).any(1, keepdim=True)
-        has_ended &= input_ids[:, -1:] == self.pad_token_id
-        if attention_mask is not None:
-            has_ended = has_ended | (attention_mask[:, -1:] == 0)
-        return (~has_ended).long()
+        answer = input_ids[:, self.begin :]
+        ends = torch.isin(answer, torch.tensor(self.eos_token_ids, device=answer.device))
+        is_padding = (ends.cumsum(1) - ends.long() > 0) & (answer == self.pad_token_id)
+        if not is_padding.any():
+            return attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
+        mask[:, -answer.shape[1] :].masked_fill_(is_padding, 0)
+        return mask
 
 
 # Of the call that runs now: `generate` has no other way to tell its loop, and a model may serve several threads.
@@ -118,13 +120,15 @@ class TNTGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         # With stop_strings, transformers passes the tokenizer on to here, and from here to the model, which takes none.
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        answers, read = _ANSWERS.get(), inputs.get("input_ids")
-        if answers is not None and inputs.get(CACHE_NAME) is not None and read is not None and read.shape[1] == 1:
+        answers, read, cache = _ANSWERS.get(), inputs.get("input_ids"), inputs.get(CACHE_NAME)
+        if answers is not None and cache is not None and read is not None and read.shape[1] == 1:
             # What a row is filled with behind its end must not reach its memories: the next turn reads on from them.
             mask = answers.hide_padding(input_ids, inputs.get("attention_mask"))
             if mask is not None:
-                inputs["attention_mask"] = mask
-        return inputs
+                # Of new ids alone behind a cache the last column is enough. (PEFT puts a learned prompt's mask before.)
+                is_whole = mask.shape[1] == cache.get_seq_length() + 1 or "prepare_inputs_for_generation" in vars(self)
+                inputs["attention_mask"] = mask if is_whole else mask[:, -1:]
+        return rename_for_peft(inputs)
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict

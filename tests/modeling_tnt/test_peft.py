@@ -85,6 +85,28 @@ def test_initial_fast_weights_learn_through_their_adapter():
     assert gradients and all(g is not None and g.abs().max() > 0 for g in gradients.values())
 
 
+@pytest.mark.parametrize("padding", [0, 4])
+@torch.no_grad()
+def test_a_learned_prompt_is_its_embeddings_before_the_text(padding):
+    """In generate, with left padding and with a row that ends early, too."""
+    torch.manual_seed(2)
+    model = peft.get_peft_model(make_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    model = model.double().eval()
+    base, (ids, mask) = model.get_base_model(), left_padded(padding=padding)
+    answers = []
+    for row in (ids[:1, padding:], ids[1:]):
+        for _ in range(8):
+            embeds = torch.cat([model.get_prompt(1), base.get_input_embeddings()(row)], dim=1)
+            row = torch.cat([row, base(inputs_embeds=embeds, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        answers.append(row[0, -8:].tolist())
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(input_ids=ids, **options)[:, 14:].tolist() == answers
+    early, eos = next((r, t) for r in (0, 1) for t in answers[r][:5] if t not in answers[1 - r])
+    end = answers[early].index(eos) + 1
+    answers[early][end:] = [0] * (8 - end)
+    assert model.generate(input_ids=ids, eos_token_id=eos, **options)[:, 14:].tolist() == answers
+
+
 @torch.no_grad()
 def test_prefix_tuning_is_refused_by_its_name():
     model = peft.get_peft_model(
