@@ -137,6 +137,6 @@ def give_both_names(generated: Any) -> Any:
     return generated if kind is type(generated) else kind(**generated)
 
 
-def enable_checkpointing(model: PreTrainedModel, **options: Any) -> None:
+def enable_checkpointing(model: PreTrainedModel) -> None:
     """`gradient_checkpointing_enable`, which later releases call `activation_checkpointing_enable`."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(**options)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
