@@ -254,19 +254,20 @@ class TNTModel(TNTPreTrainedModel):
         tokens = step or packing
         if tokens is not None:
             hidden_states = tokens.hide(hidden_states)
-        all_hidden_states = []
+        kept = []
         for i, layer in enumerate(self.layers):
-            all_hidden_states.append(hidden_states)
+            if output_hidden_states:
+                kept.append(hidden_states)
             cache_layer = None if cache is None else cache.layers[i]
             hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step)
             if use_cache:
                 cache_layer.advance(batch_shape[1])
-        all_hidden_states.append(self.norm(hidden_states))
+        kept.append(self.norm(hidden_states))
         if tokens is not None:  # zero already, but for what an adapter may add to it
-            all_hidden_states = [tokens.hide(hidden) for hidden in all_hidden_states]
+            kept = [tokens.hide(hidden) for hidden in kept]
         return BaseModelOutputWithPast(
-            last_hidden_state=all_hidden_states[-1],
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            last_hidden_state=kept[-1],
+            hidden_states=tuple(kept) if output_hidden_states else None,
             **named_cache(cache if use_cache else None),
         )
 
