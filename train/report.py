@@ -195,10 +195,15 @@ def _print_summary(run: Run, metrics: dict[str, Any], scores: list[Score]) -> No
         lines.append(f"  {score.label:<{width}}  {score.bits_per_byte:.3f}{remark}")
     if sample["continuation"]:
         lines += ["\nsample: a validation prompt, and after >>> the model's continuation", "-" * 60]
-        lines += [f"{sample['prompt']}>>>{sample['continuation']}", "-" * 60]
+        lines += [_printable(f"{sample['prompt']}>>>{sample['continuation']}"), "-" * 60]
     lines += [f"model    {metrics['model']}", f"figures  {run.folder.metrics_file}, {run.folder.plot_file.name}"]
     lines += [f"took     {metrics['seconds']:.0f} seconds"]
     print("\n".join(lines), flush=True)
+
+
+def _printable(text: str) -> str:
+    """A text of a model for a terminal, which takes some control characters for commands: those are shown as \ufffd."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def find_mismatches(run: Run, scores: list[Score]) -> set[str]:

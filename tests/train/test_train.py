@@ -320,3 +320,8 @@ def test_compiled(flags, output_dir: Path, tmp_path: Path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     saved = [load_file(d / "stage2" / "model.safetensors").keys() for d in (output_dir, tmp_path / "compiled")]
     assert saved[0] == saved[1]
+
+
+def test_a_sample_sends_no_commands_to_the_terminal():
+    """An untrained model of bytes writes escape codes, too; letters of every script and line ends stay."""
+    assert report._printable("\x1b[2Jé漢\tok\n\x07") == "\ufffd[2Jé漢\tok\n\ufffd"
