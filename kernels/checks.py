@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .transfer import to_host
 from .types import MemoryParams, MemoryState, is_of
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
 
 
 class MemoryProblem(NamedTuple):
-    """The checked arguments of one call; see `local_memory` for their meaning."""
+    """The checked arguments of one call; see `local_memory` for their meaning. cu_seqlens is in the host's memory."""
 
     q: Tensor
     k: Tensor
@@ -85,7 +86,8 @@ def check_local(
         if momentum is not None or decay is not None:
             raise ValueError("token_scale excludes momentum and decay; pass one or the other")
         _expect("token_scale", token_scale, (chunk_size,), q, "[chunk_size]", same_dtype=False)
-    _check_packing(problem)
+    if cu_seqlens is not None:
+        problem = problem._replace(cu_seqlens=_host_boundaries(problem))
     _check_state(problem)
     return problem
 
@@ -181,10 +183,9 @@ def _check_lengths(p: MemoryProblem) -> None:
         )
 
 
-def _check_packing(p: MemoryProblem) -> None:
+def _host_boundaries(p: MemoryProblem) -> Tensor:
+    """cu_seqlens, checked, where the host can read it again and again; on a device it is waited for once."""
     cu = p.cu_seqlens
-    if cu is None:
-        return
     if not isinstance(cu, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu).__name__}")
     if cu.dim() != 1 or cu.shape[0] < 2 or cu.dtype not in (torch.int32, torch.int64):
@@ -194,9 +195,11 @@ def _check_packing(p: MemoryProblem) -> None:
         raise ValueError(
             f"cu_seqlens needs all sequences packed into one row (B = 1), got B={B}; reshape to [1, B·T, …]"
         )
+    (cu,) = to_host(cu)
     ends = cu.tolist()
     if ends[0] != 0 or ends[-1] != T or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
         raise ValueError(f"cu_seqlens must rise from 0 to T={T}, got {ends if len(ends) < 20 else ends[:20] + ['…']}")
+    return cu
 
 
 def _check_state(p: MemoryProblem) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .operators import NAMESPACE, OPERATORS
 from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, named
+from .transfer import on_device
 from .types import FastWeights
 
 # Shards are taken in slabs whose fast weights fit into the caches of a CPU; see tests/benchmarks/LOG.md.
@@ -128,7 +129,7 @@ def scan_backward(
     ragged = lengths[-1] < lengths[0]
     if ragged:  # past a shard's end o is a constant zero
         chunk_of_token = torch.arange(inputs.x.shape[1], device=inputs.x.device) // chunk_size
-        reached = chunk_of_token < torch.tensor(lengths, device=inputs.x.device)[:, None]
+        reached = chunk_of_token < on_device(lengths, inputs.x)[:, None]
         given["o"] = given["o"] * reached[:, :, None, None]
     out = {}
     for name, t in zip(names.split(","), tensors, strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import MemoryProblem
+from .transfer import on_device
 
 INIT, STATE, HEAD, JOB, TAIL = "init", "state", "head", "job", "tail"
 
@@ -150,6 +151,31 @@ def plan_segments(
     return segments
 
 
+def segment_table(segments: list[Segment], p: MemoryProblem, output_final_state: bool) -> Tensor:
+    """The segments of a call as [S, 5] int64 on its device, in the order of `Segment`. Do not write into it."""
+
+    def make() -> Tensor:
+        return _regular_table(*p.q.shape[:2], p.shard_length, output_final_state, p.q.device)
+
+    is_regular = p.cu_seqlens is None and p.initial_state is None
+    numbers = [number for segment in segments for number in segment]
+    return on_device(numbers, p.q, make if is_regular else None).view(-1, 5)
+
+
+def _regular_table(
+    rows: int, length: int, shard_length: int | None, output_final_state: bool, device: torch.device
+) -> Tensor:
+    """`plan_segments` of rows of one length without an earlier state, made on the device; flat."""
+    shard = length if shard_length is None else min(shard_length, length)
+    place = torch.arange(0, length, shard, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    start = row * length + place
+    count = (length - place).clamp(max=shard).expand_as(start)
+    zero = torch.zeros_like(start)
+    end = torch.where(place + shard >= length, row, -1) if output_final_state else zero - 1
+    return torch.stack([start, count, zero, zero, end], dim=-1).flatten()
+
+
 def sequence_lengths(p: MemoryProblem) -> list[int]:
     """Tokens of each batch row, or of each packed sequence."""
     if p.cu_seqlens is None:
@@ -158,10 +184,19 @@ def sequence_lengths(p: MemoryProblem) -> list[int]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
+def final_positions(p: MemoryProblem) -> Tensor:
+    """[rows] int64, the tokens that each sequence has read after the call."""
+    if p.cu_seqlens is None:
+        read = torch.full((p.rows,), p.q.shape[1], dtype=torch.int64, device=p.q.device)
+    else:
+        read = on_device(sequence_lengths(p), p.q).clone()  # the caller may write into it
+    return read if p.initial_state is None else p.initial_state.position + read
+
+
 class Tokens:
     """The tokens of some pieces as a [pieces, longest] block, padded at the end."""
 
-    def __init__(self, pieces: list[Piece], device: torch.device):
+    def __init__(self, pieces: list[Piece], like: Tensor):
         counts = [p.count for p in pieces]
         self.rows, self.length = len(pieces), max(counts)
         self.padded = min(counts) < self.length
@@ -170,21 +205,31 @@ class Tokens:
         self.first = first
         self._starts = [p.start for p in pieces]
         self._counts = counts
-        self._device = device
+        self._like, self._device = like, like.device
 
     def valid(self) -> Tensor | None:
         """[pieces, longest] bool, or None when nothing is padded."""
         if not self.padded:
             return None
-        counts = torch.tensor(self._counts, device=self._device)
+        counts = on_device(self._counts, self._like)
         return torch.arange(self.length, device=self._device) < counts[:, None]
 
     def index(self) -> Tensor:
         """[pieces, longest] positions in the flattened input; arbitrary at padding."""
-        starts = torch.tensor(self._starts, device=self._device)
-        index = starts[:, None] + torch.arange(self.length, device=self._device)
+        index = self._first_tokens()[:, None] + torch.arange(self.length, device=self._device)
         valid = self.valid()
         return index if valid is None else index.masked_fill(~valid, self.first)
+
+    def _first_tokens(self) -> Tensor:
+        """[pieces] int64 on the device."""
+        steps = {b - a for a, b in zip(self._starts, self._starts[1:], strict=False)}
+        step = max(steps, default=1)
+
+        def make() -> Tensor:
+            return torch.arange(self.first, self.first + self.rows * step, step, device=self._device)
+
+        evenly = len(steps) < 2 and step > 0  # as pieces of rows of one length are
+        return on_device(self._starts, self._like, make if evenly else None)
 
     def gather(self, flat: Tensor) -> Tensor:
         """[tokens, …] -> [pieces, longest, …], zero at padding; a view where the pieces lie side by side."""
@@ -200,15 +245,14 @@ def scatter(blocks: list[tuple[Tokens, Tensor]], total: int) -> Tensor:
     """The inverse of `gather`: outputs [pieces, longest, …] of all pieces -> [total, …]."""
     if len(blocks) == 1 and blocks[0][0].contiguous and blocks[0][0].rows * blocks[0][0].length == total:
         return blocks[0][1].reshape(total, *blocks[0][1].shape[2:])
-    where = torch.empty(total, dtype=torch.int64, device=blocks[0][1].device)
+    where = torch.empty(total + 1, dtype=torch.int64, device=blocks[0][1].device)
     base = 0
     for tokens, _ in blocks:
         size = tokens.rows * tokens.length
-        place = torch.arange(base, base + size, device=where.device).view(tokens.rows, tokens.length)
+        place = torch.arange(base, base + size, device=where.device)
         index, valid = tokens.index(), tokens.valid()
-        if valid is None:
-            where[index.flatten()] = place.flatten()
-        else:
-            where[index[valid]] = place[valid]
+        if valid is not None:
+            index = index.masked_fill(~valid, total)  # an entry too many takes what is padding
+        where[index.flatten()] = place
         base += size
-    return torch.cat([block.flatten(0, 1) for _, block in blocks]).index_select(0, where)
+    return torch.cat([block.flatten(0, 1) for _, block in blocks]).index_select(0, where[:total])

@@ -12,7 +12,22 @@ from .chunk import Coefficients, Norm, advance, chunk_forward, read_only
 from .coefficients import Gates, global_coefficients, local_coefficients, token_scale_coefficients
 from .projection import project_queries
 from .scan import ScanInputs, scan_chunks
-from .segments import HEAD, INIT, JOB, STATE, TAIL, Piece, Plan, Source, Tokens, plan_pieces, scatter, sequence_lengths
+from .segments import (
+    HEAD,
+    INIT,
+    JOB,
+    STATE,
+    TAIL,
+    Piece,
+    Plan,
+    Source,
+    Tokens,
+    final_positions,
+    plan_pieces,
+    scatter,
+    sequence_lengths,
+)
+from .transfer import on_device
 from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 
@@ -93,7 +108,7 @@ class Reader:
         return scan_chunks(inputs, lengths, self.problem.chunk_size, self.intra)
 
     def _block(self, pieces: list[Piece], dtype: torch.dtype) -> _Block:
-        p, tokens = self.problem, Tokens(pieces, self.problem.q.device)
+        p, tokens = self.problem, Tokens(pieces, self.problem.q)
 
         def block(t: Tensor | None, dtype: torch.dtype = self.dtype) -> Tensor | None:
             return None if t is None else tokens.gather(t.flatten(0, 1)).to(dtype)
@@ -106,8 +121,8 @@ class Reader:
         start = self._gather([piece.source for piece in pieces])
         x, projection = self._project(b, start.projection)
         gates = self._gates(b)
-        ends = torch.tensor([piece.offset + piece.count == self.problem.chunk_size for piece in pieces])
-        ends = ends.to(x.device)
+        reached = [piece.offset + piece.count for piece in pieces]
+        ends = on_device(reached, self.problem.q) == self.problem.chunk_size
         momentum = start.momentum
         if self.problem.token_scale is not None:
             c = self._scaled_head(pieces, b, ends)
@@ -133,7 +148,7 @@ class Reader:
         The anchor takes the place of the momentum. After the chunk's last token the state is W_t, before it U.
         """
         scale = self.problem.token_scale.to(self.dtype)
-        offsets = torch.tensor([piece.offset for piece in pieces], device=scale.device)
+        offsets = on_device([piece.offset for piece in pieces], self.problem.q)
         place = (offsets[:, None] + torch.arange(b.tokens.length, device=scale.device)).clamp(max=len(scale) - 1)
         r = scale[place]
         end = torch.where(ends, scale[-1], 1.0)
@@ -261,7 +276,7 @@ class Reader:
         for kind in kinds:
             first_row[kind] = rows
             rows += len(self.states[kind].position)
-        index = torch.tensor([first_row[s.kind] + s.index for s in sources], device=self.problem.q.device)
+        index = on_device([first_row[s.kind] + s.index for s in sources], self.problem.q)
 
         def cat(*parts: Tensor) -> Tensor:
             return torch.cat(parts).index_select(0, index) if len(parts) > 1 else parts[0].index_select(0, index)
@@ -273,13 +288,13 @@ class Reader:
         state = self._gather(plan.final)
         if p.initial_state is not None:  # a chunk size other than the one the state was made with may end here
             aligned = p.initial_state.position % p.chunk_size == 0
-            unread = torch.tensor([source.kind == STATE for source in plan.final], device=aligned.device) & aligned
+            kept = on_device([int(source.kind == STATE) for source in plan.final], self.problem.q)
+            unread = (kept != 0) & aligned
             anchor = state.anchor.zip_map(
                 lambda a, w: torch.where(unread.view(-1, *[1] * (a.dim() - 1)), w, a), state.weights
             )
             state = state._replace(anchor=anchor)
-        lengths = torch.tensor(sequence_lengths(p), dtype=torch.int64, device=p.q.device)
-        return state._replace(position=lengths if p.initial_state is None else p.initial_state.position + lengths)
+        return state._replace(position=final_positions(p))
 
 
 def _zip_states(fn, states: list[MemoryState]) -> MemoryState:

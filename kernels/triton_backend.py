@@ -16,7 +16,7 @@ from .checks import MemoryProblem
 from .fused.global_scan import scan_global_chunks
 from .fused.limits import tiles_for
 from .fused.local_scan import EndState, Plan, ScanInputs, scan_segments
-from .segments import plan_segments, sequence_lengths
+from .segments import final_positions, plan_segments, segment_table, sequence_lengths
 from .slab import ScanInputs as ChunkInputs
 from .torch_backend import Reader
 from .types import FastWeights, MemoryParams, MemoryState
@@ -29,6 +29,7 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
     p = problem
     B, T, H, D = p.q.shape
     params = MemoryParams(*(None if t is None else t.float() for t in p.params))
+    # Where a sequence stands in its chunk and shard decides how it is cut: behind a state, the device is waited for.
     positions = None if p.initial_state is None else p.initial_state.position.tolist()
     segments = plan_segments(sequence_lengths(p), positions, p.chunk_size, p.shard_length, output_final_state)
     multi_start = any(segment.offset for segment in segments)
@@ -45,7 +46,7 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
         forward_warps=tiles.forward_warps, recompute_warps=tiles.recompute_warps, backward_warps=tiles.backward_warps,
         tall=int(tiles.tall),
     )  # fmt: skip
-    table = [number for segment in segments for number in segment]
+    table = segment_table(segments, p, output_final_state)
     with torch.autocast(p.q.device.type, enabled=False):
         o, end = scan_segments(inputs, table, plan)
     o = o.view(B, T, H, D)
@@ -112,8 +113,6 @@ def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
 
 def _final_state(p: MemoryProblem, params: MemoryParams, end: EndState) -> MemoryState:
     like = params.fast_weights
-    position = torch.tensor(sequence_lengths(p), dtype=torch.int64, device=p.q.device)
-    if p.initial_state is not None:
-        position = p.initial_state.position + position
     momentum = None if end.momentum is None else _unpack(end.momentum, like)
-    return MemoryState(_unpack(end.weights, like), _unpack(end.anchor, like), momentum, end.projection, position)
+    weights, anchor = _unpack(end.weights, like), _unpack(end.anchor, like)
+    return MemoryState(weights, anchor, momentum, end.projection, final_positions(p))

@@ -100,21 +100,15 @@ class EndState(NamedTuple):
     projection: Tensor | None
 
 
-def scan_segments(inputs: ScanInputs, table: list[int], plan: Plan) -> tuple[Tensor, EndState]:
-    """Read independent segments, of which `table` has 5 numbers each (see forward.py).
+def scan_segments(inputs: ScanInputs, segments: Tensor, plan: Plan) -> tuple[Tensor, EndState]:
+    """Read independent segments, S rows of 5 numbers on the device (see forward.py): `segments.segment_table`.
 
     Returns o [tokens, H, D] and the end states.
     """
-    o, weights, anchor, *rest = OPERATORS.fused_forward(*inputs, table, list(plan))
+    o, weights, anchor, *rest = OPERATORS.fused_forward(*inputs, segments, list(plan))
     momentum = rest.pop(0) if inputs.momentum is not None else None
     projection = rest.pop(0) if plan.projection else None
     return o, EndState(weights, anchor, momentum, projection)
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(table: tuple[int, ...], device: torch.device) -> Tensor:
-    """The segment table [S, 5] as a tensor; kept, so that a repeated shape copies nothing to the device."""
-    return torch.tensor(table, dtype=torch.int64, device=device).view(-1, 5)
 
 
 def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -186,14 +180,13 @@ def fused_forward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    table: list[int], plan: list[int],
+    segments: Tensor, plan: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """o, the end states, and the states kept for the backward."""
     inputs = ScanInputs(
         q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
     )
     sizes = Plan(*plan)
-    segments = _on_device(tuple(table), q.device)
     S = segments.shape[0]
     out = _forward_outputs(inputs, S, sizes)
     with torch.cuda.device_of(q):  # kernels are launched on the current device
@@ -212,12 +205,12 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    table: list[int], plan: list[int],
+    segments: Tensor, plan: list[int],
 ) -> list[Tensor]:  # fmt: skip
     inputs = ScanInputs(
         q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
     )
-    return list(_forward_outputs(inputs, len(table) // 5, Plan(*plan)).values())
+    return list(_forward_outputs(inputs, segments.shape[0], Plan(*plan)).values())
 
 
 @torch.library.custom_op(f"{NAMESPACE}::fused_backward", mutates_args=())
@@ -225,14 +218,14 @@ def fused_backward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int], plan: list[int],
+    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], segments: Tensor, plan: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the tensors before `kept` that are there, in that order, from those of o and of the end states."""
     inputs = ScanInputs(
         q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
     )
     with torch.cuda.device_of(q):
-        return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, table, Plan(*plan)).run()
+        return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, segments, Plan(*plan)).run()
 
 
 @fused_backward.register_fake
@@ -240,7 +233,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int], plan: list[int],
+    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], segments: Tensor, plan: list[int],
 ) -> list[Tensor]:  # fmt: skip
     given = (q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection)
     return [torch.empty_like(t) for t in given if t is not None]
@@ -250,13 +243,11 @@ class _Backward:
     """One call of the backward operator."""
 
     def __init__(
-        self, inputs: ScanInputs, kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], table: list[int],
+        self, inputs: ScanInputs, kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], segments: Tensor,
         plan: Plan,
     ):  # fmt: skip
-        self.inputs, self.plan, self.grad_o = inputs, plan, grad_o
-        self.segments = _on_device(tuple(table), inputs.q.device)
-        self.sources, self.ends = table[3::5], table[4::5]
-        self.S, self.H, self.D = len(self.sources), *inputs.q.shape[1:]
+        self.inputs, self.plan, self.grad_o, self.segments = inputs, plan, grad_o, segments
+        self.S, self.H, self.D = segments.shape[0], *inputs.q.shape[1:]
         self.grid = (self.S, self.H)
         momentum = ["momentum"] if inputs.momentum is not None else []
         projection = ["projection"] if plan.projection else []
@@ -284,12 +275,10 @@ class _Backward:
 
     def _carry(self, grad_end: Tensor) -> Tensor:
         """Gradients of the states after the segments: [ends, …] -> [S, …], zero where a segment ends no sequence."""
-        carried = grad_end.new_zeros(self.S, *grad_end.shape[1:])
-        if grad_end.shape[0]:
-            rows = [s for s, end in enumerate(self.ends) if end >= 0]
-            index = torch.tensor([rows, [self.ends[s] for s in rows]], device=grad_end.device)
-            carried[index[0]] = grad_end[index[1]]
-        return carried
+        if not grad_end.shape[0]:
+            return grad_end.new_zeros(self.S, *grad_end.shape[1:])
+        ends = self.segments[:, 4]
+        return torch.where(_column(ends >= 0, grad_end), grad_end.index_select(0, ends.clamp(min=0)), 0.0)
 
     def _trace(self) -> dict[str, Tensor | None]:
         """Room for what recompute.py writes for one group, in the dtype of the inputs."""
@@ -355,42 +344,45 @@ class _Backward:
 
     def _begun(self, grad_anchor: Tensor) -> Tensor:
         """Only a segment that begins in mid-chunk has an anchor of its own before it."""
-        begun = (self.segments[:, 2] > 0).view(-1, 1, 1)
-        return torch.where(begun, grad_anchor, 0.0)
+        return torch.where(_column(self.segments[:, 2] > 0, grad_anchor), grad_anchor, 0.0)
 
     def _start(self, grad: Tensor, like: Tensor) -> Tensor:
         """[S, …] -> [rows, …]. Row 0 starts many segments, every other row at most one."""
-        start = torch.zeros_like(like)
-        fresh = torch.tensor([source == 0 for source in self.sources], device=grad.device)
-        start[0] = torch.where(fresh.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0).sum(0)
-        own = [(s, source) for s, source in enumerate(self.sources) if source > 0]
-        if own:
-            index = torch.tensor(own, device=grad.device)
-            start[index[:, 1]] = grad[index[:, 0]]
+        if like.shape[0] == 1:
+            return grad.sum(0, keepdim=True)
+        sources = self.segments[:, 3]
+        fresh = _column(sources == 0, grad)
+        start = torch.zeros_like(like).index_copy_(0, sources, torch.where(fresh, 0.0, grad))
+        start[0] = torch.where(fresh, grad, 0.0).sum(0)
         return start
 
 
+def _column(of_segments: Tensor, like: Tensor) -> Tensor:
+    """[S] -> [S, 1, …], with as many dimensions as `like`."""
+    return of_segments.view(-1, *[1] * (like.dim() - 1))
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.table, ctx.plan = inputs
+    *tensors, segments, ctx.plan = inputs
     plan, x = Plan(*ctx.plan), ScanInputs(*tensors)
     ctx.set_materialize_grads(False)
     parts = 1 + (x.momentum is not None) + (plan.projection > 0)  # of a state, the anchor apart
     ctx.ends = parts + 1
-    ctx.save_for_backward(*tensors, *output[1 + ctx.ends :])
+    ctx.save_for_backward(*tensors, segments, *output[1 + ctx.ends :])
     ctx.end_shapes = [t.shape for t in output[1 : 1 + ctx.ends]]
 
 
 def _autograd_backward(ctx, grads):
     saved = ctx.saved_tensors
     count = len(ScanInputs._fields)
-    tensors, kept = saved[:count], list(saved[count:])
+    tensors, segments, kept = saved[:count], saved[count], list(saved[count + 1 :])
     q = tensors[0]
     grad_o = torch.zeros_like(q) if grads[0] is None else grads[0]
     grad_ends = [
         torch.zeros(shape, device=q.device) if g is None else g.contiguous()
         for g, shape in zip(grads[1 : 1 + ctx.ends], ctx.end_shapes, strict=True)
     ]
-    result = iter(OPERATORS.fused_backward(*tensors, kept, grad_o, grad_ends, ctx.table, ctx.plan))
+    result = iter(OPERATORS.fused_backward(*tensors, kept, grad_o, grad_ends, segments, ctx.plan))
     return *(None if t is None else next(result) for t in tensors), None, None
 
 

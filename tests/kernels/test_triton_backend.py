@@ -360,8 +360,8 @@ def test_activation_checkpointing():
 def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: list[tuple]):
     """Schema, fake implementation, autograd registration and tracing."""
     read(case, inputs(case))
-    given, table, plan = scans[0]
-    tensors, sizes = [None if t is None else t.detach() for t in given], (table, list(plan))
+    given, segments, plan = scans[0]
+    tensors, sizes = [None if t is None else t.detach() for t in given], (segments, list(plan))
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     torch.library.opcheck(OPERATORS.fused_forward.default, (*leaves, *sizes))
 
@@ -431,10 +431,10 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
     bytes_of = {where: sum(n for w, n, _ in kept.values() if w == where) for where in ("block", "memory")}
     weights = sum(p.nbytes for p in block.parameters())
 
-    (given, table, plan), *_ = scans
+    (given, segments, plan), *_ = scans
     states = plan.interval * (plan.tiles * (2 if config.use_momentum else 1) + plan.multi)
-    written = states * len(table) // 5 * given.weights[0].numel() * given.q.element_size()
-    assert bytes_of["memory"] > (plan.groups - 1) * len(table) // 5 * given.weights[0].nbytes > 0
+    written = states * len(segments) * given.weights[0].numel() * given.q.element_size()
+    assert bytes_of["memory"] > (plan.groups - 1) * len(segments) * given.weights[0].nbytes > 0
     assert bytes_of["memory"] + written < bytes_of["block"] - weights
 
 
