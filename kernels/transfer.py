@@ -17,7 +17,7 @@ from torch import Tensor
 
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on the device now goes into a CUDA graph."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
@@ -115,7 +115,7 @@ class KeptNumbers:
             self._recent.move_to_end(key)
             return self._recent[key]
         with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
-            made = self._recent[key] = to_device(torch.tensor(numbers, dtype=torch.int64), device)
+            made = self._recent[key] = to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
         if len(self._recent) > self.most:
             self._recent.popitem(last=False)
         return made

@@ -218,6 +218,10 @@ class TNTModel(TNTPreTrainedModel):
         must be one tensor that is written into. For another prompt with as many rows, `cache.reset()`, read it and its
         first token as above, and replay.
 
+        A call without a cache waits for the device once if a mask, ids or boundaries are on it. Otherwise it does not,
+        nor does its backward: without padding and packing a whole training step can be captured in a CUDA graph, after
+        one of the same shape, which compiles the kernels.
+
         `torch.export.export(model, (input_ids,), {"use_cache": False}, strict=False)` makes a program for inputs of
         that one shape. Others are refused: a mask or boundaries are read by the host, the loop over chunks has a
         length, and a cache is no plain tensor.
@@ -235,17 +239,18 @@ class TNTModel(TNTPreTrainedModel):
         if cache is not None:
             check_cache(cache, self.config, batch_shape[0])
             check_mask(cache, attention_mask, batch_shape[1])
-        boundaries = _same_boundaries(cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k)
+        boundaries = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        boundaries = {name: ends for name, ends in boundaries.items() if ends is not None}
         columns = {
             "attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
             "past_length": 0 if cache is None else cache.get_seq_length(),
         }  # fmt: skip
         packing = step = None
-        backend = self._step_backend(batch_shape, cache, use_cache) if boundaries is None else None
+        backend = self._step_backend(batch_shape, cache, use_cache) if not boundaries else None
         if backend is not None:
             step = plan_step(batch_shape, given.device, backend, step_options(self.config), **columns)
         else:
-            packing = plan_packing(batch_shape, given.device, cu_seqlens=boundaries, **columns)
+            packing = plan_packing(batch_shape, given.device, boundaries=boundaries, **columns)
         use_cache = self._decide_use_cache(use_cache, cache, packing, batch_shape[0])
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -390,15 +395,3 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
             hidden_states=outputs.hidden_states,
             **named_cache(cache_of(outputs)),
         )
-
-
-def _same_boundaries(**given: Tensor | None) -> Tensor | None:
-    """The one value of several names for the boundaries of packed sequences; ValueError if they differ."""
-    values = {name: value for name, value in given.items() if value is not None}
-    if not values:
-        return None
-    (first, chosen), *others = values.items()
-    for name, value in others:
-        if not torch.equal(chosen, value):
-            raise ValueError(f"{first} and {name} must be equal: both are the boundaries of the same sequences")
-    return chosen

@@ -9,12 +9,14 @@ packing pays nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.torch_step import StepOptions
+from .kernels.transfer import to_device, to_host
 
 
 class Packing(NamedTuple):
@@ -52,6 +54,12 @@ class Packing(NamedTuple):
     def hide(self, x: Tensor) -> Tensor:
         """x [B, T, ...] with zeros where there is no token."""
         return x if self.active is None else torch.where(self.active.unsqueeze(-1), x, 0)
+
+    def to(self, device: torch.device) -> Packing:
+        """The same on a device, `boundaries` apart; nothing waits for the copies."""
+        names = ("cu_seqlens", "sequence_index", "token_index", "active")
+        given = {name: t for name in names if (t := getattr(self, name)) is not None}
+        return self._replace(**{name: to_device(t, device) for name, t in given.items()})
 
     @property
     def total(self) -> int:
@@ -118,10 +126,12 @@ def plan_packing(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    boundaries: Mapping[str, Tensor] | None = None,
     past_length: int = 0,
 ) -> Packing | None:
     """How to pack a batch; None when it has neither padding nor several sequences in a row.
+
+    The host plans, so that a device is waited for once: for all of these that are there, and not at all if none is.
 
     Args:
         batch_shape: (B, T).
@@ -129,35 +139,36 @@ def plan_packing(
         position_ids: [B, T] or [1, T]; a new sequence begins where they do not rise from one token to the next. Only
             that is read from them: a gap, as padding inside a row leaves one, is none.
         seq_idx: [B, T] or [1, T]; a new sequence begins where it changes. Replaces position_ids.
-        cu_seqlens: [N + 1] boundaries of the sequences in a single row (B = 1). Replaces the two above.
+        boundaries: [N + 1] boundaries of the sequences in a single row (B = 1), under every name by which the caller
+            got them; all must be the same. Replaces the two above.
         past_length: columns that a cache has already seen. Packed sequences cannot continue one.
 
     Raises:
-        ValueError: wrong shapes, boundaries that do not rise from 0 to T, or packed sequences behind a filled cache.
+        ValueError: wrong shapes, boundaries that do not rise from 0 to T, or packed sequences behind a filled cache;
+            and, while a CUDA graph is captured, for what is on a device, padding, and packed sequences.
     """
-    batch, length = batch_shape
-    mask = None if attention_mask is None else _real_columns(attention_mask, batch_shape, past_length)
-    if cu_seqlens is not None:
-        packing = _pack_boundaries(cu_seqlens, batch_shape, device, mask)
+    if attention_mask is not None:
+        _check_mask(attention_mask, batch_shape, past_length)
+    name, ids = (None, None) if boundaries else _check_ids(batch_shape, position_ids, seq_idx)
+    attention_mask, ids, *ends = to_host(attention_mask, ids, *(boundaries or {}).values())
+    mask = None if attention_mask is None else _real_columns(attention_mask, batch_shape)
+    if boundaries:
+        cu_seqlens = _same_boundaries(dict(zip(boundaries, ends, strict=True)))
+        packing = _pack_boundaries(cu_seqlens, batch_shape, mask)
     else:
-        token_index = None if mask is None else mask.flatten().nonzero().squeeze(1).to(device)
-        token = torch.arange(batch * length, device=device) if token_index is None else token_index
-        row = token.div(length, rounding_mode="floor")
-        starts = _sequence_starts(row, token_index, batch_shape, position_ids, seq_idx)
-        if starts is None:
-            return None if mask is None else _from_lengths(mask.sum(1).to(device), token_index, batch_shape, mask)
-        packing = _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape, mask)
+        packing = _pack_ids(name, ids, batch_shape, mask)
+    if packing is None:
+        return None if mask is None else _pack_padded(mask).to(device)
     if past_length:
         raise ValueError(
             "packed sequences (cu_seqlens, seq_idx, or position_ids that do not rise) cannot continue a filled "
             "cache; pass one sequence a row, or no cache"
         )
-    return packing
+    return packing.to(device)
 
 
-def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int], past_length: int) -> Tensor | None:
+def _real_columns(attention_mask: Tensor, batch_shape: tuple[int, int]) -> Tensor | None:
     """[B, T] bool, True at real tokens, or None when all are. A single column may be padding, too: no shortcut."""
-    _check_mask(attention_mask, batch_shape, past_length)
     mask = attention_mask[:, -batch_shape[1] :] != 0
     return None if mask.all() else mask
 
@@ -185,31 +196,38 @@ def _check_ids(
     return name, ids
 
 
-def _sequence_starts(
-    row: Tensor,
-    token_index: Tensor | None,
-    batch_shape: tuple[int, int],
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Tensor | None:
-    """Indices of the tokens that begin a sequence, or None when no row holds more than one. `row` [total]."""
-    name, ids = _check_ids(batch_shape, position_ids, seq_idx)
+def _pack_padded(mask: Tensor) -> Packing:
+    """One sequence a row."""
+    return _from_lengths(mask.sum(1), mask.flatten().nonzero().squeeze(1), tuple(mask.shape), mask)
+
+
+def _pack_ids(name: str, ids: Tensor | None, batch_shape: tuple[int, int], mask: Tensor | None) -> Packing | None:
+    """By ids [B, T] or [1, T], see `plan_packing`; None when no row holds more than one sequence."""
     batch, length = batch_shape
-    if ids is None or length == 1 or row.shape[0] < 2:
+    if ids is None or length == 1:
         return None
-    ids = ids.to(row.device).expand(batch, length).flatten()
+    token_index = None if mask is None else mask.flatten().nonzero().squeeze(1)
+    token = torch.arange(batch * length, device=ids.device) if token_index is None else token_index
+    row, ids = token.div(length, rounding_mode="floor"), ids.expand(batch, length).flatten()
     ids = ids if token_index is None else ids.index_select(0, token_index)
     breaks = ids[1:] != ids[:-1] if name == "seq_idx" else ids[1:] <= ids[:-1]
     new_row = row[1:] != row[:-1]
     if not (breaks & ~new_row).any():
         return None
-    first = breaks.new_ones(1)
-    return torch.cat([first, breaks | new_row]).nonzero().squeeze(1)
+    starts = torch.cat([breaks.new_ones(1), breaks | new_row]).nonzero().squeeze(1)
+    return _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape, mask)
 
 
-def _pack_boundaries(
-    cu_seqlens: Tensor, batch_shape: tuple[int, int], device: torch.device, mask: Tensor | None
-) -> Packing:
+def _same_boundaries(given: dict[str, Tensor]) -> Tensor:
+    """The one value that they all have; ValueError if they differ."""
+    (first, chosen), *others = given.items()
+    for name, value in others:
+        if not torch.equal(chosen, value):
+            raise ValueError(f"{first} and {name} must be equal: both are the boundaries of the same sequences")
+    return chosen
+
+
+def _pack_boundaries(cu_seqlens: Tensor, batch_shape: tuple[int, int], mask: Tensor | None) -> Packing:
     batch, length = batch_shape
     if mask is not None:
         raise ValueError("attention_mask must be all ones, or None, when cu_seqlens is given; remove the padding")
@@ -220,7 +238,7 @@ def _pack_boundaries(
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}, got {ends[:20]}")
-    return _from_lengths(cu_seqlens.to(device).long().diff(), None, batch_shape)
+    return _from_lengths(cu_seqlens.long().diff(), None, batch_shape)
 
 
 def _from_lengths(
@@ -234,6 +252,6 @@ def _from_lengths(
         sequence_index=sequences.repeat_interleave(lengths, output_size=total),
         token_index=token_index,
         batch_shape=batch_shape,
-        active=None if mask is None else mask.to(lengths.device),
-        boundaries=cu_seqlens.cpu(),
+        active=mask,
+        boundaries=cu_seqlens,
     )
