@@ -32,6 +32,18 @@ def last_row(x, R: tl.constexpr):
 
 
 @triton.jit
+def first_row(x, R: tl.constexpr):
+    """The first row of [R, F], as [1, F]."""
+    return tl.sum(tl.where(tl.arange(0, R)[:, None] == 0, x, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def first_column(x, R: tl.constexpr):
+    """The first column of [F, R], as [F, 1]."""
+    return tl.sum(tl.where(tl.arange(0, R)[None, :] == 0, x, 0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
 def running_products(a, R: tl.constexpr):
     """[t, j] = Π_{j < i ≤ t} a_i for j ≤ t, zero above the diagonal."""
     row = tl.arange(0, R)[:, None]
@@ -41,9 +53,21 @@ def running_products(a, R: tl.constexpr):
 
 
 @triton.jit
-def products_from_start(a):
-    """[t] = Π_{i ≤ t} a_i."""
-    return tl.cumprod(a, axis=0)
+def multiply(a, b):
+    return a * b
+
+
+@triton.jit
+def later_products(a, R: tl.constexpr):
+    """[j] = Π_{i > j} a_i, the last row of `running_products` as a column [R, 1], from a row [1, R]."""
+    later = tl.arange(0, R)[:, None] < tl.arange(0, R)[None, :]
+    return tl.reduce(tl.where(later, a, 1.0), 1, multiply, keep_dims=True)
+
+
+@triton.jit
+def products_from_start(a, products, R: tl.constexpr):
+    """[t] = Π_{i ≤ t} a_i, from a and its `running_products`: Triton 3.4 to 3.6 cannot scan a single column."""
+    return first_row(a, R) * first_column(products, R)
 
 
 @triton.jit
@@ -72,16 +96,17 @@ def gate_coefficients(momentum, keep, valid, R: tl.constexpr, MOMENTUM: tl.const
     """
     if DECAY:
         kept = running_products(keep, R)
-        read_decay = products_from_start(keep)
+        read_decay = products_from_start(keep, kept, R)
     else:
         kept = causal(R)
         read_decay = 1.0
     added = kept * as_row(valid)
     if MOMENTUM:
         carried = running_products(momentum, R)
-        momentum_decay = products_from_start(momentum)
+        momentum_decay = products_from_start(momentum, carried, R)
         theta = tl.dot(added, carried, input_precision="ieee")
-        read_momentum = tl.sum(added * as_row(momentum_decay), axis=1, keep_dims=True)
+        # Σ_j added_tj Π_{i ≤ j} m_i: a product over all tokens up to j is that over the later ones times the first.
+        read_momentum = first_row(momentum, R) * first_column(theta, R)
     else:
         carried = 0.0
         momentum_decay = 0.0
@@ -166,3 +191,39 @@ def tile_coefficients(
         theta, read_decay, read_second, gain, end_decay, end_second, momentum_gain, end_momentum_decay,
         m, keep, column, kept, carried, momentum_decay,
     )  # fmt: skip
+
+
+@triton.jit
+def end_coefficients(
+    momentum, decay, scale, origin, place, valid, head, completes,
+    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    MOMENTUM: tl.constexpr, DECAY: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """What the state after a tile needs of `tile_coefficients`, with the same arguments: γ [R, 1], B, F; σ [R, 1], m.
+
+    Gates are rows here, so that γ and σ come out as the columns that they are needed as: nothing is transposed, and the
+    recompute spills half of what it does with the last rows of the matrices.
+    """
+    gain, end_decay, end_second = 1.0, 1.0, 0.0
+    momentum_gain, end_momentum_decay = 0.0, 0.0
+    if MOMENTUM or DECAY:
+        row = tl.arange(0, R)[:, None]
+        column = tl.arange(0, R)[None, :]
+        gain = valid.to(tl.float32)[:, None]
+        if DECAY:
+            keep = 1.0 - tl.load(decay + origin * H + head + place * H, mask=valid, other=0.0)
+            gain *= later_products(keep[None, :], R)
+            end_decay = tl.reduce(keep, 0, multiply)
+        if MOMENTUM:
+            m = tl.load(momentum + origin * H + head + place * H, mask=valid, other=1.0)
+            carried = tl.where(column >= row, tl.cumprod(tl.where(column > row, m[None, :], 1.0), axis=1), 0.0)
+            gain = tl.sum(carried * as_row(gain), axis=1, keep_dims=True)
+            first_m = tl.sum(tl.where(tl.arange(0, R) == 0, m, 0.0), axis=0)
+            end_second = first_m * first_row(gain, R)
+            momentum_gain = later_products(m[None, :], R)
+            end_momentum_decay = tl.reduce(m, 0, multiply)
+    if SCALE:
+        gain = tl.where(completes, tl.load(scale + C - 1), 1.0)
+        end_decay = gain
+        end_second = 1.0 - gain
+    return gain, end_decay, end_second, momentum_gain, end_momentum_decay

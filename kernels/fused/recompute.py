@@ -8,7 +8,7 @@ in their dtype.
 import triton
 import triton.language as tl
 
-from .coefficients import tile_coefficients
+from .coefficients import end_coefficients
 from .math import gelu_sigmoid
 from .tile import (
     advance_layer,
@@ -92,9 +92,7 @@ def recompute_kernel(
             kt = load_tokens(k, origin, place, head, valid, H, D)
             vt = load_tokens(v, origin, place, head, valid, H, D)
             step = load_scalars(lr, origin, place, head, valid, 0.0, H)
-            (
-                _, _, _, gain, end_decay, end_second, momentum_gain, momentum_decay, _, _, _, _, _, _,
-            ) = tile_coefficients(
+            gain, end_decay, end_second, momentum_gain, momentum_decay = end_coefficients(
                 momentum, decay, scale, origin, place, valid, head, complete & (tile == TILES - 1),
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
