@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, packing
-from modeling_tnt.kernels import projection, scan, transfer
+from modeling_tnt.kernels import MemoryParams, checks, global_memory, local_memory, projection, scan, transfer
 
 pytest.importorskip("triton")
 
@@ -117,7 +117,8 @@ def watch(monkeypatch) -> Iterator[Watch]:
     monkeypatch.setattr(transfer, "_KEPT", transfer.KeptNumbers())
     for module in (transfer, packing):
         monkeypatch.setattr(module, "to_device", watch.to_device)
-    monkeypatch.setattr(packing, "to_host", watch.to_host)
+    for module in (checks, packing):
+        monkeypatch.setattr(module, "to_host", watch.to_host)
     with assume_device(*H200), watch:
         yield watch
 
@@ -210,10 +211,25 @@ def test_packing_that_the_host_knows_waits_for_nothing(watch: Watch):
     assert watch.waits == [] and watch.reads == []
 
 
+@pytest.mark.parametrize("operation, options", [(local_memory, {"shard_length": 16}), (global_memory, {})])
+def test_an_operation_asks_for_boundaries_once(watch: Watch, operation: Callable, options: dict):
+    """Where they are on the device; the final state costs no second look."""
+    q, lr = torch.empty(1, 40, 1, 16, device=META), torch.empty(1, 40, 1, device=META)
+    params = MemoryParams(torch.empty(1, 16, 16, device=META, requires_grad=True))
+    ends = watch.on_meta(torch.tensor([0, 3, 3, 40]))
+    for backend in ("triton", "torch"):
+        watch.reads.clear()
+        given = {"chunk_size": 8, "cu_seqlens": ends, "output_final_state": True, "backend": backend}
+        o, state = operation(q, q, q, lr, params, **given, **options)
+        (o.sum() + state.weights.w1.sum()).backward()
+        assert watch.reads == [[ends.shape]] and watch.waits == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
 @pytest.mark.parametrize("shape", [(2, 512), (3, 333)], ids=str)
 def test_a_captured_training_step(shape: tuple[int, int]):
     """Replays give the loss and the gradients of plain steps, for other tokens than those of the capture."""
+    torch.use_deterministic_algorithms(False)  # which cuBLAS allows only with a setting of the environment
     torch.manual_seed(0)
     config = TNTConfig.from_preset("tiny", kernel_backend="triton")
     model = TNTForCausalLM(config).cuda()
