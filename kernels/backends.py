@@ -9,8 +9,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
 from .checks import MemoryProblem
+
+MIN_TRITON = "3.6"
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -29,7 +32,7 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_gl
     """
     if device_type != "cuda":
         return BackendChoice("torch", f"Triton's kernels need a CUDA device; on {device_type} the torch backend runs")
-    obstacle = missing()
+    obstacle = missing(device_type)
     if obstacle is None and problem is not None:
         obstacle = _obstacle(problem, is_global)
     if obstacle is not None:
@@ -53,7 +56,7 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
             _warn(choice.reason)
         name = choice.name
     elif name == "triton":
-        obstacle = missing() or _obstacle(problem, is_global)
+        obstacle = missing(problem.q.device.type) or _obstacle(problem, is_global)
         if obstacle is not None:
             raise ValueError(f"backend='triton' cannot run: {obstacle}; or use backend='torch' or 'auto'")
     return _module(name)
@@ -75,11 +78,33 @@ def _module(name: str) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def missing() -> str | None:
-    """What must be installed for Triton's kernels, or None."""
-    if importlib.util.find_spec("triton") is None:
+def missing(device_type: str) -> str | None:
+    """Why none of Triton's kernels can run here on tensors of this device type, with the remedy; None if some can.
+
+    Asked before anything of `fused` is imported: an older triton need not have what the kernels are written with.
+    """
+    if device_type == "cuda" and torch.version.hip is not None:
+        return (
+            f"its kernels are for NVIDIA GPUs, and in this torch, built for ROCm {torch.version.hip}, 'cuda' is an AMD "
+            "GPU; run on an NVIDIA GPU"
+        )
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # without an origin: some folder of that name
         return "triton is not installed; install it with pip install triton"
+    version = _triton_version()
+    if TorchVersion(version) < MIN_TRITON:
+        return (
+            f"triton {version} is installed, its kernels need {MIN_TRITON} or newer; upgrade torch, each release of "
+            f"which brings its own triton, or pip install -U 'triton>={MIN_TRITON}'"
+        )
     return None
+
+
+def _triton_version() -> str:
+    """Of what `import triton` finds, whichever distribution that is (triton, pytorch-triton, triton-windows, …)."""
+    import triton
+
+    return triton.__version__
 
 
 def _obstacle(problem: MemoryProblem, is_global: bool) -> str | None:

@@ -167,7 +167,7 @@ def step_backend_for(backend: str, head_dim: int, hidden: int, device: torch.dev
 
 def _why_not_triton(D: int, M: int, on: torch.device) -> str | None:
     """What keeps the kernel from running, in words, or None."""
-    obstacle = missing()
+    obstacle = missing(on.type)
     if obstacle is not None:
         return obstacle
     from .fused import limits  # imports triton

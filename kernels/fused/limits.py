@@ -69,7 +69,7 @@ def device_of(device: torch.device) -> Device | None:
     """The device that kernels for tensors on `device` run on, or None where there is none for them."""
     if _assumed:
         return _assumed[-1]
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
     if device.type == "cpu" and interpreted():

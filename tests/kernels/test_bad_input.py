@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from modeling_tnt.kernels import (
     MemoryState,
     backends,
     choose_backend,
+    choose_step_backend,
     global_memory,
     local_memory,
 )
@@ -356,6 +359,54 @@ def test_triton_that_is_not_installed(monkeypatch):
     assert choice.name == "torch" and "pip install triton" in choice.reason
     with pytest.raises(ValueError, match="backend='triton' cannot run: triton is not installed; install it with pip"):
         local_memory(**good() | {"backend": "triton"})
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.1+git1a2b3c"])
+def test_a_triton_that_is_too_old(version: str, monkeypatch):
+    """Nothing of it is asked but its version: the kernels are not even imported."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("triton.__version__", version)
+    for name in [name for name in sys.modules if name.startswith(("modeling_tnt.kernels.fused", "triton.language"))]:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    message = f"triton {version} is installed, its kernels need 3.6 or newer; upgrade torch"
+    choice = choose_backend("cuda", problem_of())
+    assert choice.name == "torch" and message in choice.reason
+    with pytest.raises(ValueError, match=re.escape(f"backend='triton' cannot run: {message}")):
+        local_memory(**good() | {"backend": "triton"})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_step_backend("triton", MemoryParams(torch.zeros(1, 16, 16)))
+
+
+@pytest.mark.parametrize("version", [backends.MIN_TRITON, "3.6.0", "3.10.0", "3.7.1+gitabc"])
+def test_a_triton_that_is_new_enough(version: str, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("triton.__version__", version)
+    assert backends.missing("cuda") is None
+
+
+def test_the_oldest_triton_is_that_of_the_requirements():
+    setup = (Path(__file__).parents[2] / "setup.cfg").read_text(encoding="utf-8")
+    assert re.findall(r"^ *triton>=([\d.]+)", setup, re.MULTILINE) == [backends.MIN_TRITON]
+
+
+def test_an_amd_gpu_is_cuda_by_name_only(monkeypatch):
+    """torch for ROCm calls its devices "cuda", too. Every message says so, and nobody is told to move tensors there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with FakeTensorMode():
+        q, w = torch.empty(1, 1, 1, 64, device="cuda"), torch.empty(1, 64, 64, device="cuda")
+        problem = problem_of()._replace(q=q)
+        choices = [
+            choose_backend("cuda"),
+            choose_backend("cuda", problem),
+            choose_step_backend("auto", MemoryParams(w)),
+        ]
+        for choice in choices:
+            assert choice.name == "torch" and "NVIDIA GPUs" in choice.reason and "ROCm 6.4" in choice.reason
+        with pytest.raises(ValueError, match="built for ROCm 6.4, 'cuda' is an AMD GPU") as read:
+            backends.load_backend("triton", problem, is_global=False)
+        with pytest.raises(ValueError, match="built for ROCm 6.4, 'cuda' is an AMD GPU") as step:
+            choose_step_backend("triton", MemoryParams(w))
+    assert not any("move them" in str(caught.value) for caught in (read, step))
 
 
 def test_auto_warns_once_that_a_gpu_does_without_the_kernels(limits):
