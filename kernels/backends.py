@@ -9,8 +9,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.torch_version import TorchVersion
 
+from . import probe
 from .checks import MemoryProblem
 
 MIN_TRITON = "3.6"
@@ -19,24 +21,26 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 class BackendChoice(NamedTuple):
-    """The name of a backend and the reason it was picked."""
+    """The name of a backend and the reason it was picked. `is_fallback`: a GPU must do without Triton's kernels."""
 
     name: str
     reason: str
+    is_fallback: bool = False
 
 
 def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_global: bool = False) -> BackendChoice:
     """What `backend="auto"` runs for tensors on a device of this type ("cpu", "cuda", …), and why.
 
-    With a checked problem: what it runs for that call, which may be something the kernels cannot do.
+    With a checked problem: what it runs for that call, which may be something the kernels cannot do, or that does not
+    compile or launch. The first time that is asked for a configuration, its kernels are compiled and run, see probe.py.
     """
     if device_type != "cuda":
         return BackendChoice("torch", f"Triton's kernels need a CUDA device; on {device_type} the torch backend runs")
     obstacle = missing(device_type)
     if obstacle is None and problem is not None:
-        obstacle = _obstacle(problem, is_global)
+        obstacle = _obstacle(problem, is_global) or _failure(problem, is_global)
     if obstacle is not None:
-        return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}")
+        return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}", is_fallback=True)
     return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
 
 
@@ -50,10 +54,9 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if name == "auto":
-        device_type = problem.q.device.type
-        choice = choose_backend(device_type, problem, is_global)
-        if choice.name == "torch" and device_type == "cuda":
-            _warn(choice.reason)
+        choice = choose_backend(problem.q.device.type, problem, is_global)
+        if choice.is_fallback:
+            warn_of_fallback(choice.reason)
         name = choice.name
     elif name == "triton":
         obstacle = missing(problem.q.device.type) or _obstacle(problem, is_global)
@@ -113,6 +116,12 @@ def _obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     return limits.obstacle(problem, is_global)
 
 
+def _failure(problem: MemoryProblem, is_global: bool) -> str | None:
+    if isinstance(problem.q, FakeTensor):  # traced without torch.compile: nothing can run
+        return None
+    return probe.failure(probe.ReadConfiguration.of(problem, is_global))
+
+
 @functools.cache
-def _warn(reason: str) -> None:
+def warn_of_fallback(reason: str) -> None:
     warnings.warn(f"backend='auto' runs the torch backend on cuda. {reason}", stacklevel=4)

@@ -39,6 +39,14 @@ class MemoryProblem(NamedTuple):
         """Number of independent sequences: the batch size, or the number of packed sequences."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a backward may follow."""
+        tensors = [self.q, self.k, self.v, self.lr, *self.params, self.momentum, self.decay, self.token_scale]
+        if self.initial_state is not None:
+            tensors += self.initial_state.tensors().values()
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
 
 def check_not_traced() -> None:
     """torch.jit.trace would end in an internal assertion and the request to report it to PyTorch: our operators take

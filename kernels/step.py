@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
+from . import probe
 from .api import global_memory, local_memory
-from .backends import BACKENDS, BackendChoice, missing
+from .backends import BACKENDS, BackendChoice, missing, warn_of_fallback
 from .checks import check_global, check_local
 from .stack import MemoryStack
 from .torch_step import StepGates, StepOptions, TorchStep
@@ -80,7 +82,8 @@ def step_memories(
             have momentum and decay.
         stack: their states, in the same order.
         active: [rows] bool; a row that is not active keeps its states and gets zeros. None: all are.
-        backend: "auto" | "reference" | "torch" | "triton", see `choose_step_backend`.
+        backend: "auto" | "reference" | "torch" | "triton", see `choose_step_backend`. "auto" steps by torch, and warns
+            once, where the kernel does not compile or launch.
 
     Returns:
         o [rows, H, D] in q.dtype, the sum of the memories' outputs in their order.
@@ -90,9 +93,11 @@ def step_memories(
         RuntimeError: gradients are enabled and an input requires one.
     """
     _check(q, k, v, memories, stack, active)
-    choice = choose_step_backend(backend, memories[0].params)
+    choice = _choose(backend, q, memories, stack, active)
+    if choice.is_fallback:
+        warn_of_fallback(choice.reason)
     if choice.name == "triton":
-        return _launch(q, k, v, memories, stack, active)
+        return launch_step(q, k, v, memories, stack, active)
     if choice.name == "reference":
         return _one_by_one(q, k, v, memories, stack, active)
     gates = StepGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in StepGates._fields))
@@ -161,8 +166,21 @@ def step_backend_for(backend: str, head_dim: int, hidden: int, device: torch.dev
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
         return BackendChoice("triton", "named by the caller")
     if obstacle is not None:
-        return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}")
+        return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}", is_fallback=True)
     return BackendChoice("triton", "one launch for all memories of a layer")
+
+
+def _choose(
+    backend: str, q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
+) -> BackendChoice:
+    """The backend of one step. "auto" tries the kernel first, once for all steps of a configuration."""
+    choice = choose_step_backend(backend, memories[0].params)
+    if backend != "auto" or choice.name != "triton" or isinstance(q, FakeTensor):
+        return choice
+    failure = probe.failure(probe.StepConfiguration.of(q, memories, stack, active))
+    if failure is None:
+        return choice
+    return BackendChoice("torch", f"the triton kernel cannot run this step: {failure}", is_fallback=True)
 
 
 def _why_not_triton(D: int, M: int, on: torch.device) -> str | None:
@@ -254,7 +272,7 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemo
     return [t for t in tensors if t is not None]
 
 
-def _launch(
+def launch_step(
     q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
 ) -> Tensor:
     from .fused.decode import PROJECTIONS, decode_step

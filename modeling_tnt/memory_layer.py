@@ -292,7 +292,7 @@ class TNTMemoryLayer(nn.Module):
                     StepMemory(p, lr, *options[:5], momentum=m, decay=d, token_scale=scale)
                     for options, p, scale, lr, m, d in per_memory
                 ],
-                stack, active=step.active, backend=step.backend,
+                stack, active=step.active, backend=self.config.kernel_backend,
             )  # fmt: skip
         cache_layer.advance_tail(tail, step)
         return o

@@ -95,7 +95,7 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     if is_global:
         return None
     no_room = _no_room(p, device, multi=True)
-    if no_room is not None and p.chunk_size <= MIN_ROWS and not _begins_in_mid_chunk(p):
+    if no_room is not None and p.chunk_size <= MIN_ROWS and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
 
@@ -129,7 +129,7 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps, tall)
 
 
-def _begins_in_mid_chunk(p: MemoryProblem) -> bool:
+def begins_in_mid_chunk(p: MemoryProblem) -> bool:
     """Whether some sequence does. Waits for the device, so it is asked only where it decides what fits."""
     return p.initial_state is not None and bool((p.initial_state.position % p.chunk_size != 0).any())
 
@@ -141,10 +141,8 @@ def _state_words(p: MemoryProblem, multi: bool) -> int:
 
 def _shared_memory(p: MemoryProblem, multi: bool) -> int:
     """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most."""
-    tensors = (p.q, p.k, p.v, p.lr, p.momentum, p.decay, p.token_scale, *p.params)
-    with_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     copies = 1 + (p.momentum is not None) + multi
-    if with_backward:
+    if p.needs_grad:
         copies += 1 + (p.momentum is not None)
     rows = 2 * MIN_ROWS * max(p.params.w1.shape[1:])
     return (copies * _matrix_words(p) + rows) * p.q.element_size()

@@ -410,7 +410,7 @@ def test_an_amd_gpu_is_cuda_by_name_only(monkeypatch):
 
 
 def test_auto_warns_once_that_a_gpu_does_without_the_kernels(limits):
-    backends._warn.cache_clear()
+    backends.warn_of_fallback.cache_clear()
     with FakeTensorMode(), limits.assume_device(*H200):
         problem = problem_of(D=24, M=32)._replace(q=torch.empty(1, 1, 1, 24, dtype=torch.bfloat16, device="cuda"))
         message = r"backend='auto' runs the torch backend on cuda\. .*got 24"
