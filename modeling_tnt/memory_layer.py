@@ -13,7 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .cache import TNTCacheLayer, cache_signature
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
-from .kernels import MemoryParams, MemoryState, global_memory, initial_memory_state, local_memory
+from .kernels import (
+    MemoryParams,
+    MemoryState,
+    choose_backend,
+    global_memory,
+    initial_memory_state,
+    local_memory,
+)
+from .kernels.checks import MemoryProblem
 from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
 from .kernels.torch_step import StepGates, StepOptions
 from .packing import Packing, TokenStep
@@ -133,6 +141,19 @@ def read_memory(
     )  # fmt: skip
 
 
+def reads_by_triton(
+    backend: str, inputs: MemoryInputs, gates: MemoryGates, options: StepOptions, q: Tensor, k: Tensor, v: Tensor
+) -> bool:
+    """Whether Triton's kernels run `read_memory` from the learned start; the arguments are checked there."""
+    if backend != "auto":
+        return backend == "triton"
+    problem = MemoryProblem(
+        q, k, v, gates.lr, inputs.params, options.chunk_size, options.shard_length, options.qk_projection,
+        options.normalize_projection, gates.momentum, gates.decay, inputs.token_scale,
+    )  # fmt: skip
+    return choose_backend(q.device.type, problem, options.is_global).name == "triton"
+
+
 # Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
 _read_apart_from_graphs = torch.compiler.disable(read_memory)
 
@@ -228,19 +249,21 @@ class TNTMemoryLayer(nn.Module):
         tail = None if cache_layer is None else cache_layer.conv_tail
         q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
         outputs, new_states = [], {}
-        # Triton's kernels are operators that torch.compile sees, but boundaries and positions are read by the host.
-        in_graph = packing is None and not states and self.step_backend() == "triton"
-        read = read_memory if in_graph else _read_apart_from_graphs
+        backend = self.config.kernel_backend
         for name, memory, options in self.operations():
 
             def use(inputs: MemoryInputs, name: str = name, options: StepOptions = options) -> tuple:
                 gates = inputs.gates()
                 if packing is not None:
                     gates = MemoryGates(*(None if gate is None else packing.gather(gate) for gate in gates))
+                # Triton's kernels are operators that torch.compile sees; boundaries and positions are read by the host.
+                on_device = packing is None and not states
+                in_graph = on_device and reads_by_triton(backend, inputs, gates, options, q, k, v)
+                read = read_memory if in_graph else _read_apart_from_graphs
                 o, state = read(
                     inputs, gates, options, q, k, v,
                     cu_seqlens=None if packing is None else packing.boundaries, initial_state=states.get(name),
-                    output_final_state=update_cache, backend=self.config.kernel_backend,
+                    output_final_state=update_cache, backend=backend,
                 )  # fmt: skip
                 return _KeepInGraph.apply(o, *gates), state
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt import TNTConfig, TNTForCausalLM, memory_layer
+from modeling_tnt.kernels import backends, choose_backend
 
 pytest.importorskip("triton")
 
@@ -54,3 +55,24 @@ def test_a_training_step_is_one_graph(model: TNTForCausalLM):
     for name, parameter in model.named_parameters():
         if name in eager:
             torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:backend='auto' runs the torch backend")
+@pytest.mark.parametrize("momentum, apart", [(False, 0), (True, 1)])
+def test_auto_keeps_what_torch_reads_out_of_graphs(momentum: bool, apart: int, monkeypatch):
+    """In float32 the state of such a local memory with momentum does not fit on the chip, while a global memory's need
+    not, and a step's neither. Here the CPU counts as a GPU."""
+    for module in (memory_layer, backends):
+        monkeypatch.setattr(module, "choose_backend", lambda device_type, *call: choose_backend("cuda", *call))
+    read, reads = memory_layer._read_apart_from_graphs, []
+    monkeypatch.setattr(memory_layer, "_read_apart_from_graphs", lambda *a, **k: reads.append(a) or read(*a, **k))
+    monkeypatch.setattr(backends.probe, "failure", lambda configuration: None)
+    config = TNTConfig.from_preset(
+        "tiny", num_hidden_layers=1, hidden_size=32, num_heads=1, head_dim=64, intermediate_size=32, vocab_size=64,
+        memory_expansion=2, use_momentum=momentum, global_chunk_size=8, local_chunk_sizes=[4], local_shard_lengths=8,
+        kernel_backend="auto",
+    )  # fmt: skip
+    model = TNTForCausalLM(config)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=False)
+    assert len(reads) == apart and all(not options.is_global for _, _, options, *_ in reads)
