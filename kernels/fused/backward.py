@@ -18,6 +18,7 @@ from .tile import (
     load_scalars,
     load_state,
     load_tokens,
+    load_trace,
     read_layer,
     select_state,
     store_matrix,
@@ -58,8 +59,8 @@ def backward_kernel(
     scale,  # [C] float32, or None
     norm_weight, norm_bias,  # [H, D] float32, or None
     segments,  # [S, 5] int64, see forward.py
-    trace_weights, trace_momentum,  # [interval * tiles, S, H, P]: states before the tiles; momentum or None
-    trace_anchor,  # [interval, S, H, P], or None unless MULTI
+    trace_weights, trace_momentum,  # pairs [interval * tiles, S, H, …], see recompute.py: states before the tiles
+    trace_anchor,  # a pair [interval, S, H, …], or None unless MULTI
     grad_o,  # [tokens, H, D]
     grad_x, grad_k, grad_v,  # [tokens, H, D], written
     grad_lr, grad_momentum, grad_decay,  # [tokens, H] float32, written; the last two or None
@@ -125,18 +126,22 @@ def backward_kernel(
         for tile_back in range(0, TILES):
             tile = TILES - 1 - tile_back
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
-            slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
-            w1, b1, w2, b2 = load_state(trace_weights + slot, D, M, MLP, HAS_B1, HAS_B2, TALL)
+            row = (((chunk - begin) * TILES + tile) * S + segment) * H + head
+            w1, b1, w2, b2 = load_trace(trace_weights[0], trace_weights[1], row, D, M, P, MLP, HAS_B1, HAS_B2, TALL)
             if MULTI:
-                slot_anchor = (((chunk - begin) * S + segment) * H + head) * P
-                aw1, ab1, aw2, ab2 = load_state(trace_anchor + slot_anchor, D, M, MLP, HAS_B1, HAS_B2, TALL)
+                row_anchor = ((chunk - begin) * S + segment) * H + head
+                aw1, ab1, aw2, ab2 = load_trace(
+                    trace_anchor[0], trace_anchor[1], row_anchor, D, M, P, MLP, HAS_B1, HAS_B2, TALL
+                )
             else:
                 aw1, ab1, aw2, ab2 = w1, b1, w2, b2
             # What reads also depend on, and its gradient: the momentum, or the anchor under a token scale.
             xw1, xb1, xw2, xb2 = 0.0, 0.0, 0.0, 0.0
             gx1, gxb1, gx2, gxb2 = 0.0, 0.0, 0.0, 0.0
             if MOMENTUM:
-                xw1, xb1, xw2, xb2 = load_state(trace_momentum + slot, D, M, MLP, HAS_B1, HAS_B2, TALL)
+                xw1, xb1, xw2, xb2 = load_trace(
+                    trace_momentum[0], trace_momentum[1], row, D, M, P, MLP, HAS_B1, HAS_B2, TALL
+                )
                 gx1, gxb1, gx2, gxb2 = gs1, gsb1, gs2, gsb2
             if SCALE and MULTI:
                 xw1, xb1, xw2, xb2 = aw1, ab1, aw2, ab2

@@ -239,6 +239,10 @@ def _(
     return [torch.empty_like(t) for t in given if t is not None]
 
 
+# States that are written down: matrices in the dtype of the inputs, and the biases there are in float32.
+_Trace = tuple[Tensor, Tensor | None]
+
+
 class _Backward:
     """One call of the backward operator."""
 
@@ -280,18 +284,23 @@ class _Backward:
         ends = self.segments[:, 4]
         return torch.where(_column(ends >= 0, grad_end), grad_end.index_select(0, ends.clamp(min=0)), 0.0)
 
-    def _trace(self) -> dict[str, Tensor | None]:
-        """Room for what recompute.py writes for one group, in the dtype of the inputs."""
+    def _trace(self) -> dict[str, _Trace | None]:
+        """Room for what recompute.py writes for one group."""
         x, plan = self.inputs, self.plan
-        P = x.weights.shape[-1]
-        per_tile = (plan.interval * plan.tiles, self.S, self.H, P)
+        tiles = plan.interval * plan.tiles
         return {
-            "weights": x.q.new_empty(per_tile),
-            "momentum": x.q.new_empty(per_tile) if x.momentum is not None else None,
-            "anchor": x.q.new_empty(plan.interval, *per_tile[1:]) if plan.multi else None,
+            "weights": self._room(tiles),
+            "momentum": self._room(tiles) if x.momentum is not None else None,
+            "anchor": self._room(plan.interval) if plan.multi else None,
         }
 
-    def _recompute(self, group: int, trace: dict[str, Tensor | None]) -> None:
+    def _room(self, states: int) -> _Trace:
+        x, rows = self.inputs, (states, self.S, self.H)
+        matrices = self.D * self.plan.hidden * (1 + self.plan.is_mlp)
+        biases = x.weights.shape[-1] - matrices
+        return x.q.new_empty(*rows, matrices), x.weights.new_empty(*rows, biases) if biases else None
+
+    def _recompute(self, group: int, trace: dict[str, _Trace | None]) -> None:
         x, plan = self.inputs, self.plan
         if group == 0:
             start = (x.weights, x.anchor, x.momentum_state)
@@ -305,7 +314,7 @@ class _Backward:
         )  # fmt: skip
 
     def _backward(
-        self, group: int, queries: Tensor, trace: dict[str, Tensor | None], grad_x: Tensor, out: dict[str, Tensor],
+        self, group: int, queries: Tensor, trace: dict[str, _Trace | None], grad_x: Tensor, out: dict[str, Tensor],
         carried: dict[str, Tensor],
     ) -> None:  # fmt: skip
         x, plan = self.inputs, self.plan

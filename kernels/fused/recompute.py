@@ -1,8 +1,8 @@
 """The first half of the local memory's backward: run a group of chunks again, from the state kept before it, and write
 the states that the second half (backward.py) reads: before every tile, and the anchors.
 
-The same steps as in forward.py without the reads. What it writes is only ever an operand of products, so it is written
-in their dtype.
+The same steps as in forward.py without the reads. Matrices are only ever operands of products from here on, so they are
+written in the dtype of operands; biases are added to results and stay in float32.
 """
 
 import triton
@@ -17,7 +17,7 @@ from .tile import (
     load_state,
     load_tokens,
     select_state,
-    store_state,
+    store_trace,
     times,
     tokens_of_tile,
 )
@@ -32,8 +32,9 @@ def recompute_kernel(
     norm_weight, norm_bias,  # [H, D] float32, or None
     segments,  # [S, 5] int64, see forward.py
     start_weights, start_anchor, start_momentum,  # [rows, H, P] float32: start of the segments, or before the group
-    trace_weights, trace_momentum,  # [interval * tiles, S, H, P], written; momentum or None
-    trace_anchor,  # [interval, S, H, P], written, or None unless MULTI
+    # Written, as pairs: matrices [.., S, H, (2) D M] in the dtype of k, biases [.., S, H, rest of P] float32 or None
+    trace_weights, trace_momentum,  # [interval * tiles, …]; momentum or None
+    trace_anchor,  # [interval, …], or None unless MULTI
     group, interval,  # which chunks: `interval` ones from group * interval on
     S,  # number of segments
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -79,16 +80,18 @@ def recompute_kernel(
         origin = first + chunk * C - offset
         if MULTI:
             aw1, ab1, aw2, ab2 = select_state(fresh, w1, b1, w2, b2, aw1, ab1, aw2, ab2, MLP, HAS_B1, HAS_B2)
-            slot = (((chunk - begin) * S + segment) * H + head) * P
-            store_state(trace_anchor + slot, aw1, ab1, aw2, ab2, D, M, MLP, HAS_B1, HAS_B2, TALL)
+            row = ((chunk - begin) * S + segment) * H + head
+            store_trace(trace_anchor[0], trace_anchor[1], row, aw1, ab1, aw2, ab2, D, M, P, MLP, HAS_B1, HAS_B2, TALL)
         else:
             aw1, ab1, aw2, ab2 = w1, b1, w2, b2
         for tile in range(0, TILES):
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
-            slot = ((((chunk - begin) * TILES + tile) * S + segment) * H + head) * P
-            store_state(trace_weights + slot, w1, b1, w2, b2, D, M, MLP, HAS_B1, HAS_B2, TALL)
+            row = (((chunk - begin) * TILES + tile) * S + segment) * H + head
+            store_trace(trace_weights[0], trace_weights[1], row, w1, b1, w2, b2, D, M, P, MLP, HAS_B1, HAS_B2, TALL)
             if MOMENTUM:
-                store_state(trace_momentum + slot, sw1, sb1, sw2, sb2, D, M, MLP, HAS_B1, HAS_B2, TALL)
+                store_trace(
+                    trace_momentum[0], trace_momentum[1], row, sw1, sb1, sw2, sb2, D, M, P, MLP, HAS_B1, HAS_B2, TALL
+                )
             kt = load_tokens(k, origin, place, head, valid, H, D)
             vt = load_tokens(v, origin, place, head, valid, H, D)
             step = load_scalars(lr, origin, place, head, valid, 0.0, H)

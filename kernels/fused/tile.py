@@ -179,6 +179,36 @@ def store_state(
 
 
 @triton.jit
+def load_trace(
+    pointer, biases, row, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+    MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """Row `row` of a traced state: W1ᵀ and W2 in the dtype of operands; b1 and b2 apart from them in float32, since
+    they are added to results. P: entries of both."""
+    SIZE: tl.constexpr = D * M * (2 if MLP else 1)
+    w1, b1, w2, b2 = load_state(pointer + row * SIZE, D, M, MLP, False, False, TALL)
+    if HAS_B1:
+        b1 = load_matrix(biases + row * (P - SIZE), 1, M)
+    if HAS_B2:
+        b2 = load_matrix(biases + row * (P - SIZE) + (M if HAS_B1 else 0), 1, D)
+    return w1, b1, w2, b2
+
+
+@triton.jit
+def store_trace(
+    pointer, biases, row, w1, b1, w2, b2, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+    MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_trace`."""
+    SIZE: tl.constexpr = D * M * (2 if MLP else 1)
+    store_state(pointer + row * SIZE, w1, b1, w2, b2, D, M, MLP, False, False, TALL)
+    if HAS_B1:
+        store_matrix(biases + row * (P - SIZE), b1, 1, M)
+    if HAS_B2:
+        store_matrix(biases + row * (P - SIZE) + (M if HAS_B1 else 0), b2, 1, D)
+
+
+@triton.jit
 def select_state(
     condition, w1, b1, w2, b2, ow1, ob1, ow2, ob2, MLP: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr
 ):
