@@ -14,6 +14,7 @@ from .tile import (
     add_outer,
     add_times,
     affinity,
+    gradient_operand,
     load_matrix,
     load_scalars,
     load_state,
@@ -78,6 +79,7 @@ def backward_kernel(
 ):  # fmt: skip
     """See the module, and forward.py for the sizes."""
     DT: tl.constexpr = k.dtype.element_ty
+    GT: tl.constexpr = gradient_operand(DT)
     TILES: tl.constexpr = (C + R - 1) // R
     SCALED: tl.constexpr = DECAY or (SCALE and MULTI)
     SECOND: tl.constexpr = MOMENTUM or (SCALE and MULTI)
@@ -161,29 +163,29 @@ def backward_kernel(
                 H, C, R, MOMENTUM, DECAY, SCALE,
             )  # fmt: skip
             z1 = times(kt, aw1, TALL, DT, PRECISION) + ab1
-            t1 = times(kt, gw1, TALL, DT, PRECISION) + gb1
+            t1 = times(kt, gw1, TALL, GT, PRECISION) + gb1
             base1 = times(xt, w1, TALL, DT, PRECISION) + b1
             ts1, ts2, s_read1, s_read2 = 0.0, 0.0, 0.0, 0.0
             if MOMENTUM:
-                ts1 = times(kt, gs1, TALL, DT, PRECISION) + gsb1
+                ts1 = times(kt, gs1, TALL, GT, PRECISION) + gsb1
             if SECOND:
                 s_read1 = times(xt, xw1, TALL, DT, PRECISION) + xb1
             if MLP:
                 s1 = gelu_sigmoid(z1)
                 a = (z1 * s1).to(DT)
                 z2 = times(a, aw2, not TALL, DT, PRECISION) + ab2
-                t2 = times(a, gw2, not TALL, DT, PRECISION) + gb2
+                t2 = times(a, gw2, not TALL, GT, PRECISION) + gb2
                 if MOMENTUM:
-                    ts2 = times(a, gs2, not TALL, DT, PRECISION) + gsb2
+                    ts2 = times(a, gs2, not TALL, GT, PRECISION) + gsb2
                 n, rstd, error, delta2 = inner_error(z2, kt, vt, step, norm_w, norm_b, NORM)
                 u = times(delta2, aw2, TALL, DT, PRECISION)
                 grad_a = advance_input_backward(
-                    delta2, gw2, gs2, gain, momentum_gain, not TALL, MOMENTUM, DT, PRECISION
+                    delta2, gw2, gs2, gain, momentum_gain, not TALL, MOMENTUM, GT, PRECISION
                 )
                 delta1 = hidden_delta(u, z1, s1)
             else:
                 n, rstd, error, delta1 = inner_error(z1, kt, vt, step, norm_w, norm_b, NORM)
-            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, TALL, MOMENTUM, DT, PRECISION)
+            grad_key = advance_input_backward(delta1, gw1, gs1, gain, momentum_gain, TALL, MOMENTUM, GT, PRECISION)
             p1 = affinity(xt, kt, HAS_B1, DT, PRECISION)
             y1 = read_layer(base1, s_read1, p1, delta1, theta, read_decay, read_second, SCALED, SECOND, DT, PRECISION)
             y = y1
@@ -220,7 +222,7 @@ def backward_kernel(
                     grad_h, gw2, gb2, gx2, gxb2, grad_a, grad_delta2, d_theta, d_read_decay, d_read_second
                 ) = read_backward(
                     grad_y, h, a, delta2, base2, s_read2, w2, xw2, gw2, gb2, gx2, gxb2, grad_a, grad_delta2,
-                    p2, theta, read_decay, read_second, not TALL, HAS_B2, GATED, SCALED, SECOND, DT, PRECISION,
+                    p2, theta, read_decay, read_second, not TALL, HAS_B2, GATED, SCALED, SECOND, GT, PRECISION,
                 )  # fmt: skip
                 grad_y = grad_h * gelu_slope(y1, ys1)
             (
@@ -239,7 +241,7 @@ def backward_kernel(
                 grad_read, gw1, gb1, gx1, gxb1, grad_key, grad_delta1, d0, d1, d2
             ) = read_backward(
                 grad_y, xt, kt, delta1, base1, s_read1, w1, xw1, gw1, gb1, gx1, gxb1, grad_key, grad_delta1,
-                p1, theta, read_decay, read_second, TALL, HAS_B1, GATED, SCALED, SECOND, DT, PRECISION,
+                p1, theta, read_decay, read_second, TALL, HAS_B1, GATED, SCALED, SECOND, GT, PRECISION,
             )  # fmt: skip
             d_theta += d0
             d_read_decay += d1
@@ -259,13 +261,13 @@ def backward_kernel(
                 e1, eb1, e2, eb2 = gw1, gb1, gw2, gb2
             if MLP:
                 grad_u, grad_z = hidden_backward(grad_delta1, z1, s1, u)
-                grad_delta2 = add_times(grad_delta2, grad_u, aw2, not TALL, DT, PRECISION)
-                e2 = add_outer(e2, grad_u, delta2, not TALL, DT, PRECISION)
+                grad_delta2 = add_times(grad_delta2, grad_u, aw2, not TALL, GT, PRECISION)
+                e2 = add_outer(e2, grad_u, delta2, not TALL, GT, PRECISION)
                 grad_z2, grad_error, grad_step, grad_n = error_backward(
                     grad_delta2, n, rstd, error, delta2, step, norm_w, NORM
                 )
-                grad_a = add_times(grad_a, grad_z2, aw2, TALL, DT, PRECISION)
-                e2 = add_outer(e2, a, grad_z2, not TALL, DT, PRECISION)
+                grad_a = add_times(grad_a, grad_z2, aw2, TALL, GT, PRECISION)
+                e2 = add_outer(e2, a, grad_z2, not TALL, GT, PRECISION)
                 if HAS_B2:
                     eb2 += token_sum(grad_z2)
                 grad_z += grad_a * gelu_slope(z1, s1)
@@ -273,8 +275,8 @@ def backward_kernel(
                 grad_z, grad_error, grad_step, grad_n = error_backward(
                     grad_delta1, n, rstd, error, delta1, step, norm_w, NORM
                 )
-            grad_key = add_times(grad_key, grad_z, aw1, not TALL, DT, PRECISION)
-            e1 = add_outer(e1, kt, grad_z, TALL, DT, PRECISION)
+            grad_key = add_times(grad_key, grad_z, aw1, not TALL, GT, PRECISION)
+            e1 = add_outer(e1, kt, grad_z, TALL, GT, PRECISION)
             if HAS_B1:
                 eb1 += token_sum(grad_z)
             if MULTI:

@@ -102,8 +102,8 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
 
 def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
     """Why the state does not stay on the chip, or None. `multi`: a chunk's anchor is kept apart from the state."""
-    words, most = _state_words(p, multi), MAX_STATE_WORDS[p.q.element_size()]
-    remedy = "use bfloat16, " if p.q.element_size() == 4 else "use "
+    words, most = _state_words(p, multi), MAX_STATE_WORDS[_operand_bytes(p)]
+    remedy = "use bfloat16, " if _operand_bytes(p) == 4 else "use "
     remedy += f"a smaller memory_expansion, a chunk_size up to {MIN_ROWS} or no momentum"
     if words > most:
         return (
@@ -145,7 +145,12 @@ def _shared_memory(p: MemoryProblem, multi: bool) -> int:
     if p.needs_grad:
         copies += 1 + (p.momentum is not None)
     rows = 2 * MIN_ROWS * max(p.params.w1.shape[1:])
-    return (copies * _matrix_words(p) + rows) * p.q.element_size()
+    return (copies * _matrix_words(p) + rows) * _operand_bytes(p)
+
+
+def _operand_bytes(p: MemoryProblem) -> int:
+    """Of the widest operands of products: those of gradients in float16 are float32, see `tile.gradient_operand`."""
+    return 4 if p.q.dtype == torch.float16 and p.needs_grad else p.q.element_size()
 
 
 def _matrix_words(p: MemoryProblem) -> int:

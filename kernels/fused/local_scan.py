@@ -119,7 +119,7 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
         "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
         "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
         "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
-        "TALL": bool(plan.tall), "PRECISION": _precision(),
+        "TALL": bool(plan.tall), "PRECISION": _precision(inputs.q.dtype),
     }  # fmt: skip
 
 
@@ -128,13 +128,13 @@ def _launch(warps: int) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
-def _precision() -> str:
-    """How float32 operands are multiplied, by torch's own setting.
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied, by torch's own setting; those of float16's gradients have no more digits.
 
     Three TensorFloat-32 products come within rounding of one in float32; real float32 products ("ieee") would go past
     the tensor cores, and past a memory kernel's registers.
     """
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if dtype != torch.float16 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -143,7 +143,7 @@ def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
         "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
-        "PRECISION": _precision(), **_launch(4),
+        "PRECISION": _precision(inputs.q.dtype), **_launch(4),
     }  # fmt: skip
 
 
@@ -269,7 +269,9 @@ class _Backward:
             out["scale"] = self.grad_o.new_zeros(self.S, self.H, plan.chunk_size, dtype=torch.float32)
         if x.norm_weight is not None:
             out["norm_weight"] = self.grad_o.new_zeros(self.S, self.H, self.D, dtype=torch.float32)
-        grad_x = torch.empty_like(x.q) if plan.projection else out["q"]
+        grad_x = out["q"]
+        if plan.projection:  # no result yet: in the range of float32, as the operands of gradients
+            grad_x = torch.empty_like(x.q, dtype=torch.float32 if x.q.dtype == torch.float16 else None)
         for group in reversed(range(plan.groups)):
             self._recompute(group, trace)
             self._backward(group, queries, trace, grad_x, out, carried)

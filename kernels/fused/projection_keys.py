@@ -8,7 +8,17 @@ import triton.language as tl
 
 from .coefficients import causal
 from .math import unit, unit_backward
-from .tile import add_dot, dot, load_matrix, load_tokens, store_matrix, store_tokens, tokens_of_tile, transposed
+from .tile import (
+    add_dot,
+    dot,
+    gradient_operand,
+    load_matrix,
+    load_tokens,
+    store_matrix,
+    store_tokens,
+    tokens_of_tile,
+    transposed,
+)
 
 
 @triton.jit
@@ -23,6 +33,7 @@ def projection_keys_kernel(
 ):  # fmt: skip
     """C: tokens between resets of M with PER_CHUNK, otherwise R; R: tokens of a tile."""
     DT: tl.constexpr = q.dtype.element_ty
+    GT: tl.constexpr = gradient_operand(DT)
     TILES: tl.constexpr = (C + R - 1) // R
     segment = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -48,14 +59,14 @@ def projection_keys_kernel(
             unit_k, factor = unit(load_tokens(k, origin, place, head, valid, H, D).to(tl.float32))
             unit_kt = transposed(unit_k, DT)
             p = dot(query, unit_kt, DT, PRECISION) * in_order
-            r = dot(grad, unit_kt, DT, PRECISION) * in_order
-            grad_unit = dot(unit_k, grad_m + tl.trans(grad_m), DT, PRECISION)
-            grad_unit = add_dot(grad_unit, transposed(p, DT), grad, DT, PRECISION)
-            grad_unit = add_dot(grad_unit, transposed(r, DT), query, DT, PRECISION)
+            r = dot(grad, unit_kt, GT, PRECISION) * in_order
+            grad_unit = dot(unit_k, grad_m + tl.trans(grad_m), GT, PRECISION)
+            grad_unit = add_dot(grad_unit, transposed(p, GT), grad, GT, PRECISION)
+            grad_unit = add_dot(grad_unit, transposed(r, GT), query, GT, PRECISION)
             earlier = load_tokens(grad_k, origin, place, head, valid, H, D).to(tl.float32)
             total = earlier + unit_backward(unit_k, factor, grad_unit)
             store_tokens(grad_k, total, origin, place, head, valid, H, D)
-            grad_m = add_dot(grad_m, transposed(query, DT), grad, DT, PRECISION)
+            grad_m = add_dot(grad_m, transposed(query, GT), grad, GT, PRECISION)
         if PER_CHUNK:
             grad_m = tl.where((chunk > 0) | (offset == 0), 0.0, grad_m)
     store_matrix(grad_projection + own, grad_m, D, D)

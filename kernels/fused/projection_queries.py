@@ -10,7 +10,7 @@ import triton.language as tl
 from .coefficients import causal
 from .math import unit, unit_backward
 from .projection import project
-from .tile import add_dot, dot, load_matrix, load_tokens, store_tokens, tokens_of_tile, transposed
+from .tile import add_dot, dot, gradient_operand, load_matrix, load_tokens, store_tokens, tokens_of_tile, transposed
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def projection_queries_kernel(
 ):  # fmt: skip
     """C: tokens between resets of M with PER_CHUNK, otherwise R; R: tokens of a tile."""
     DT: tl.constexpr = q.dtype.element_ty
+    GT: tl.constexpr = gradient_operand(DT)
     TILES: tl.constexpr = (C + R - 1) // R
     segment = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -50,7 +51,7 @@ def projection_queries_kernel(
                 unit_x, factor = unit(project(query, unit_k, m, in_order, DT, PRECISION))
                 grad = unit_backward(unit_x, factor, grad)
                 store_tokens(grad_x, grad, origin, place, head, valid, H, D)
-            r = dot(grad, transposed(unit_k, DT), DT, PRECISION) * in_order
-            grad = add_dot(dot(grad, transposed(m, DT), DT, PRECISION), r, unit_k, DT, PRECISION)
+            r = dot(grad, transposed(unit_k, GT), GT, PRECISION) * in_order
+            grad = add_dot(dot(grad, transposed(m, GT), GT, PRECISION), r, unit_k, GT, PRECISION)
             store_tokens(grad_q, grad, origin, place, head, valid, H, D)
             m = add_dot(m, transposed(unit_k, DT), unit_k, DT, PRECISION)

@@ -23,6 +23,15 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def gradient_operand(DT):
+    """The dtype of the operands of a product of gradients, of which loss scaling may make more than float16 holds.
+
+    float32 is then multiplied as TensorFloat-32: as many digits as float16, and the range of float32.
+    """
+    return tl.float32 if DT == tl.float16 else DT
+
+
 @triton.jit
 def dot(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
     """a b, accumulated in float32."""

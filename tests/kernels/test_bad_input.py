@@ -281,6 +281,11 @@ TOO_MUCH = {
         H200,
         "must have at most 16384 numbers a head to stay on the chip with torch.float32, got 32768; use bfloat16",
     ),
+    "gradients in float16": (  # whose operands are float32
+        {"M": 256, "dtype": torch.float16, "q": torch.ones(1, 1, 1, 64, dtype=torch.float16, requires_grad=True)},
+        H200,
+        "must have at most 16384 numbers a head to stay on the chip with torch.float16, got 32768; use bfloat16",
+    ),
     "momentum": ({"D": 128, "M": 256, "momentum": True}, H200, "numbers a head to stay on the chip"),
     "anchor": ({"M": 256, "momentum": True, "chunk_size": 17}, H200, "a chunk_size up to 16 or no momentum"),
     "mid-chunk": (IN_MID_CHUNK | {"M": 256, "momentum": True}, H200, "got 98304"),

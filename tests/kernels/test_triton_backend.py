@@ -293,6 +293,36 @@ def test_float16(case: Case):
     assert_right(got, case, rounding=FLOAT16_ROUNDING)
 
 
+def gradients_of_a_scaled_loss(case: Case, scale: float, backend: str) -> Result:
+    """q, k, v in float16, all else in float32, and a small step size, so that few results are beyond float16."""
+    x = {name: t.detach().to(torch.float16 if name in "qkv" else torch.float32) for name, t in inputs(case).items()}
+    x["lr"] *= 1e-3
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}
+    o, state = call(case, backend, x)
+    loss = 1e-3 * o.float().sin().sum() + sum(t.sum() for t in state.weights if t is not None)
+    return dict(zip(x, (g.cpu() for g in torch.autograd.grad(scale * loss, list(x.values()))), strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(rule="both", projection="shard", norm=False), Case(rule="token_scale", projection="chunk_normalized")],
+    ids=str,
+)
+def test_float16_under_loss_scaling(case: Case):
+    """Gradients of the state are then beyond float16, which must not show: all are those of the plain loss times the
+    scale, which is a power of two, and finite where the torch backend's are."""
+    case = case.with_(**SMALL | {"dtype": torch.float16}, chunk_size=20, shard_length=None, length=22, batch=1, heads=1)
+    scale = 2.0**17
+    plain, got = (gradients_of_a_scaled_loss(case, s, "triton") for s in (1.0, scale))
+    torchs = gradients_of_a_scaled_loss(case, scale, "torch")
+    for name, g in got.items():
+        finite = torchs[name].isfinite()
+        assert finite.all() or name in "qkv", name
+        want = scale * plain[name].float()
+        error = largest((g.float() - want)[finite])  # tokens' gradients are rounded to float16, small ones to less
+        assert error <= 2e-3 * largest(want[finite]) + (scale * 2**-24 if name in "qkv" else 0), name
+
+
 def biases_near_the_values(x: dict[str, Tensor]) -> None:
     """Errors are then small differences of large numbers: a bias must not be rounded where it is added."""
     x["lr"] *= 0.02
