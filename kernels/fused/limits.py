@@ -22,6 +22,8 @@ MIN_HIDDEN = MIN_ROWS = 16  # tl.dot multiplies no fewer
 # float32 numbers of state that one program may hold, by bytes of an operand: with half precision as many as a
 # multiprocessor has registers; float32 operands take so many themselves that more than this compiles for minutes.
 MAX_STATE_WORDS = {2: 65536, 4: 16384}
+# The same, with which two programs of 4 warps share a multiprocessor and spill little.
+MAX_PAIRED_WORDS = {2: 16384, 4: 4096}
 MAX_PROJECTION_ROWS = 64
 
 
@@ -33,8 +35,8 @@ class Device(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel, and how the
-    matrices are held (see tile.py)."""
+    """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel, tiles whose
+    loads the backward's two kernels have in flight, and how the matrices are held (see tile.py)."""
 
     rows: int
     projection_rows: int
@@ -42,6 +44,7 @@ class Tiles(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    backward_stages: int
     tall: bool
 
 
@@ -123,10 +126,16 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     if p.qk_projection == "chunk":
         projection_rows = min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), MAX_PROJECTION_ROWS)
     multi = multi_start or p.chunk_size > MIN_ROWS
-    warps = 4 if _state_words(p, multi) <= 4096 else 8
+    device, words = device_of(p.q.device), _state_words(p, multi)
     # Weights held tall pay where a group of warps multiplies (wgmma and its successor). 12.0 and 12.1 have neither.
-    tall = device_of(p.q.device).capability[0] in (9, 10)
-    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, warps, tall)
+    tall = device.capability[0] in (9, 10)
+    warps = backward_warps = 4 if words <= 4096 else 8
+    # With shards there are programs enough for two on a multiprocessor, one of which works while the other waits;
+    # without, each program's own time counts. Held wide, half the warps spill more than the first-level cache takes.
+    if tall and p.shard_length is not None and words <= MAX_PAIRED_WORDS[p.q.element_size()]:
+        warps = 4
+    stages = 2 if _shared_memory(p, multi, stages=2) <= device.shared_memory else 1
+    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, backward_warps, stages, tall)
 
 
 def begins_in_mid_chunk(p: MemoryProblem) -> bool:
@@ -139,13 +148,18 @@ def _state_words(p: MemoryProblem, multi: bool) -> int:
     return (1 + (p.momentum is not None) + multi) * _matrix_words(p)
 
 
-def _shared_memory(p: MemoryProblem, multi: bool) -> int:
-    """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most."""
+def _shared_memory(p: MemoryProblem, multi: bool, stages: int = 1) -> int:
+    """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most.
+
+    `stages`: tiles of which the traced states and the tokens (x, k, v and the output's gradient) are loaded at a time.
+    """
     copies = 1 + (p.momentum is not None) + multi
     if p.needs_grad:
         copies += 1 + (p.momentum is not None)
-    rows = 2 * MIN_ROWS * max(p.params.w1.shape[1:])
-    return (copies * _matrix_words(p) + rows) * _operand_bytes(p)
+    D, M = p.params.w1.shape[1:]
+    rows = 2 * MIN_ROWS * max(D, M)
+    loads = (1 + (p.momentum is not None) + multi) * _matrix_words(p) + 4 * MIN_ROWS * D
+    return (copies * _matrix_words(p) + rows) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()
 
 
 def _operand_bytes(p: MemoryProblem) -> int:

@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    backward_stages: int
     tall: int
 
     @property
@@ -123,9 +124,9 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _launch(warps: int) -> dict[str, int]:
+def _launch(warps: int, stages: int = 1) -> dict[str, int]:
     """The compiler's options. Left to itself, its assembler gives some kernels 32 registers on sm_80, and spills."""
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -312,7 +313,7 @@ class _Backward:
         recompute_kernel[self.grid](
             x.k, x.v, x.lr, x.momentum, x.decay, x.scale, x.norm_weight, x.norm_bias, self.segments, *start,
             trace["weights"], trace["momentum"], trace["anchor"], group, plan.interval, self.S,
-            **_sizes(x, plan), FROM_KEPT=group > 0, **_launch(plan.recompute_warps),
+            **_sizes(x, plan), FROM_KEPT=group > 0, **_launch(plan.recompute_warps, plan.backward_stages),
         )  # fmt: skip
 
     def _backward(
@@ -325,7 +326,7 @@ class _Backward:
             trace["weights"], trace["momentum"], trace["anchor"], self.grad_o, grad_x, out["k"], out["v"], out["lr"],
             out.get("momentum"), out.get("decay"), out.get("scale"), out.get("norm_weight"),
             carried["weights"], carried["anchor"], carried.get("momentum"), group, plan.interval, self.S,
-            **_sizes(x, plan), **_launch(plan.backward_warps),
+            **_sizes(x, plan), **_launch(plan.backward_warps, plan.backward_stages),
         )  # fmt: skip
 
     def _projection_backward(self, grad_x: Tensor, out: dict[str, Tensor], carried: Tensor) -> None:

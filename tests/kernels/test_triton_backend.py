@@ -41,7 +41,7 @@ pytest.importorskip("triton")
 
 from modeling_tnt.kernels import triton_backend
 from modeling_tnt.kernels.fused import local_scan
-from modeling_tnt.kernels.fused.limits import assume_device, tiles_for
+from modeling_tnt.kernels.fused.limits import Tiles, assume_device, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2e-5
@@ -485,28 +485,48 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
     assert bytes_of["memory"] + written < bytes_of["block"] - weights
 
 
+def choose(
+    device: tuple, rows: int = 1, length: int = 32, dtype: torch.dtype = torch.bfloat16, chunk_size: int = 8,
+    shard_length: int | None = 2048,
+) -> Tiles:  # fmt: skip
+    """What is chosen on a device for the memory of tnt-150m, in training."""
+    tokens, gate = (torch.empty(*shape, device="meta") for shape in ((rows, length, 2, 64), (rows, length, 2)))
+    tokens = tokens.to(dtype).requires_grad_()
+    params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
+    problem = MemoryProblem(tokens, tokens, tokens, gate, params, chunk_size, shard_length, "shard")
+    with assume_device(*device):
+        return tiles_for(problem, multi_start=False)
+
+
 @pytest.mark.parametrize("device", [A100, H200], ids=str)
 def test_choices_do_not_depend_on_the_length(device: tuple):
     """Nor on the batch: nothing is compiled anew when only they change."""
-    choices = set()
-    for rows, length in ((1, 1), (1, 17), (3, 4096), (1, 1 << 20)):
-        tokens, gate = (torch.empty(*shape, device="meta") for shape in ((rows, length, 2, 64), (rows, length, 2)))
-        params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
-        problem = MemoryProblem(tokens, tokens, tokens, gate, params, 8, 2048, "shard")
-        with assume_device(*device):
-            choices.add(tiles_for(problem, multi_start=False))
-    assert len(choices) == 1
+    sizes = ((1, 1), (1, 17), (3, 4096), (1, 1 << 20))
+    assert len({choose(device, rows, length) for rows, length in sizes}) == 1
 
 
 @pytest.mark.parametrize("capability, tall", [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
 def test_weights_are_held_tall_only_where_groups_of_warps_multiply(capability: tuple, tall: bool):
     """By the compiler: held tall, sm_120 spills 3,432 / 2,236 / 14,548 B in forward, recompute and backward; held wide
     240 / 0 / 1,176."""
-    tokens, gate = (torch.empty(*shape, device="meta") for shape in ((1, 32, 2, 64), (1, 32, 2)))
-    params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
-    with assume_device(capability, 99 * 1024):
-        tiles = tiles_for(MemoryProblem(tokens, tokens, tokens, gate, params, 8, 2048, "shard"), multi_start=False)
-    assert tiles.tall is tall
+    assert choose((capability, 99 * 1024)).tall is tall
+
+
+@pytest.mark.parametrize(
+    "device, changes, warps",
+    [(H200, {}, 4), (A100, {}, 8), (H200, {"shard_length": None}, 8), (H200, {"chunk_size": 64}, 8),
+     (H200, {"dtype": torch.float32}, 8)],
+    ids=str,
+)  # fmt: skip
+def test_two_programs_share_a_multiprocessor_where_there_are_many_small_ones(device: tuple, changes: dict, warps: int):
+    """Many: with shards. Small: without an anchor of their own, with operands of two bytes, held tall."""
+    tiles = choose(device, **changes)
+    assert (tiles.forward_warps, tiles.recompute_warps, tiles.backward_warps) == (warps, warps, 8)
+
+
+@pytest.mark.parametrize("device, dtype, stages", [(H200, torch.bfloat16, 2), (A100, torch.float32, 1)], ids=str)
+def test_loads_are_ahead_of_the_backward_where_there_is_room(device: tuple, dtype: torch.dtype, stages: int):
+    assert choose(device, dtype=dtype).backward_stages == stages
 
 
 @pytest.mark.parametrize("case", [TINY, TINY.with_(rule="token_scale", projection="chunk", memory="mlp")], ids=str)
