@@ -24,7 +24,9 @@ MIN_HIDDEN = MIN_ROWS = 16  # tl.dot multiplies no fewer
 MAX_STATE_WORDS = {2: 65536, 4: 16384}
 # The same, with which two programs of 4 warps share a multiprocessor and spill little.
 MAX_PAIRED_WORDS = {2: 16384, 4: 4096}
-MAX_PROJECTION_ROWS = 64
+# The same, so few that 4 warps hold them beside tiles of more rows.
+SMALL_STATE_WORDS = 4096
+MAX_ROWS = MAX_PROJECTION_ROWS = 64
 
 
 class Device(NamedTuple):
@@ -98,7 +100,7 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     if is_global:
         return None
     no_room = _no_room(p, device, multi=True)
-    if no_room is not None and p.chunk_size <= MIN_ROWS and not begins_in_mid_chunk(p):
+    if no_room is not None and p.chunk_size <= _rows(p) and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
 
@@ -122,20 +124,37 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
 def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     """The tiles of a call. `multi_start`: some sequence begins in mid-chunk, at an anchor that is not its state."""
     p = problem
-    projection_rows = MAX_PROJECTION_ROWS
+    rows, projection_rows = _rows(p), MAX_PROJECTION_ROWS
     if p.qk_projection == "chunk":
-        projection_rows = min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), MAX_PROJECTION_ROWS)
-    multi = multi_start or p.chunk_size > MIN_ROWS
+        projection_rows = _rows_of_a_chunk(p, MAX_PROJECTION_ROWS)
+    multi = multi_start or p.chunk_size > rows
     device, words = device_of(p.q.device), _state_words(p, multi)
     # Weights held tall pay where a group of warps multiplies (wgmma and its successor). 12.0 and 12.1 have neither.
     tall = device.capability[0] in (9, 10)
-    warps = backward_warps = 4 if words <= 4096 else 8
+    warps = backward_warps = 4 if words <= SMALL_STATE_WORDS else 8
     # With shards there are programs enough for two on a multiprocessor, one of which works while the other waits;
     # without, each program's own time counts. Held wide, half the warps spill more than the first-level cache takes.
     if tall and p.shard_length is not None and words <= MAX_PAIRED_WORDS[p.q.element_size()]:
         warps = 4
     stages = 2 if _shared_memory(p, multi, stages=2) <= device.shared_memory else 1
-    return Tiles(MIN_ROWS, projection_rows, multi, warps, warps, backward_warps, stages, tall)
+    return Tiles(rows, projection_rows, multi, warps, warps, backward_warps, stages, tall)
+
+
+def _rows(p: MemoryProblem) -> int:
+    """Tokens of a tile. A chunk in one tile needs no anchor beside the state, and its products fill the tensor cores.
+
+    But what a tile holds grows with its rows: a large state, float32 operands or the matrices of gates then spill more
+    than the caches take.
+    """
+    gated = p.momentum is not None or p.decay is not None
+    if _matrix_words(p) > SMALL_STATE_WORDS or _operand_bytes(p) > 2 or gated:
+        return MIN_ROWS
+    return _rows_of_a_chunk(p, MAX_ROWS)
+
+
+def _rows_of_a_chunk(p: MemoryProblem, most: int) -> int:
+    """So many that a chunk is one tile, if `most` allow it."""
+    return min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), most)
 
 
 def begins_in_mid_chunk(p: MemoryProblem) -> bool:
@@ -151,15 +170,17 @@ def _state_words(p: MemoryProblem, multi: bool) -> int:
 def _shared_memory(p: MemoryProblem, multi: bool, stages: int = 1) -> int:
     """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most.
 
-    `stages`: tiles of which the traced states and the tokens (x, k, v and the output's gradient) are loaded at a time.
+    `stages`: tiles of which the traced states and the tokens (x, k, v, the output's gradient, and up to four numbers of
+    each) are loaded at a time.
     """
     copies = 1 + (p.momentum is not None) + multi
     if p.needs_grad:
         copies += 1 + (p.momentum is not None)
     D, M = p.params.w1.shape[1:]
-    rows = 2 * MIN_ROWS * max(D, M)
-    loads = (1 + (p.momentum is not None) + multi) * _matrix_words(p) + 4 * MIN_ROWS * D
-    return (copies * _matrix_words(p) + rows) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()
+    rows = _rows(p)
+    tiles = rows * (2 * max(D, M) + 3 * rows)
+    loads = (1 + (p.momentum is not None) + multi) * _matrix_words(p) + 4 * rows * (D + 2)  # 2: a float32 number
+    return (copies * _matrix_words(p) + tiles) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()
 
 
 def _operand_bytes(p: MemoryProblem) -> int:

@@ -167,6 +167,26 @@ def test_chunk_and_shard_sizes(i: int, chunk_size: int, shard_length: int, lengt
     assert_right(run(case), case)
 
 
+# Rows of a tile, tokens of a chunk, where the sequence starts: a padded tile, two tiles and a start in the second, a
+# chunk that is one full tile and a start in its middle.
+LARGE_TILES = [(32, 20, 0), (32, 40, 35), (64, 64, 0), (64, 64, 37)]
+
+
+@pytest.mark.parametrize("i, turn", list(product(range(len(LOCAL)), range(2))))
+def test_tiles_of_more_rows(i: int, turn: int, monkeypatch):
+    """Of every rule, also where the choice is for fewer."""
+    rows, chunk_size, start = LARGE_TILES[(i + i // 4 + 2 * turn) % len(LARGE_TILES)]
+
+    def tiles(problem: MemoryProblem, multi_start: bool) -> Tiles:
+        multi = multi_start or chunk_size > rows
+        return tiles_for(problem, multi_start)._replace(rows=rows, multi=multi)
+
+    monkeypatch.setattr(triton_backend, "tiles_for", tiles)
+    case = LOCAL[i].with_(chunk_size=chunk_size, batch=1, heads=1, length=chunk_size + 3, start=(start,))
+    case = case.with_(shard_length=case.shard_length and chunk_size)
+    assert_right(run(case), case)
+
+
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 7, 8, 9])
 def test_lengths_around_chunk_and_shard(length: int):
     case = LOCAL[length % len(LOCAL)].with_(length=length, batch=2, heads=1)
@@ -283,7 +303,13 @@ def test_wide_heads(memory: str, head_dim: int, hidden: int):
 FLOAT16_ROUNDING = 3e-3
 
 
-@pytest.mark.parametrize("case", [LOCAL[i].with_(norm=True) for i in (1, 2, 3, 4)], ids=str)
+# The last one in tiles of 64 rows.
+FLOAT16 = [LOCAL[i].with_(norm=True) for i in (1, 2, 3, 4)] + [
+    LOCAL[5].with_(chunk_size=40, shard_length=40, length=45)
+]
+
+
+@pytest.mark.parametrize("case", FLOAT16, ids=str)
 def test_float16(case: Case):
     """Outputs and gradients in the dtypes of what they belong to, states in float32."""
     case = case.with_(dtype=torch.float16, batch=1, heads=1)
@@ -487,13 +513,17 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
 
 def choose(
     device: tuple, rows: int = 1, length: int = 32, dtype: torch.dtype = torch.bfloat16, chunk_size: int = 8,
-    shard_length: int | None = 2048,
+    shard_length: int | None = 2048, linear: bool = False, momentum: bool = False,
 ) -> Tiles:  # fmt: skip
-    """What is chosen on a device for the memory of tnt-150m, in training."""
+    """What is chosen on a device in training, for the memory of tnt-150m but for what is given."""
     tokens, gate = (torch.empty(*shape, device="meta") for shape in ((rows, length, 2, 64), (rows, length, 2)))
     tokens = tokens.to(dtype).requires_grad_()
     params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
+    if linear:
+        params = MemoryParams(torch.empty(2, 64, 64, device="meta"))
     problem = MemoryProblem(tokens, tokens, tokens, gate, params, chunk_size, shard_length, "shard")
+    if momentum:
+        problem = problem._replace(momentum=gate)
     with assume_device(*device):
         return tiles_for(problem, multi_start=False)
 
@@ -522,6 +552,19 @@ def test_two_programs_share_a_multiprocessor_where_there_are_many_small_ones(dev
     """Many: with shards. Small: without an anchor of their own, with operands of two bytes, held tall."""
     tiles = choose(device, **changes)
     assert (tiles.forward_warps, tiles.recompute_warps, tiles.backward_warps) == (warps, warps, 8)
+
+
+@pytest.mark.parametrize(
+    "changes, rows, multi",
+    [({"chunk_size": 8}, 16, False), ({"chunk_size": 17}, 32, False), ({"chunk_size": 64}, 64, False),
+     ({"chunk_size": 100}, 64, True), ({"chunk_size": 64, "linear": False}, 16, True),
+     ({"chunk_size": 64, "dtype": torch.float32}, 16, True), ({"chunk_size": 64, "momentum": True}, 16, True)],
+    ids=str,
+)  # fmt: skip
+def test_a_small_memory_has_tiles_as_long_as_its_chunks(changes: dict, rows: int, multi: bool):
+    """A chunk that is one tile keeps no anchor apart."""
+    tiles = choose(H200, **{"linear": True} | changes)
+    assert (tiles.rows, tiles.multi) == (rows, multi)
 
 
 @pytest.mark.parametrize("device, dtype, stages", [(H200, torch.bfloat16, 2), (A100, torch.float32, 1)], ids=str)
