@@ -44,7 +44,7 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
         interval=math.isqrt(max(max_chunks, 1) - 1) + 1 if needs_grad else 0,
         ends=p.rows if output_final_state else 0, rows=tiles.rows, projection_rows=tiles.projection_rows,
         forward_warps=tiles.forward_warps, recompute_warps=tiles.recompute_warps, backward_warps=tiles.backward_warps,
-        backward_stages=tiles.backward_stages, tall=int(tiles.tall),
+        forward_stages=tiles.forward_stages, backward_stages=tiles.backward_stages, tall=int(tiles.tall),
     )  # fmt: skip
     table = segment_table(segments, p, output_final_state)
     with torch.autocast(p.q.device.type, enabled=False):

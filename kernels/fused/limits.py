@@ -38,7 +38,7 @@ class Device(NamedTuple):
 
 class Tiles(NamedTuple):
     """How a call is cut up: tokens of a tile, whether a chunk's anchor is kept apart, warps of each kernel, tiles whose
-    loads the backward's two kernels have in flight, and how the matrices are held (see tile.py)."""
+    loads the forward and the backward's two kernels have in flight, and how the matrices are held (see tile.py)."""
 
     rows: int
     projection_rows: int
@@ -46,6 +46,7 @@ class Tiles(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    forward_stages: int
     backward_stages: int
     tall: bool
 
@@ -136,8 +137,10 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     # without, each program's own time counts. Held wide, half the warps spill more than the first-level cache takes.
     if tall and p.shard_length is not None and words <= MAX_PAIRED_WORDS[p.q.element_size()]:
         warps = 4
-    stages = 2 if _shared_memory(p, multi, stages=2) <= device.shared_memory else 1
-    return Tiles(rows, projection_rows, multi, warps, warps, backward_warps, stages, tall)
+    # A larger state leaves the forward no registers for it.
+    forward_stages = 2 if words <= SMALL_STATE_WORDS and p.q.element_size() == 2 else 1
+    backward_stages = 2 if _shared_memory(p, multi, stages=2) <= device.shared_memory else 1
+    return Tiles(rows, projection_rows, multi, warps, warps, backward_warps, forward_stages, backward_stages, tall)
 
 
 def _rows(p: MemoryProblem) -> int:

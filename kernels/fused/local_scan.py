@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     forward_warps: int
     recompute_warps: int
     backward_warps: int
+    forward_stages: int
     backward_stages: int
     tall: int
 
@@ -124,7 +125,7 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _launch(warps: int, stages: int = 1) -> dict[str, int]:
+def _launch(warps: int, stages: int) -> dict[str, int]:
     """The compiler's options. Left to itself, its assembler gives some kernels 32 registers on sm_80, and spills."""
     return {"num_warps": warps, "num_stages": stages, "maxnreg": min(255, 65536 // (32 * warps))}
 
@@ -144,7 +145,7 @@ def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
         "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
-        "PRECISION": _precision(inputs.q.dtype), **_launch(4),
+        "PRECISION": _precision(inputs.q.dtype), **_launch(4, stages=1),
     }  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def fused_forward(
             x, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, segments, weights, anchor, momentum_state,
             out["o"], out["end_weights"], out["end_anchor"], out.get("end_momentum"),
             out.get("kept_weights"), out.get("kept_momentum"), sizes.interval, S,
-            **_sizes(inputs, sizes), KEEP=sizes.interval > 0, **_launch(sizes.forward_warps),
+            **_sizes(inputs, sizes), KEEP=sizes.interval > 0, **_launch(sizes.forward_warps, sizes.forward_stages),
         )  # fmt: skip
     return list(out.values())
 
