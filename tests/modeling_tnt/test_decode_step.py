@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from modeling_tnt import load_cache, save_cache
+from modeling_tnt import load_cache, memory_layer, save_cache
+from modeling_tnt.kernels import BackendChoice, backends, probe, step
 from modeling_tnt.memory_layer import TNTMemoryLayer
 
 pytest.importorskip("triton")
@@ -306,6 +307,23 @@ def test_adapters_are_not_bypassed():
     logits = read(model, cache, tokens[:, 4:])
     torch.testing.assert_close(logits, want.logits[:, 4:], **EXACT)
     assert (logits - plain[:, 4:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_auto_steps_by_torch_where_the_kernel_fails(monkeypatch):
+    """As on a GPU whose driver refuses it: every token of the model is read, after one warning."""
+    tokens = make_tokens(2, 10)
+    want = make_model("linear", **ONE_LAYER)(tokens, use_cache=True)
+    model, cache = prompt_read("linear", tokens[:, :4], "auto", **ONE_LAYER)
+    picks_triton = BackendChoice("triton", "as on a GPU")
+    monkeypatch.setattr(memory_layer, "step_backend_for", lambda *_: picks_triton)
+    monkeypatch.setattr(step, "choose_step_backend", lambda *_: picks_triton)
+    monkeypatch.setattr(probe, "failure", lambda configuration: "decode_kernel does not compile")
+    backends.warn_of_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="decode_kernel does not compile"):
+        logits = read(model, cache, tokens[:, 4:])
+    torch.testing.assert_close(logits, want.logits[:, 4:], **EXACT)
+    assert_same_states(cache, want.cache, **EXACT)
 
 
 @torch.no_grad()
