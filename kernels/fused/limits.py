@@ -27,6 +27,10 @@ MAX_PAIRED_WORDS = {2: 16384, 4: 4096}
 # The same, so few that 4 warps hold them beside tiles of more rows.
 SMALL_STATE_WORDS = 4096
 MAX_ROWS = MAX_PROJECTION_ROWS = 64
+# Compute capabilities, without their point, that keep the sums of their products in a tensor memory, and its columns.
+# Each sum of a kernel's loop has columns of its own.
+WITH_TENSOR_MEMORY = (10, 11)
+TENSOR_MEMORY_COLUMNS = 512
 
 
 class Device(NamedTuple):
@@ -119,19 +123,29 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
     shared = _shared_memory(p, multi)
     if shared > device.shared_memory:
         return f"a block needs about {shared} bytes of shared memory, the device has {device.shared_memory}; {remedy}"
+    columns = _tensor_memory(p, multi) if device.capability[0] in WITH_TENSOR_MEMORY else 0
+    if columns > TENSOR_MEMORY_COLUMNS:
+        half = "bfloat16 or " if p.q.element_size() == 4 else ""
+        return (
+            f"the backward needs {columns} columns of tensor memory, the device has {TENSOR_MEMORY_COLUMNS}; "
+            f"use {half}a smaller memory_expansion"
+        )
     return None
 
 
 def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     """The tiles of a call. `multi_start`: some sequence begins in mid-chunk, at an anchor that is not its state."""
     p = problem
-    rows, projection_rows = _rows(p), MAX_PROJECTION_ROWS
-    if p.qk_projection == "chunk":
-        projection_rows = _rows_of_a_chunk(p, MAX_PROJECTION_ROWS)
+    rows, device = _rows(p), device_of(p.q.device)
     multi = multi_start or p.chunk_size > rows
-    device, words = device_of(p.q.device), _state_words(p, multi)
+    words = _state_words(p, multi)
+    projection_rows = MAX_PROJECTION_ROWS
+    if device.capability[0] in WITH_TENSOR_MEMORY and p.q.element_size() == 4:
+        projection_rows //= 2  # three products make one in float32, and tensor memory has no room for their sums
+    if p.qk_projection == "chunk":
+        projection_rows = _rows_of_a_chunk(p, projection_rows)
     # Weights held tall pay where a group of warps multiplies (wgmma and its successor). 12.0 and 12.1 have neither.
-    tall = device.capability[0] in (9, 10)
+    tall = device.capability[0] in (9, *WITH_TENSOR_MEMORY)
     warps = backward_warps = 4 if words <= SMALL_STATE_WORDS else 8
     # With shards there are programs enough for two on a multiprocessor, one of which works while the other waits;
     # without, each program's own time counts. Held wide, half the warps spill more than the first-level cache takes.
@@ -189,6 +203,23 @@ def _shared_memory(p: MemoryProblem, multi: bool, stages: int = 1) -> int:
 def _operand_bytes(p: MemoryProblem) -> int:
     """Of the widest operands of products: those of gradients in float16 are float32, see `tile.gradient_operand`."""
     return 4 if p.q.dtype == torch.float16 and p.needs_grad else p.q.element_size()
+
+
+def _tensor_memory(p: MemoryProblem, multi: bool) -> int:
+    """Columns of tensor memory that the backward takes: those of every sum aᵀ δ of a tile, as backward.py has them.
+
+    Each adds to a gradient of the weights, or of what reads also depend on (`second`). Three products make one in
+    float32; their operands share 16 columns more. The forward has fewer sums: where its state fits, they do.
+    """
+    if not p.needs_grad:
+        return 0
+    second = p.momentum is not None or (p.token_scale is not None and multi)
+    sums = 2 + second if p.params.w2 is None else 5 + 2 * second
+    D, M = p.params.w1.shape[1:]
+    columns = sums * -(-D * M // 128)
+    if p.q.element_size() == 4 and torch.get_float32_matmul_precision() == "highest":
+        columns = 3 * columns + 16
+    return columns
 
 
 def _matrix_words(p: MemoryProblem) -> int:

@@ -7,8 +7,8 @@
 recording.py writes down what the presets launch. Each distinct launch is compiled, in parallel, for every target, and
 the assembler's report is read.
 
-The exit status is 1 if something does not compile, needs more shared memory than a block of the target may have, or
-spills more than `SPILL_LIMITS` says.
+The exit status is 1 if something does not compile, needs more shared or tensor memory than a block of the target may
+have, is a mere trap, or spills more than `SPILL_LIMITS` says.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from recording import (
     PHASES,
     PRESETS,
     SHARED_LIMITS,
+    TARGETS,
     Case,
     Launch,
     _record_phase,
     _TargetDriver,
+    check_triton,
     collect,
     record,
 )
@@ -45,8 +47,21 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from modeling_tnt.kernels.fused.limits import TENSOR_MEMORY_COLUMNS
+
 # Of recording.py, for those who import this module.
-__all__ = ["DTYPES", "PHASES", "PRESETS", "SHARED_LIMITS", "Case", "Launch", "collect", "record", "_record_phase"]
+__all__ = [
+    "DTYPES",
+    "PHASES",
+    "PRESETS",
+    "SHARED_LIMITS",
+    "TARGETS",
+    "Case",
+    "Launch",
+    "collect",
+    "record",
+    "_record_phase",
+]
 __all__ += ["_TargetDriver"]
 
 TABLE = Path(__file__).with_name("AOT.md")
@@ -87,6 +102,9 @@ SPILL_LIMITS: dict[str, dict[tuple[str, int], int]] = {
 # Forward and recompute have 4 warps there, so that two blocks share a multiprocessor.
 PRESET_SPILL_LIMITS = {"forward_kernel": 916, "recompute_kernel": 228, "backward_kernel": 1100}
 
+# A kernel that loads and stores anything has more; what the assembler knows to fail is a single trap, with 4.
+FEWEST_REGISTERS = 8
+
 # Seconds that a binary may take to compile: a user waits as long at the first launch.
 TIME_LIMIT = 300.0
 
@@ -95,13 +113,15 @@ TIME_LIMIT = 300.0
 
 @dataclass(frozen=True)
 class Usage:
-    """What a binary takes: registers and bytes of a thread, shared bytes of a block; or why there is none."""
+    """What a binary takes: registers and bytes of a thread, shared bytes and tensor memory columns of a block; or why
+    there is none."""
 
     registers: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
     stack: int = 0
     shared: int = 0
+    tensor_memory: int = 0
     seconds: float = 0.0
     error: str | None = None
 
@@ -121,7 +141,12 @@ def measure(launch: Launch, time_limit: float) -> Usage:
         except Exception as error:
             return Usage(error=_explain(error), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    return Usage(**_assembler_report(log.getvalue()), shared=compiled.metadata.shared, seconds=seconds)
+    return Usage(
+        **_assembler_report(log.getvalue()),
+        shared=compiled.metadata.shared,
+        tensor_memory=compiled.metadata.tmem_size or 0,  # None before sm_100
+        seconds=seconds,
+    )
 
 
 @contextlib.contextmanager
@@ -214,6 +239,13 @@ def find_problems(cases: Iterable[Case], usages: Iterable[Usage]) -> list[str]:
             problems.append(f"{what} spills {usage.spill_stores} B a thread, of which {most} are allowed")
         if usage.shared > shared_limit:
             problems.append(f"{what} needs {usage.shared} B of shared memory, of which a block has {shared_limit}")
+        if usage.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            problems.append(
+                f"{what} needs {usage.tensor_memory} columns of tensor memory, of which a block has "
+                f"{TENSOR_MEMORY_COLUMNS}"
+            )
+        if usage.error is None and usage.registers < FEWEST_REGISTERS:
+            problems.append(f"{what} has {usage.registers} registers: the compiler made a trap of it")
     return problems
 
 
@@ -225,17 +257,19 @@ launch, compiled ahead of time. For each variant of a kernel stands what needs i
 under autocast) and its constants: flags that are false and arguments that are None are left out.
 
 Registers and spills are those of a thread: bytes that the spilling instructions store / load, each counted once however
-often it runs, and the bytes of the stack. Shared memory is that of a block, beside what the target allows.
+often it runs, and the bytes of the stack. Shared memory is that of a block, beside what the target allows; tensor
+memory is the columns of a block, which has {columns} on sm_100 and none before.
 """
 _COLUMNS = (
     "variant", "dtype", "target", "warps", "stages", "registers", "spills, B", "stack, B", "shared, B", "of",
+    "tensor memory",
 )  # fmt: skip
 _NAMING_COLUMNS = 5  # those that do not need the compiler
 
 
 def render(cases: Sequence[Case], usages: Sequence[Usage], refused: Sequence[str] = ()) -> str:
     """The table as Markdown, and at its end what the kernels refuse."""
-    parts = [_INTRODUCTION.format(triton=triton.__version__)]
+    parts = [_INTRODUCTION.format(triton=triton.__version__, columns=TENSOR_MEMORY_COLUMNS)]
     pairs = list(zip(cases, usages, strict=True))
     parts += [
         _render_kernel(name, [pair for pair in pairs if pair[0].launch.name == name])
@@ -276,9 +310,9 @@ def _line(cells: Iterable[Any]) -> str:
 
 def _usage_cells(launch: Launch, usage: Usage) -> list[Any]:
     if usage.error is not None:
-        return ["fails", "", "", "", ""]
+        return ["fails", "", "", "", "", ""]
     spills = f"{usage.spill_stores} / {usage.spill_loads}"
-    return [usage.registers, spills, usage.stack, usage.shared, SHARED_LIMITS[launch.target]]
+    return [usage.registers, spills, usage.stack, usage.shared, SHARED_LIMITS[launch.target], usage.tensor_memory]
 
 
 def _variants(cases: Sequence[Case]) -> tuple[str, list[str]]:
@@ -321,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--targets", nargs="+", type=int, choices=SHARED_LIMITS, default=list(SHARED_LIMITS))
+    parser.add_argument("--targets", nargs="+", type=int, choices=SHARED_LIMITS, default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", metavar="PART", help="only kernels with a PART in their name")
     parser.add_argument(
         "--processes", type=int, help="compile this many kernels at once (default: the cores there are)"
@@ -331,7 +365,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}; needs the whole table")
     args = parser.parse_args(argv)
-    whole = (set(PRESETS), set(DTYPES), set(SHARED_LIMITS), None)
+    try:
+        check_triton()
+    except RuntimeError as error:
+        parser.error(str(error))
+    whole = (set(PRESETS), set(DTYPES), set(TARGETS), None)
     if args.write and (set(args.presets), set(args.dtypes), set(args.targets), args.kernels) != whole:
         parser.error("--write writes the whole table; leave out --presets, --dtypes, --targets and --kernels")
     start = time.perf_counter()

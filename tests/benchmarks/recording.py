@@ -27,7 +27,11 @@ from modeling_tnt.memory_layer import TNTMemoryLayer, step_options
 from modeling_tnt.packing import TokenStep
 
 # Bytes of shared memory that one block may have, by compute capability without its point (CUDA programming guide).
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMITS = {
+    80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
+    100: 227 * 1024, 103: 227 * 1024, 110: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024,
+}  # fmt: skip
+TARGETS = (80, 90, 100)  # those of the table
 
 # How an error of the backend begins that is no mistake but its rule: too large a state for these operands.
 _REFUSAL = "backend='triton' cannot run:"
@@ -98,6 +102,12 @@ class _TargetDriver:
         return 0
 
 
+def check_triton() -> None:
+    """Raise RuntimeError where Triton is too old: before 3.6 it compiles and launches in one function."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        raise RuntimeError(f"this needs triton 3.6 or newer, found {triton.__version__}; pip install 'triton>=3.6'")
+
+
 @contextlib.contextmanager
 def record(target: int) -> Iterator[list[Launch]]:
     """Within it, launches of Triton kernels are put into the list, in order, and do nothing else.
@@ -105,6 +115,7 @@ def record(target: int) -> Iterator[list[Launch]]:
     Args:
         target: compute capability of the GPU to bind arguments for, without its point.
     """
+    check_triton()
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels of the interpreter cannot be compiled; unset it")
     launches: list[Launch] = []

@@ -63,10 +63,16 @@ def record_launches(aot) -> dict:
     }
 
 
+def run_with_an_old_triton(aot) -> None:
+    """Ends the process."""
+    triton.__version__ = "3.4.0"
+    aot.main(["--presets", "tiny"])
+
+
 def measure_probes(aot) -> dict:
     """What kernels with known properties take, and what is said of it."""
     matrix, launches = torch.zeros(128, 128), []
-    for target in aot.SHARED_LIMITS:
+    for target in aot.TARGETS:
         with aot.record(target) as recorded:
             hold_kernel[(1,)](matrix, matrix, SIZE=16, num_warps=1)
             hold_kernel[(1,)](matrix, matrix, SIZE=128, num_warps=1)
@@ -83,9 +89,14 @@ def measure_probes(aot) -> dict:
         "table": aot.render(cases, usages),
         "names": aot.names(aot.render(cases, usages)),
         "names without measuring": aot.names(aot.render(cases, [aot.Usage()] * len(cases))),
-        "too much shared memory": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024 + 1)]),
+        "too much shared memory": aot.find_problems(cases[:1], [aot.Usage(registers=32, shared=163 * 1024 + 1)]),
+        "too much tensor memory": aot.find_problems(cases[4:5], [aot.Usage(registers=32, tensor_memory=513)]),
+        "a trap": aot.find_problems(cases[4:5], [aot.Usage(registers=4)]),
         "too slow": vars(aot.measure(launches[1], time_limit=0.001)),
-        "all that a block has": aot.find_problems(cases[:1], [aot.Usage(shared=163 * 1024)]),
+        "all that a block has": aot.find_problems(
+            [cases[0], cases[4]],
+            [aot.Usage(registers=32, shared=163 * 1024), aot.Usage(registers=32, tensor_memory=512)],
+        ),
     }
     aot.SPILL_LIMITS["hold_kernel"] = {("fp32", 80): usages[1].spill_stores}
     facts["problems when a spill is allowed"] = aot.find_problems(cases[:2], usages[:2])
@@ -105,7 +116,7 @@ def read_with_cuobjdump(launch) -> tuple[int, int]:
 
 def measure_presets(aot) -> dict:
     """All kernels by name, and some of them compiled: the whole table takes too long for a test."""
-    cases, refused = aot.collect(aot.PRESETS, aot.DTYPES, aot.SHARED_LIMITS)
+    cases, refused = aot.collect(aot.PRESETS, aot.DTYPES, aot.TARGETS)
     chosen = [case for case in cases if is_compiled_in_tests(case)]
     usages = aot.measure_all([case.launch for case in chosen])
     return {
@@ -210,6 +221,15 @@ def test_recording_runs_nothing_and_leaves_triton_as_it_was(recorded):
     assert (recorded["driver"], recorded["compiler"]) == ("None", "_do_compile")
 
 
+def test_an_old_triton_is_told_so(tmp_path):
+    command = [sys.executable, str(Path(__file__).resolve()), run_with_an_old_triton.__name__, "facts.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: this needs triton 3.6 or newer, found 3.4.0; pip install 'triton>=3.6'"
+    )
+
+
 def test_a_kernel_that_spills_is_seen_to_spill(probes):
     for small, large in (probes["usages"][i : i + 2] for i in (0, 2, 4)):
         assert small["registers"] > 0
@@ -229,6 +249,11 @@ def test_problems_name_the_kernel_and_the_limit(probes):
     assert probes["problems when a spill is allowed"] == []
     (shared,) = probes["too much shared memory"]
     assert "needs 166913 B of shared memory, of which a block has 166912" in shared
+    (tensor_memory,) = probes["too much tensor memory"]
+    assert "on sm_100 " in tensor_memory
+    assert "needs 513 columns of tensor memory, of which a block has 512" in tensor_memory
+    (trap,) = probes["a trap"]
+    assert "has 4 registers: the compiler made a trap of it" in trap
     assert probes["all that a block has"] == []
 
 
@@ -239,7 +264,9 @@ def test_compiling_has_a_time_limit(probes):
 
 def test_the_table_has_a_row_for_each_binary(probes):
     table, large = probes["table"], probes["usages"][3]
-    usage = f"{large['registers']} | {large['spill_stores']} / {large['spill_loads']} | {large['stack']} | 0 | 232448"
+    usage = (
+        f"{large['registers']} | {large['spill_stores']} / {large['spill_loads']} | {large['stack']} | 0 | 232448 | 0"
+    )
     assert "1. tiny (train): SIZE=128" in table.splitlines()
     assert f"| 1 | fp32 | sm_90 | 1 | 3 | {usage} |" in table.splitlines()
     assert table.count("| fp32 | sm_") == 7
@@ -280,5 +307,6 @@ def test_the_table_in_the_repository_is_of_these_kernels(presets):
 if __name__ == "__main__":
     import aot as _aot
 
-    chosen = {f.__name__: f for f in (record_launches, measure_probes, list_scans, measure_presets)}[sys.argv[1]]
+    functions = (record_launches, run_with_an_old_triton, measure_probes, list_scans, measure_presets)
+    chosen = {f.__name__: f for f in functions}[sys.argv[1]]
     Path(sys.argv[2]).write_text(json.dumps(chosen(_aot)))

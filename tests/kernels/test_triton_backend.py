@@ -41,7 +41,7 @@ pytest.importorskip("triton")
 
 from modeling_tnt.kernels import triton_backend
 from modeling_tnt.kernels.fused import local_scan
-from modeling_tnt.kernels.fused.limits import Tiles, assume_device, tiles_for
+from modeling_tnt.kernels.fused.limits import Tiles, assume_device, obstacle, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2e-5
@@ -61,7 +61,8 @@ GRID = [
     for i, (projection, rule, memory) in enumerate(product(PROJECTIONS, RULES, MEMORIES))
 ]  # fmt: skip
 
-A100, H200 = ((8, 0), 166912), ((9, 0), 232448)  # compute capability, bytes of shared memory a block
+# Compute capability, bytes of shared memory a block.
+A100, H200, B200 = ((8, 0), 166912), ((9, 0), 232448), ((10, 0), 232448)
 
 Change = Callable[[dict[str, Tensor]], None]
 local_cases = pytest.mark.parametrize("case", LOCAL, ids=str)
@@ -511,31 +512,36 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
     assert bytes_of["memory"] + written < bytes_of["block"] - weights
 
 
-def choose(
-    device: tuple, rows: int = 1, length: int = 32, dtype: torch.dtype = torch.bfloat16, chunk_size: int = 8,
-    shard_length: int | None = 2048, linear: bool = False, momentum: bool = False,
-) -> Tiles:  # fmt: skip
-    """What is chosen on a device in training, for the memory of tnt-150m but for what is given."""
+def problem(
+    rows: int = 1, length: int = 32, dtype: torch.dtype = torch.bfloat16, chunk_size: int = 8,
+    shard_length: int | None = 2048, linear: bool = False, hidden: int = 128, momentum: bool = False,
+) -> MemoryProblem:  # fmt: skip
+    """A call in training, of the memory of tnt-150m but for what is given."""
     tokens, gate = (torch.empty(*shape, device="meta") for shape in ((rows, length, 2, 64), (rows, length, 2)))
     tokens = tokens.to(dtype).requires_grad_()
-    params = MemoryParams(torch.empty(2, 64, 128, device="meta"), w2=torch.empty(2, 128, 64, device="meta"))
+    params = MemoryParams(torch.empty(2, 64, hidden, device="meta"), w2=torch.empty(2, hidden, 64, device="meta"))
     if linear:
         params = MemoryParams(torch.empty(2, 64, 64, device="meta"))
-    problem = MemoryProblem(tokens, tokens, tokens, gate, params, chunk_size, shard_length, "shard")
-    if momentum:
-        problem = problem._replace(momentum=gate)
+    made = MemoryProblem(tokens, tokens, tokens, gate, params, chunk_size, shard_length, "shard")
+    return made._replace(momentum=gate) if momentum else made
+
+
+def choose(device: tuple, **changes) -> Tiles:
+    """What is chosen on a device for `problem(**changes)`."""
     with assume_device(*device):
-        return tiles_for(problem, multi_start=False)
+        return tiles_for(problem(**changes), multi_start=False)
 
 
 @pytest.mark.parametrize("device", [A100, H200], ids=str)
 def test_choices_do_not_depend_on_the_length(device: tuple):
     """Nor on the batch: nothing is compiled anew when only they change."""
     sizes = ((1, 1), (1, 17), (3, 4096), (1, 1 << 20))
-    assert len({choose(device, rows, length) for rows, length in sizes}) == 1
+    assert len({choose(device, rows=rows, length=length) for rows, length in sizes}) == 1
 
 
-@pytest.mark.parametrize("capability, tall", [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+@pytest.mark.parametrize(
+    "capability, tall", [((8, 0), False), ((9, 0), True), ((10, 3), True), ((11, 0), True), ((12, 1), False)]
+)
 def test_weights_are_held_tall_only_where_groups_of_warps_multiply(capability: tuple, tall: bool):
     """By the compiler: held tall, sm_120 spills 3,432 / 2,236 / 14,548 B in forward, recompute and backward; held wide
     240 / 0 / 1,176."""
@@ -576,6 +582,36 @@ def test_loads_are_a_tile_ahead_where_there_is_room(device: tuple, changes: dict
     """In registers for the forward, in shared memory for the backward."""
     tiles = choose(device, **changes)
     assert (tiles.forward_stages, tiles.backward_stages) == stages
+
+
+@pytest.mark.parametrize(
+    "got, columns",
+    [
+        (problem(chunk_size=16), 0),
+        (problem(chunk_size=64, momentum=True), 0),
+        (problem(hidden=256), 640),
+        (problem(dtype=torch.float32, hidden=64), 0),
+        (problem(dtype=torch.float32), 976),
+    ],
+)
+def test_a_backward_has_room_in_tensor_memory(got: MemoryProblem, columns: int):
+    """Columns as the compiler takes them. Only Blackwell has such a memory, and only the backward so many sums."""
+    with assume_device(*H200):
+        assert obstacle(got, is_global=False) is None
+    for capability in ((10, 0), (10, 3), (11, 0)):
+        with assume_device(capability, B200[1]):
+            why = obstacle(got, is_global=False)
+            with torch.no_grad():
+                assert obstacle(got, is_global=False) is None
+        assert why is None if columns == 0 else f"needs {columns} columns of tensor memory, the device has 512" in why
+        assert why is None or ("bfloat16" in why) == (got.q.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 64), (torch.float32, 32)])
+def test_tiles_of_the_projection_fit_into_tensor_memory(dtype: torch.dtype, rows: int):
+    """In float32 the projection's backward takes 704 columns with 64 rows, and 256 with 32."""
+    assert choose(B200, dtype=dtype).projection_rows == rows
+    assert choose(H200, dtype=dtype).projection_rows == 64
 
 
 @pytest.mark.parametrize("case", [TINY, TINY.with_(rule="token_scale", projection="chunk", memory="mlp")], ids=str)
