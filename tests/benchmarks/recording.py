@@ -1,8 +1,9 @@
 """What Triton would compile for the kernels that the presets launch, written down without a GPU.
 
-The memory layer of each preset runs on CPU tensors: a training step, a prompt read in two calls, a token of decoding.
-A recorder stands where a kernel would be compiled and launched and writes down what Triton's own binder made of the
-arguments: nothing about a launch is written a second time here, and what is compiled is what a GPU would compile.
+The memory layer of each preset runs on CPU tensors: a training step, one with long chunks, a prompt read in two calls,
+a token of decoding. A recorder stands where a kernel would be compiled and launched and writes down what Triton's own
+binder made of the arguments: nothing about a launch is written a second time here, and what is compiled is what a GPU
+would compile.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ TARGETS = (80, 90, 100)  # those of the table
 # How an error of the backend begins that is no mistake but its rule: too large a state for these operands.
 _REFUSAL = "backend='triton' cannot run:"
 
+LONG_CHUNK = 64  # tokens
 PRESETS = available_presets()
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -146,7 +148,9 @@ class Case:
     users: set[tuple[str, str, str]] = field(default_factory=set)
 
 
-def collect(presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int]) -> tuple[list[Case], list[str]]:
+def collect(
+    presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int], phases: Iterable[str] | None = None
+) -> tuple[list[Case], list[str]]:
     """The distinct binaries that training and decoding need, and a line for each phase that the kernels do not run by
     their own rule, with the reason.
     """
@@ -155,8 +159,8 @@ def collect(presets: Iterable[str], dtypes: Iterable[str], targets: Iterable[int
     for target in targets:
         for preset in presets:
             for dtype in dtypes:
-                for phase, drive in PHASES.items():
-                    launches, reason = _record_phase(drive, preset, DTYPES[dtype], target)
+                for phase in PHASES if phases is None else phases:
+                    launches, reason = _record_phase(PHASES[phase], preset, DTYPES[dtype], target)
                     for launch in launches:
                         cases.setdefault(launch.key, Case(launch)).users.add((preset, dtype, phase))
                     if reason is not None:
@@ -176,9 +180,9 @@ def _record_phase(drive: Callable, preset: str, dtype: torch.dtype, target: int)
     return launches, None
 
 
-def _make_layer(preset: str) -> TNTMemoryLayer:
+def _make_layer(preset: str, **changes: Any) -> TNTMemoryLayer:
     """A layer as the preset has it, but as narrow as its input: what the memories see does not depend on that."""
-    config = TNTConfig.from_preset(preset, kernel_backend="triton", hidden_size=32)
+    config = TNTConfig.from_preset(preset, kernel_backend="triton", hidden_size=32, **changes)
     layer = TNTMemoryLayer(config)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -194,8 +198,17 @@ def _tokens(layer: TNTMemoryLayer) -> int:
 
 
 def _train(preset: str, dtype: torch.dtype) -> None:
+    _train_layer(_make_layer(preset), dtype)
+
+
+def _train_long_chunks(preset: str, dtype: torch.dtype) -> None:
+    """With chunks of several tiles, as in a first stage of training: their anchors are kept apart."""
+    sizes = TNTConfig.from_preset(preset).local_chunk_sizes
+    _train_layer(_make_layer(preset, local_chunk_sizes=[LONG_CHUNK] * len(sizes)), dtype)
+
+
+def _train_layer(layer: TNTMemoryLayer, dtype: torch.dtype) -> None:
     """Weights in float32, as the trainer holds them; bf16 is autocast."""
-    layer = _make_layer(preset)
     x = torch.zeros(2, _tokens(layer), layer.config.hidden_size, requires_grad=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         o = layer(x)
@@ -220,4 +233,9 @@ def _decode(preset: str, dtype: torch.dtype) -> None:
             layer(x, cache_layer=cache, step=TokenStep(active, "triton", step_options(layer.config)))
 
 
-PHASES: dict[str, Callable[[str, torch.dtype], None]] = {"train": _train, "prefill": _prefill, "decode": _decode}
+PHASES: dict[str, Callable[[str, torch.dtype], None]] = {
+    "train": _train,
+    "train long chunks": _train_long_chunks,
+    "prefill": _prefill,
+    "decode": _decode,
+}

@@ -100,6 +100,9 @@ def measure_probes(aot) -> dict:
     }
     aot.SPILL_LIMITS["hold_kernel"] = {("fp32", 80): usages[1].spill_stores}
     facts["problems when a spill is allowed"] = aot.find_problems(cases[:2], usages[:2])
+    aot.LONG_CHUNK_SPILL_LIMITS["hold_kernel"] = {("fp32", 80): 7}
+    long, both = {("tiny", "fp32", "train long chunks")}, {("tiny", "fp32", phase) for phase in aot.PHASES}
+    facts["limits by users"] = [aot.spill_limit(aot.Case(launches[1], users)) for users in (long, both)]
     return facts
 
 
@@ -122,8 +125,10 @@ def measure_presets(aot) -> dict:
     return {
         "names": aot.names(aot.render(cases, [aot.Usage()] * len(cases), refused)),
         "names in the file": aot.names(aot.TABLE.read_text(encoding="utf-8")),
+        "phases": list(aot.PHASES),
+        "with an anchor in training": sorted({case.launch.name for case in cases if trains_with_an_anchor(case)}),
         "kernels": sorted({case.launch.name for case in cases}),
-        "spill limits": [*aot.SPILL_LIMITS, *aot.PRESET_SPILL_LIMITS],
+        "spill limits": [*aot.SPILL_LIMITS, *aot.LONG_CHUNK_SPILL_LIMITS, *aot.PRESET_SPILL_LIMITS],
         "compiled": [[case.launch.name, case.launch.target, sorted(case.users)] for case in chosen],
         "problems": aot.find_problems(chosen, usages),
     }
@@ -146,6 +151,13 @@ def first_ir(launch) -> str:
     backend.load_dialects(context)
     functions, modules = backend.get_codegen_implementation(launch.options), backend.get_module_map()
     return str(source.make_ir(target, launch.options, functions, modules, context))
+
+
+def trains_with_an_anchor(case) -> bool:
+    """Whether training needs the binary, and it holds a chunk's anchor beside the state."""
+    return case.launch.constexprs().get("MULTI") == "True" and any(
+        phase.startswith("train") for *_, phase in case.users
+    )
 
 
 def is_compiled_in_tests(case) -> bool:
@@ -247,6 +259,7 @@ def test_problems_name_the_kernel_and_the_limit(probes):
     assert "hold_kernel" in spills[0] and "SIZE=128" in spills[0] and "of which 0 are allowed" in spills[0]
     assert "refused_kernel on sm_90" in refused and "power of 2" in refused
     assert probes["problems when a spill is allowed"] == []
+    assert probes["limits by users"] == [7, probes["usages"][1]["spill_stores"]]
     (shared,) = probes["too much shared memory"]
     assert "needs 166913 B of shared memory, of which a block has 166912" in shared
     (tensor_memory,) = probes["too much tensor memory"]
@@ -293,7 +306,11 @@ def test_the_kernels_of_the_presets_fit(presets):
 def test_what_is_compiled_here_covers_every_target_and_dtype(presets):
     assert {target for _, target, _ in presets["compiled"]} == {80, 90, 100}
     assert {dtype for _, _, users in presets["compiled"] for _, dtype, _ in users} == {"bf16", "fp32"}
-    assert {phase for _, _, users in presets["compiled"] for _, _, phase in users} == {"train", "prefill", "decode"}
+    assert {phase for _, _, users in presets["compiled"] for _, _, phase in users} == set(presets["phases"])
+
+
+def test_training_with_chunks_of_several_tiles_is_in_the_table(presets):
+    assert presets["with an anchor in training"] == ["backward_kernel", "forward_kernel", "recompute_kernel"]
 
 
 def test_spill_limits_name_kernels_that_exist(presets):
