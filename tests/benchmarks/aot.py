@@ -86,7 +86,7 @@ SPILL_LIMITS: dict[str, dict[tuple[str, int], int]] = {
         ("fp32", 90): 1608,
         ("fp32", 100): 1544,
     },
-    "projection_kernel": {("bf16", 80): 48, ("fp32", 80): 2168, ("fp32", 90): 824},
+    "projection_kernel": {("bf16", 80): 48, ("fp32", 80): 2168, ("fp32", 90): 824, ("fp32", 100): 296},
     "projection_keys_kernel": {("bf16", 80): 248, ("bf16", 90): 64, ("fp32", 80): 6184, ("fp32", 90): 3016},
     "projection_queries_kernel": {("bf16", 80): 48, ("fp32", 80): 2264, ("fp32", 90): 824},
     "recompute_kernel": {
