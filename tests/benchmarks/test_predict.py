@@ -1,0 +1,368 @@
+"""The counter counts, the model of a multiprocessor obeys what it is made of, and a small kernel goes all the way.
+
+Nothing compiles under TRITON_INTERPRET, which the tests of the kernels need, so the last part runs this file as a
+script in a process without that variable, as test_aot.py does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # predict, aot and prediction stand beside this file and belong to no package
+
+import predict  # noqa: E402
+from prediction import sass, sm_model  # noqa: E402
+from prediction.card import H100  # noqa: E402
+from prediction.cases import LAYERS, OPERATIONS  # noqa: E402
+from prediction.ttir import Pointer, Program  # noqa: E402
+
+
+def listing(*lines: str) -> sass.Listing:
+    """A listing as nvdisasm writes it, of instructions and labels."""
+    text, address = [], 0
+    for line in lines:
+        if line.endswith(":"):
+            text.append(line)
+        else:
+            text.append(f"        /*{address:04x}*/                   {line} ;")
+            address += 16
+    return sass.parse("\n".join(text))
+
+
+def program(*lines: str) -> list[sass.Instruction]:
+    return listing(*lines).instructions
+
+
+# -- The listing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, reads, writes",
+    [
+        ("FADD R1, R2, -R3", {"R2", "R3"}, {"R1"}),
+        ("@!P0 FADD R1, R2, R3", {"P0", "R2", "R3"}, {"R1"}),
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", {f"R{i}" for i in (4, 5, 6, 7, 8, 9, 10, 11, 12, 13)},
+         {"R4", "R5", "R6", "R7"}),
+        ("LDS.128 R4, [R2+0x10]", {"R2"}, {"R4", "R5", "R6", "R7"}),
+        ("LDG.E.64 R6, desc[UR4][R2.64+0x8]", {"UR4", "R2", "R3"}, {"R6", "R7"}),
+        ("STG.E.128 desc[UR4][R2.64], R8", {"UR4", "R2", "R3", "R8", "R9", "R10", "R11"}, set()),
+        ("LDSM.16.M88.4 R4, [R2]", {"R2"}, {"R4", "R5", "R6", "R7"}),
+        ("SHFL.BFLY PT, R1, R2, 0x8, 0x1f", {"R2"}, {"R1"}),
+        ("ISETP.GE.AND P0, PT, R1, R2, PT", {"R1", "R2"}, {"P0"}),
+        ("IMAD.WIDE R2, R4, 0x4, R6", {"R4", "R6", "R7"}, {"R2", "R3"}),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", set(), set()),
+    ],
+)  # fmt: skip
+def test_registers_of_an_instruction(text, reads, writes):
+    instruction = sass.parse_instruction(0, text)
+    assert (set(instruction.reads), set(instruction.writes)) == (reads, writes)
+
+
+def test_a_wgmma_writes_half_a_register_a_column():
+    instruction = sass.parse_instruction(0, "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0")
+    assert instruction.kind == "HGMMA" and sass.wgmma_columns(instruction.opcode) == 32
+    assert instruction.writes == tuple(f"R{24 + i}" for i in range(16))
+
+
+def test_kinds_are_counted():
+    body = program(
+        "FADD R1, R2, R3", "FFMA R1, R2, R3, R4", "HMMA.16816.F32.BF16 R4, R8, R12, R4", "MUFU.EX2 R1, R1",
+        "LDS R1, [R2]", "LDSM.16.M88.4 R4, [R2]", "BAR.SYNC 0x0", "IADD3 R1, R2, R3, RZ",
+    )  # fmt: skip
+    assert sass.count_kinds(body) == {
+        "FLOAT": 2, "HMMA": 1, "MUFU": 1, "LDS": 1, "LDSM": 1, "BAR": 1, "INTEGER": 1,
+    }  # fmt: skip
+
+
+NESTED = (
+    "MOV R0, RZ", ".L_x_1:", "IADD3 R1, R1, R2, RZ", ".L_x_2:", "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+    "@P0 BRA `(.L_x_2)", "FADD R1, R2, R3", "@P1 BRA `(.L_x_1)", ".L_x_3:", *["FADD R9, R9, R9"] * 9,
+    "@P2 BRA `(.L_x_3)", "EXIT",
+)  # fmt: skip
+
+
+def test_the_hot_loop_is_the_innermost_with_all_products():
+    assert listing(*NESTED).loops() == [range(2, 4), range(1, 6), range(6, 16)]
+    assert listing(*NESTED).hot_loop() == range(2, 4)
+
+
+def test_without_products_the_longest_innermost_loop_is_hot():
+    assert listing(*(line.replace("HMMA.16816.F32.BF16", "FFMA") for line in NESTED)).hot_loop() == range(6, 16)
+    assert listing("FADD R1, R2, R3", "EXIT").hot_loop() is None
+
+
+@pytest.mark.parametrize("skipped, run", [(sass.RARE_SKIP, 62), (sass.RARE_SKIP + 1, 2)])
+def test_only_long_skips_are_taken(skipped, run):
+    code = listing("@P0 BRA `(.L_x_1)", *["FADD R1, R2, R3"] * skipped, ".L_x_1:", "EXIT")
+    assert len(code.straight(range(skipped + 2))) == run
+
+
+# -- The model ---------------------------------------------------------------------------------------------------------
+
+
+def once(*lines: str, warps: int = 4, blocks: int = 1) -> float:
+    return sm_model.estimate(program(*lines), warps=warps, blocks=blocks, loop=False).cycles
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("FADD R1, R1, R2", "FLOAT"),
+        ("SHFL.BFLY PT, R1, R1, 0x8, 0x1f", "SHFL"),
+        ("LDG.E R1, desc[UR4][R1.64]", "LDG"),
+        ("MUFU.EX2 R1, R1", "MUFU"),
+    ],
+)
+def test_a_dependent_chain_costs_the_sum_of_latencies(text, kind):
+    assert once(*[text] * 10) == 9 * sm_model.LATENCY[kind] + 1
+
+
+def test_independent_instructions_overlap():
+    loads = [f"LDG.E R{10 + i}, desc[UR4][R2.64]" for i in range(10)]
+    assert once(*loads, "FADD R1, R19, R19") == 9 * sm_model.INTERVAL["LDG"] + sm_model.LATENCY["LDG"] + 1
+    assert once(*[f"FADD R{i}, R30, R31" for i in range(10)]) == 10
+
+
+def test_a_unit_takes_its_interval():
+    products = [f"HMMA.16816.F32.BF16 R{4 * i}, R100, R104, R{4 * i}" for i in range(10)]
+    assert once(*products) == pytest.approx(9 * sm_model.INTERVAL["HMMA"] + 1)
+
+
+def test_more_warps_hide_latency():
+    chain = program(*["FADD R1, R1, R2"] * 100)
+    one, two, four = (sm_model.estimate(chain, warps=w).cycles for w in (4, 8, 16))
+    assert one == pytest.approx(two, rel=0.02) and one == pytest.approx(four, rel=0.02)
+    eight = sm_model.estimate(chain, warps=32).cycles  # there are four cycles to fill
+    assert eight == pytest.approx(2 * four, rel=0.02)
+
+
+def test_two_blocks_share_an_sm():
+    chain = program("LDG.E R1, desc[UR4][R1.64]", *[f"FADD R{10 + i % 8}, R4, R5" for i in range(500)])
+    alone, shared = (sm_model.estimate(chain, warps=4, blocks=n).cycles for n in (1, 2))
+    assert alone <= shared < 2 * alone
+
+
+def test_a_barrier_ends_a_phase_for_all_warps():
+    work = ["FADD R1, R1, R2"] * 5
+    assert once(*work, "BAR.SYNC 0x0", *work) > once(*work, *work)
+    phases = [once(*(["FADD R1, R1, R2", "BAR.SYNC 0x0"] * n), warps=8) for n in (1, 2, 3)]
+    assert phases[2] - phases[1] == phases[1] - phases[0] >= sm_model.BARRIER
+
+
+def test_warps_wait_at_a_barrier_for_the_last():
+    # The second warp of a scheduler gets its ten products of the slow unit later than the first.
+    body = [*[f"MUFU.EX2 R{i}, R40" for i in range(10)], "BAR.SYNC 0x0"]
+    assert once(*body, warps=8) >= once(*body, warps=4) + 10 * sm_model.INTERVAL["MUFU"] - 1
+
+
+def test_asynchronous_products_are_waited_for():
+    product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
+    assert once(product, "FADD R1, R2, R3") < 10
+    assert once(product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R1, R2, R3") > sm_model.WGMMA_LEAST
+
+
+def test_copies_are_waited_for_by_group():
+    """Two stages: the group before the last must have come, as in a pipelined loop."""
+    copy = ("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "LDGDEPBAR")
+    assert sass.kind_of(copy[0].split()[0]) == "COPY"
+    work = [f"FADD R{10 + i % 8}, R5, R6" for i in range(400)]
+    all_of_them = [*copy, *copy, "DEPBAR.LE SB0, 0x0"]
+    but_one = [*copy, *work[:300], *copy, "DEPBAR.LE SB0, 0x1"]
+    assert once(*all_of_them) == pytest.approx(sm_model.LATENCY["COPY"], abs=20)
+    assert once(*but_one) == pytest.approx(sm_model.LATENCY["COPY"], abs=20)
+    body = [*copy, *work, "DEPBAR.LE SB0, 0x1"]  # one iteration hides another's copies
+    assert sm_model.estimate(program(*body), warps=4).cycles < 1.1 * sm_model.LATENCY["COPY"]
+    body[-1] = "DEPBAR.LE SB0, 0x0"
+    assert sm_model.estimate(program(*body), warps=4).cycles >= sm_model.LATENCY["COPY"]
+
+
+def test_nothing_takes_no_time():
+    assert sm_model.estimate([], warps=4).cycles == 0
+
+
+def test_blocks_of_an_sm():
+    assert H100.blocks_of(registers=255, warps=8, shared=70000) == 1
+    assert H100.blocks_of(registers=128, warps=4, shared=0) == 4
+    assert H100.blocks_of(registers=32, warps=4, shared=100 * 1024) == 2
+
+
+# -- What a program does -----------------------------------------------------------------------------------------------
+
+TTIR = """\
+#loc = loc("k.py":1:0)
+module {
+  tt.func public @k(%x: !tt.ptr<bf16> {tt.divisibility = 16 : i32} loc("x"(#loc)), %table: !tt.ptr<i64> loc("t"(#loc)), %n: i32 loc("n"(#loc))) attributes {noinline = false} {
+    %c0 = arith.constant 0 : i64 loc(#loc)
+    %c1 = arith.constant 1 : i64 loc(#loc)
+    %c3 = arith.constant 3 : i64 loc(#loc)
+    %off = arith.constant 1 : i32 loc(#loc)
+    %zero = arith.constant dense<0.000000e+00> : tensor<16x64xf32> loc(#loc)
+    %p = tt.addptr %table, %off : !tt.ptr<i64>, i32 loc(#loc)
+    %count = tt.load %p : !tt.ptr<i64> loc(#loc)
+    %s = tt.splat %x : !tt.ptr<bf16> -> tensor<16x64x!tt.ptr<bf16>> loc(#loc)
+    %empty = arith.cmpi sle, %count, %c0 : i64 loc(#loc)
+    cf.cond_br %empty, ^bb1, ^bb2 loc(#loc)
+  ^bb1:  // pred: ^bb0
+    tt.return loc(#loc)
+  ^bb2:  // pred: ^bb0
+    %r:2 = scf.for %i = %c0 to %count step %c1 iter_args(%acc = %zero, %k = %c0) -> (tensor<16x64xf32>, i64)  : i64 {
+      %m = arith.remsi %i, %c3 : i64 loc(#loc)
+      %rare = arith.cmpi eq, %m, %c0 : i64 loc(#loc)
+      scf.if %rare {
+        tt.store %s, %acc : tensor<16x64x!tt.ptr<bf16>> loc(#loc)
+      } loc(#loc)
+      %a = tt.load %s, %mask, %zero : tensor<16x64x!tt.ptr<bf16>> loc(#loc)
+      %d = tt.dot %a, %b, %acc, inputPrecision = tf32x3 : tensor<16x64xbf16> * tensor<64x32xbf16> -> tensor<16x32xf32> loc(#loc)
+      %red = "tt.reduce"(%d) <{axis = 1 : i32}> ({
+      ^bb0(%u: f32 loc(#loc), %w: f32 loc(#loc)):
+        %sum = arith.addf %u, %w : f32 loc(#loc)
+        tt.reduce.return %sum : f32 loc(#loc)
+      }) : (tensor<16x32xf32>) -> tensor<16xf32> loc(#loc)
+      %next = arith.addi %k, %c3 : i64 loc(#loc)
+      scf.yield %d, %next : tensor<16x64xf32>, i64 loc(#loc)
+    } loc(#loc)
+    scf.for %j = %c0 to %r#1 step %c3 : i64 {
+      %q = tt.load %s : tensor<64x!tt.ptr<f32>> loc(#loc)
+    } loc(#loc)
+    tt.return loc(#loc)
+  } loc(#loc)
+} loc(#loc)
+"""  # noqa: E501
+
+
+def test_bytes_products_and_loops_of_a_program():
+    work = Program(TTIR).run({"table": Pointer([9, 5])}, (1, 1, 1))
+    tile = 16 * 64 * 2
+    assert work.trips == 5
+    assert work.operations == 5 * 2 * 16 * 64 * 32
+    assert work.written == 2 * tile  # in the passes 0 and 3
+    assert work.read == 8 + 5 * tile + 5 * 64 * 4  # the table's entry; tiles; the second loop runs 15 / 3 times
+
+
+def test_a_program_that_has_nothing_to_do_returns_early():
+    work = Program(TTIR).run({"table": Pointer([9, 0])}, (1, 1, 1))
+    assert (work.trips, work.read, work.written) == (0, 8, 0)
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="how often a loop"):
+        Program(TTIR).run({"table": Pointer(None)}, (1, 1, 1))
+
+
+# -- A small kernel, all the way ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product_kernel(x, w, o, rows, SIZE: tl.constexpr):
+    """o = x w, tile by tile: one program for each block of 16 · 8 rows."""
+    column = tl.arange(0, SIZE)
+    weights = tl.load(w + column[:, None] * SIZE + column[None, :])
+    for tile in range(0, tl.minimum(8, tl.cdiv(rows - tl.program_id(0) * 128, 16))):
+        place = (tl.program_id(0) * 128 + tile * 16 + tl.arange(0, 16))[:, None] * SIZE + column[None, :]
+        tl.store(o + place, tl.dot(tl.load(x + place), weights).to(tl.bfloat16))
+
+
+def predict_small(timing, recording) -> dict:
+    """Recorded, compiled and timed at two lengths, beside a product of torch in an operator and one outside."""
+
+    @torch.library.custom_op("predict_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, x) + 1
+
+    @twice.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    found = {}
+    for rows in (1024, 48):
+        x, w = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16)
+        with recording.record_calls(90, only_operators=True) as recorded:
+            large = torch.ones(1024, 1024)
+            result = torch.ops.predict_test.twice(large)
+            torch.mm(large, large)
+            product_kernel[lambda meta: (triton.cdiv(meta["rows"], 128),)](x, w, torch.empty_like(x), rows, SIZE=64)
+        kernels = [call for call in recorded.calls if isinstance(call, recording.KernelCall)]
+        binaries = timing.compile_all(kernels, H100, processes=1)
+        timings = timing.Predictor(H100, binaries).predict(recorded.calls)
+        found[rows] = {
+            "timings": [vars(t) for t in timings], "grid": kernels[0].grid, "shape": list(result.shape),
+            "kinds": next(iter(binaries.values())).instructions, "registers": next(iter(binaries.values())).registers,
+        }  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict:
+    directory = tmp_path_factory.mktemp("predicted")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), "facts.json"]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((directory / "facts.json").read_text())
+
+
+def test_a_kernel_is_timed_by_what_it_does(small):
+    (*_, kernel), grid = small["1024"]["timings"], small["1024"]["grid"]
+    assert (kernel["name"], grid, kernel["programs"], kernel["trips"]) == ("product_kernel", [8, 1, 1], 8, 8)
+    assert kernel["operations"] == 2 * 1024 * 64 * 64
+    assert kernel["moved"] == 2 * 1024 * 64 * 2 + 8 * 64 * 64 * 2  # rows read and written, weights once a program
+    assert small["1024"]["kinds"].get("HMMA", 0) + small["1024"]["kinds"].get("HGMMA", 0) > 0
+    # Loads of the next tiles are under way, so that a tile takes about one of them, or less.
+    assert 100 < kernel["cycles"] < 2 * sm_model.LATENCY["LDG"]
+    assert kernel["seconds"] > H100.launch + 8 * kernel["cycles"] / H100.clock
+    assert 0 < small["1024"]["registers"] <= 255
+
+
+def test_a_shorter_call_walks_fewer_tiles(small):
+    long, short = (small[rows]["timings"][-1] for rows in ("1024", "48"))
+    assert (short["programs"], short["trips"]) == (1, 3)
+    assert short["seconds"] < long["seconds"]
+
+
+def test_operations_of_torch_are_counted_in_operators_and_not_computed(small):
+    product, add, _ = small["1024"]["timings"]
+    assert (product["name"], product["operations"], add["name"]) == ("mm", 2 * 1024**3, "add")
+    assert product["moved"] == 3 * 4 * 1024**2
+    assert product["operator"] == "predict_test::twice" and product["bound"] == "products"
+    assert small["1024"]["shape"] == [1024, 1024]
+
+
+# -- What is written ---------------------------------------------------------------------------------------------------
+
+
+def test_a_table_goes_between_its_marks():
+    text = f"before\n{predict.BEGIN}\nold\n{predict.END}\nafter\n"
+    new = predict.put_between_marks(text, "new")
+    assert new == f"before\n{predict.BEGIN}\nnew\n{predict.END}\nafter\n"
+    with pytest.raises(ValueError, match="must have the lines"):
+        predict.put_between_marks("nothing", "new")
+
+
+def test_the_files_in_the_repository_have_every_case():
+    """Figures may be of older kernels, but no case is missing."""
+    readme = predict.README.read_text(encoding="utf-8").partition(predict.BEGIN)[2].partition(predict.END)[0]
+    for text in (readme, predict.TABLE.read_text(encoding="utf-8")):
+        for case in LAYERS:
+            assert f"| {case.name} | {case.chunk_size} |" in text, "run python tests/benchmarks/predict.py --write"
+    kept = json.loads(predict.STORED.read_text(encoding="utf-8"))["predictions"]
+    names = {(p["contender"], p["memory"], p["chunk_size"], p["mode"]) for p in kept}
+    ours = {(c.contender, c.memory, c.chunk_size, c.mode) for c in OPERATIONS if c.contender != "fla"}
+    assert ours <= names
+
+
+if __name__ == "__main__":
+    from prediction import recording as _recording
+    from prediction import timing as _timing
+
+    Path(sys.argv[1]).write_text(json.dumps(predict_small(_timing, _recording)))
