@@ -2,7 +2,7 @@
 
 `x̄` is the gradient of the loss with respect to x; in code `grad_x`. The gradients of the weights and the momentum
 before the chunk are accumulated in place onto those after it, since almost all of them pass straight through. Nothing
-here is differentiable.
+here is differentiable. The formulas, in steps 1 to 7, are in kernels/README.md.
 """
 
 from __future__ import annotations

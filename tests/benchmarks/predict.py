@@ -153,8 +153,7 @@ def render(results: Sequence[Result], seconds: float) -> str:
     if operations:
         text = "131,072 tokens, 12 heads of 64, shards of 2,048; `tnt bench kernels --quick` prints what is measured."
         parts += [f"## Calls of `tnt bench kernels --quick`\n\n{text}\n\n{operation_table(operations)}"]
-    missing = [f"- {r.case.name if isinstance(r.case, LayerCase) else _describe(r.case)}: {r.reason}"
-               for r in results if not r.timings]  # fmt: skip
+    missing = [f"- {_title(r)}: {r.reason}" for r in results if not r.timings]
     if missing:
         parts += ["\n".join(["## Not predicted", "", *missing, ""])]
     parts += [ASSUMPTIONS]
@@ -195,7 +194,7 @@ def operation_table(results: Iterable[Result]) -> str:
 
 
 def kernel_table(result: Result) -> str:
-    """A row for each kernel of a case, those that take longest first; launches that differ are averaged."""
+    """A row for each kernel of a case, those that take longest first; its longest launch shows sizes and cycles."""
     groups: dict[tuple[str, bool], list[Timing]] = {}
     for timing in result.timings:
         groups.setdefault((timing.name, timing.kernel), []).append(timing)

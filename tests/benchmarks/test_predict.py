@@ -24,6 +24,7 @@ import predict  # noqa: E402
 from prediction import sass, sm_model  # noqa: E402
 from prediction.card import H100  # noqa: E402
 from prediction.cases import LAYERS, OPERATIONS  # noqa: E402
+from prediction.timing import Timing  # noqa: E402
 from prediction.ttir import Pointer, Program  # noqa: E402
 
 
@@ -272,12 +273,30 @@ def product_kernel(x, w, o, rows, SIZE: tl.constexpr):
         tl.store(o + place, tl.dot(tl.load(x + place), weights).to(tl.bfloat16))
 
 
-def predict_small(timing, recording) -> dict:
+@triton.autotune([triton.Config({"SIZE": size}, num_warps=4) for size in (32, 1024)], key=[])
+@triton.jit
+def tuned_kernel(x, o, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(o + place, tl.load(x + place))
+
+
+def predict_tuned(times, recording) -> dict:
+    """An autotuned copy, whose small blocks take many waves."""
+    x = torch.zeros(2**22)
+    with recording.record_calls(90, only_operators=True) as recorded:
+        tuned_kernel[lambda meta: (triton.cdiv(x.numel(), meta["SIZE"]),)](x, torch.empty_like(x))
+    binaries = times.compile_all(recorded.calls, H100, processes=1)
+    timings = times.Predictor(H100, binaries).predict(recorded.calls)
+    return {"grids": [call.grid for call in recorded.calls], "timings": [vars(t) for t in timings]}
+
+
+def predict_small(times, recording) -> dict:
     """Recorded, compiled and timed at two lengths, beside a product of torch in an operator and one outside."""
 
     @torch.library.custom_op("predict_test::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
-        return torch.mm(x, x) + 1
+        narrow = x.to(torch.bfloat16)
+        return torch.mm(x, x) + torch.mm(narrow.float(), narrow.float())
 
     @twice.register_fake
     def _(x):
@@ -292,13 +311,13 @@ def predict_small(timing, recording) -> dict:
             torch.mm(large, large)
             product_kernel[lambda meta: (triton.cdiv(meta["rows"], 128),)](x, w, torch.empty_like(x), rows, SIZE=64)
         kernels = [call for call in recorded.calls if isinstance(call, recording.KernelCall)]
-        binaries = timing.compile_all(kernels, H100, processes=1)
-        timings = timing.Predictor(H100, binaries).predict(recorded.calls)
+        binaries = times.compile_all(kernels, H100, processes=1)
+        timings = times.Predictor(H100, binaries).predict(recorded.calls)
         found[rows] = {
             "timings": [vars(t) for t in timings], "grid": kernels[0].grid, "shape": list(result.shape),
             "kinds": next(iter(binaries.values())).instructions, "registers": next(iter(binaries.values())).registers,
         }  # fmt: skip
-    return found
+    return found | {"tuned": predict_tuned(times, recording)}
 
 
 @pytest.fixture(scope="module")
@@ -330,15 +349,79 @@ def test_a_shorter_call_walks_fewer_tiles(small):
     assert short["seconds"] < long["seconds"]
 
 
+def test_of_an_autotuned_kernel_the_fastest_configuration_counts(small):
+    (tuned,), grids = small["tuned"]["timings"], small["tuned"]["grids"]
+    assert grids == [[2**17, 1, 1], [2**12, 1, 1]]
+    assert (tuned["programs"], tuned["bound"], tuned["moved"]) == (2**12, "memory", 2**25)
+
+
 def test_operations_of_torch_are_counted_in_operators_and_not_computed(small):
-    product, add, _ = small["1024"]["timings"]
-    assert (product["name"], product["operations"], add["name"]) == ("mm", 2 * 1024**3, "add")
+    copy, product, narrow, add, _ = small["1024"]["timings"]
+    assert (copy["name"], product["name"], product["operations"], add["name"]) == ("_to_copy", "mm", 2 * 1024**3, "add")
     assert product["moved"] == 3 * 4 * 1024**2
+    # Its operands are widened here; CUDA multiplies narrow ones.
+    assert (narrow["name"], narrow["operations"], narrow["moved"]) == ("mm", 2 * 1024**3, (2 * 2 + 4) * 1024**2)
     assert product["operator"] == "predict_test::twice" and product["bound"] == "products"
     assert small["1024"]["shape"] == [1024, 1024]
 
 
 # -- What is written ---------------------------------------------------------------------------------------------------
+
+
+def timing(name: str, operator: str, ms: float, kernel: bool = True, **more) -> Timing:
+    return Timing(name, operator, ms / 1e3, int(ms * 1e9), 0, kernel, "latency", **more)
+
+
+LAYER = predict.Result(
+    LAYERS[0],
+    [
+        timing("forward_kernel", "x::fused_forward", 4.0, warps=8, blocks=1, cycles=7400.0, trips=256, programs=384,
+               waves=3, stalls={"BAR": 0.5}),
+        timing("advance_kernel", "x::global_forward", 1.0),
+        timing("bmm", "x::global_backward", 3.0, kernel=False),
+    ],
+)  # fmt: skip
+
+
+def cells(table: str, row: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[2 + row].strip("|").split("|")]
+
+
+def test_a_layer_is_the_sum_of_its_memories():
+    row = dict(zip(predict._LAYER_COLUMNS, cells(predict.layer_table([LAYER]), 0), strict=True))
+    assert (row["local, ms"], row["global, ms"], row["together, ms"]) == ("4.0", "4.0", "8.0")
+    assert row["launches: Triton + torch"] == "2 + 1"
+    assert row["tokens/s"] == "8.2M"  # 65,536 in 8 ms
+    # 52 D M and the chunk's products and the projection of the local memory, 52 D M of the global one; 12 heads.
+    share = float(row["of bf16 peak"].rstrip("%")) / 100
+    assert share == pytest.approx((2 * 52 * 64 * 128 + 8 * 8 * 2 * 192 + 10 * 64**2 + 14 * 8 * 64)
+                                  * 12 * 65536 / 8e-3 / 989e12, abs=6e-4)  # fmt: skip
+    low, high = (7 * 32768 * 64 * 12 * 65536 / rate * 1e3 for rate in (410e12, 300e12))
+    assert row["FlashAttention, ms"] == f"{low:.0f} to {high:.0f}"
+    assert row["times its speed"] == f"{low / 8:.1f} to {high / 8:.1f}"
+
+
+def test_kernels_stand_by_their_time():
+    table = predict.kernel_table(LAYER)
+    assert [cells(table, i)[0] for i in range(3)] == ["forward_kernel", "torch: bmm", "advance_kernel"]
+    assert cells(table, 0) == [
+        "forward_kernel", "1", "8", "1", "384", "3", "256", "7,400", "4.00", "4.00", "latency", "BAR 50%",
+    ]  # fmt: skip
+
+
+def test_what_is_not_predicted_says_why():
+    missing = [predict.Result(LAYERS[1], [], "too large"), predict.Result(OPERATIONS[-1], [], "no module")]
+    text = predict.render([LAYER, *missing], seconds=1)
+    assert "| tnt-150m | 16 | not predicted |" in text
+    assert "- tnt-150m, C = 16: too large" in text
+    assert "- fla linear, C = 8, forward: no module" in text
+    assert predict.stored(missing)["predictions"] == []
+
+
+def test_a_part_is_not_written(capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--write", "--layers", "tnt-150m"])
+    assert "leave out --layers" in capsys.readouterr().err
 
 
 def test_a_table_goes_between_its_marks():

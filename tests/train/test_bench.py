@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from modeling_tnt.train.bench.costs import (
 from modeling_tnt.train.bench.crossover import find_crossover, summarize_crossovers
 from modeling_tnt.train.bench.gate import Gate, worst_error
 from modeling_tnt.train.bench.models import build_llama, make_llama_config, make_titans_config
+from modeling_tnt.train.bench.predicted import load_predictions
 from modeling_tnt.train.bench.rows import KernelRow, ModelRow
 from modeling_tnt.train.bench.session import Session
 from modeling_tnt.train.bench.targets import summarize_targets
@@ -277,6 +279,56 @@ def test_an_interrupted_run_keeps_what_was_measured(output_dir: Path, monkeypatc
     assert status == 130 and [row["status"] for row in rows] == ["ok", "ok"]
     captured = capsys.readouterr()
     assert "targets" in captured.out and "tnt bench kernels: error: interrupted" in captured.err
+
+
+def quick_run(monkeypatch, folder: Path, factor: float, **sizes) -> str:
+    """The report of a quick run on a GPU in which every call takes `factor` times what is predicted, else 7 ms."""
+    predictions = load_predictions()
+    args = KernelBenchArguments(
+        device="cpu", backends=["triton"], peers=["none"], memories=["mlp"], lengths=[2048, 32768], chunk_sizes=[16],
+        dtype="bf16", heads=12, shard_length=2048, quick=True, case_seconds=0.01, seed=0, output_dir=folder,
+    )  # fmt: skip
+    bench = kernels.KernelBench(replace(args, **{"tokens": 131072} | sizes))
+
+    def measured(case):
+        row = bench._row(case, attempt.Outcome(attempt.NOT_RUN))
+        seconds = factor * (predictions.ms_of(row) or 7.0) / 1e3
+        return attempt.Outcome(attempt.OK, value=kernels.Measured(timing.Timing(seconds, *[seconds] * 2, 3, 0, 0), ""))
+
+    monkeypatch.setattr(bench, "_check_and_time", measured)
+    rows = list(bench.rows())
+    bench.args = replace(bench.args, device="cuda")
+    return bench.report(rows)
+
+
+def test_a_quick_run_prints_measured_beside_predicted(output_dir: Path, monkeypatch):
+    output_dir.mkdir()
+    report = quick_run(monkeypatch, output_dir, 2.0)
+    table = report[report.index("measured on ") : report.index("\ntargets")].splitlines()
+    assert "beside predicted for an NVIDIA H100 SXM at 1.755 GHz, not calibrated" in table[0]
+    lines = [line.split() for line in table[2:] if line]
+    assert [line[:5] for line in lines] == [["triton", "mlp", "C=16", T, "forward+backward"] for T in ("2048", "32768")]
+    (entry,) = [e for e in load_predictions().entries if (e["contender"], e["memory"], e["chunk_size"], e["mode"])
+                == ("triton", "mlp", 16, BOTH)]  # fmt: skip
+    for line in lines:
+        assert float(line[5]) == pytest.approx(2 * entry["ms"], rel=1e-2)
+        assert float(line[6]) == pytest.approx(entry["ms"], rel=1e-2)
+        assert line[7] == "2.00"
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": 65536}, {"heads": 8}, {"dtype": "fp16"}, {"shard_length": 1024}])
+def test_other_sizes_than_the_predicted_ones_have_no_prediction(output_dir: Path, monkeypatch, sizes):
+    output_dir.mkdir()
+    report = quick_run(monkeypatch, output_dir, 1.0, **sizes)
+    assert "none of the cases that were timed is predicted; predictions are for the default sizes" in report
+
+
+def test_a_quick_run_without_a_gpu_says_what_the_comparison_needs(output_dir: Path, capsys):
+    assert run([*KERNELS, "--quick", "--lengths", "32"], output_dir)[0] == 0
+    (message,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("measured beside predicted")]
+    assert "needs a GPU, this run used the CPU" in message and "NVIDIA H100" in message
+    assert run([*KERNELS, "--lengths", "32", "--overwrite"], output_dir)[0] == 0
+    assert "measured beside predicted" not in capsys.readouterr().out
 
 
 def test_a_lost_device_ends_the_measurements_not_the_report(output_dir: Path, monkeypatch):

@@ -14,6 +14,7 @@ from .contenders import Case, Contender, Work, make_contenders, projection_of
 from .costs import FORWARD
 from .gate import Gate, GateResult
 from .machine import describe_machine, describe_versions
+from .predicted import summarize_predictions
 from .report import detail_table, length_table, list_reasons, name_of, save_kernel_plot, speed
 from .rows import CsvLog, KernelRow, timing_fields
 from .session import Session
@@ -166,6 +167,7 @@ class KernelBench:
         reasons = list_reasons(rows, name_of)
         parts += [f"{reasons}\n"] if reasons else []
         parts += [self.gate.summary() + "\n"] if self.gate.results else []
+        parts += [summarize_predictions(rows, args.device) + "\n"] if args.quick else []
         parts.append(summarize_targets(rows, self.machine))
         return "\n".join(parts)
 

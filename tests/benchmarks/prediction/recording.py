@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
@@ -121,17 +122,18 @@ class _Shapes(TorchDispatchMode):
     def __init__(self, recording: Recording, only_operators: bool):
         super().__init__()
         self.recording, self.only_operators, self.operator = recording, only_operators, ""
+        self.widened = WeakIdKeyDictionary()  # of a float32 copy: what it was made of, and the call that made it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name
         if name in OPDEFS:
             return self._enter(name, args, kwargs)
-        if func.is_view:
-            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
+        if func.is_view:
+            return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = _run(func, args, kwargs, inputs)
         self._note(func, inputs, result)
@@ -151,9 +153,26 @@ class _Shapes(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if name in _WITHOUT_KERNEL or not results or (self.only_operators and not self.operator):
             return
-        moved = sum(_touched(t) for t in [*inputs, *(r for r in results if all(r is not t for t in inputs))])
-        call = TorchCall(name, _operations(name, inputs), moved, (inputs or results)[-1].dtype, self.operator)
+        operands = self._operands(name, inputs)
+        moved = sum(_touched(t) for t in [*operands, *(r for r in results if all(r is not t for t in inputs))])
+        dtype = (operands or results)[-1].dtype
+        call = TorchCall(name, _operations(name, operands), moved, dtype, self.operator)
         self.recording.calls.append(call)
+        if name == "_to_copy" and dtype.itemsize == 2 and results[0].dtype == torch.float32:
+            self.widened[results[0]] = (inputs[0], call)
+
+    def _operands(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
+        """Of a product of two widened operands the narrow ones, and the copies that widened them are struck out.
+
+        CUDA has products with float32 results of narrower operands; elsewhere the operands are widened first.
+        """
+        pairs = [self.widened.get(t) for t in inputs]
+        if name not in ("mm", "bmm") or None in pairs:
+            return inputs
+        for _, copy in pairs:
+            if copy in self.recording.calls:
+                self.recording.calls.remove(copy)
+        return [narrow for narrow, _ in pairs]
 
 
 def _run(func, args: tuple, kwargs: dict[str, Any], inputs: list[Tensor]) -> Any:

@@ -158,15 +158,20 @@ class Predictor:
             ValueError: a kernel does not compile, or its loops cannot be told from its arguments.
         """
         timings: list[Timing] = []
-        tuned: dict[int, list[Timing]] = {}
+        tuned: dict[int, list[KernelCall]] = {}
         for call in calls:
             if isinstance(call, TorchCall):
                 timings.append(self._torch(call))
             elif call.tuning is None:
                 timings.append(self._kernel(call))
-            elif self.binaries[call.launch.key].error is None:  # an autotuner leaves out what does not compile
-                tuned.setdefault(call.tuning, []).append(self._kernel(call))
-        return timings + [min(found, key=lambda timing: timing.seconds) for found in tuned.values()]
+            else:
+                tuned.setdefault(call.tuning, []).append(call)
+        return timings + [self._fastest(found) for found in tuned.values()]
+
+    def _fastest(self, calls: list[KernelCall]) -> Timing:
+        """What an autotuner keeps; it leaves out what does not compile."""
+        compiled = [call for call in calls if self.binaries[call.launch.key].error is None]
+        return min((self._kernel(call) for call in compiled or calls), key=lambda timing: timing.seconds)
 
     def _kernel(self, call: KernelCall) -> Timing:
         binary, card = self.binaries[call.launch.key], self.card
