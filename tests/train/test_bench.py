@@ -197,7 +197,9 @@ def test_fla_gets_shards_as_rows_and_our_weights_as_its_state(output_dir: Path, 
     def chunk_ttt_linear(q, k, v, w, b, eta, scale=None, eps=1e-6, chunk_size=16, initial_state=None,
                          initial_state_bias=None):  # fmt: skip
         calls.append((q.shape, w.shape, b.shape, eta.shape, initial_state.shape, initial_state_bias.shape, chunk_size))
-        o = q @ initial_state.sum((0, 1)) + initial_state_bias.sum() + k + v * eta + w * b
+        assert w.dtype == b.dtype == eta.dtype == q.dtype  # its backward does not compile otherwise
+        state, bias = initial_state.sum((0, 1)).to(q.dtype), initial_state_bias.sum().to(q.dtype)
+        o = q @ state + bias + k + v * eta + w * b
         return o, None, None
 
     ttt = types.ModuleType("fla.ops.ttt")
@@ -205,7 +207,7 @@ def test_fla_gets_shards_as_rows_and_our_weights_as_its_state(output_dir: Path, 
     monkeypatch.setitem(sys.modules, "fla.ops.ttt", ttt)
     monkeypatch.setattr(FlaTttLinear, "devices", ("cpu",))
     more = ["--memories", "linear", "--peers", "fla", "--heads", "2", "--lengths", "64", "--modes", BOTH]
-    _, rows = run(KERNELS, output_dir, *more)
+    _, rows = run(KERNELS, output_dir, *more, "--dtype", "bf16")
     ours, fla = rows
     assert ours["status"] == fla["status"] == "ok"
     assert ours["operations"] == fla["operations"] and ours["shard_length"] == fla["shard_length"] == "32"
@@ -286,7 +288,8 @@ def quick_run(monkeypatch, folder: Path, factor: float, **sizes) -> str:
     predictions = load_predictions()
     args = KernelBenchArguments(
         device="cpu", backends=["triton"], peers=["none"], memories=["mlp"], lengths=[2048, 32768], chunk_sizes=[16],
-        dtype="bf16", heads=12, shard_length=2048, quick=True, case_seconds=0.01, seed=0, output_dir=folder,
+        modes=[BOTH], dtype="bf16", heads=12, shard_length=2048, quick=True, case_seconds=0.01, seed=0,
+        output_dir=folder,
     )  # fmt: skip
     bench = kernels.KernelBench(replace(args, **{"tokens": 131072} | sizes))
 

@@ -117,8 +117,10 @@ class FlaTttLinear(Contender):
         lr = inputs.lr.unsqueeze(-1).to(inputs.q.dtype).detach().requires_grad_()
 
         def forward() -> Tensor:
+            # Its backward compiles for a norm in the dtype of q only.
+            norm = (t.to(inputs.q.dtype) for t in (params.norm_weight, params.norm_bias))
             return chunk_ttt_linear(
-                inputs.q, inputs.k, inputs.v, params.norm_weight, params.norm_bias, lr, scale=1.0,
+                inputs.q, inputs.k, inputs.v, *norm, lr, scale=1.0,
                 chunk_size=case.chunk_size, initial_state=params.w1.expand(rows, -1, -1, -1).contiguous(),
                 initial_state_bias=params.b1.unsqueeze(-2).expand(rows, -1, -1, -1).contiguous(),
             )[0]  # fmt: skip
