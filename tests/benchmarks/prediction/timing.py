@@ -113,7 +113,8 @@ def make_binary(launch: Launch, programs: Sequence[int], card: Card) -> Binary:
         target = GPUTarget("cuda", launch.target, 32)
         compiled = triton.compile(source, target=target, options=launch.options.__dict__)
     except Exception as error:  # whatever a compiler's passes raise is the result for this kernel
-        return Binary(error=f"{type(error).__name__}: {error}")
+        lines = str(error).strip().splitlines()  # a kernel's source comes first, what is wrong with it last
+        return Binary(error=f"{type(error).__name__}: {lines[-1] if lines else ''}")
     cubin, shared, warps = compiled.asm["cubin"], compiled.metadata.shared, launch.options.num_warps
     registers = read_registers(cubin)
     blocks = card.blocks_of(registers, warps, shared)

@@ -14,8 +14,8 @@ from math import prod
 from typing import Any
 
 _BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
-_OPERATION = re.compile(r'(?:%(\w+)(?::(\d+))? = )?"?([a-z_]+\.[a-z_0-9.]+)"?(?:\s+|(?=\()|$)(.*)')
-_VALUE = re.compile(r"%(\w+(?:#\d+)?)")
+_OPERATION = re.compile(r'(?:%([\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[a-z_0-9.]+)"?(?:\s+|(?=\()|$)(.*)')
+_VALUE = re.compile(r"%([\w$.-]+(?:#\d+)?)")
 _SHAPE = re.compile(r"((?:\d+x)+)")
 _ELEMENT = re.compile(r"\b(bf16|f16|f32|f64|i1|i8|i16|i32|i64)\b")
 
@@ -84,7 +84,7 @@ class Program:
         for line in ttir.splitlines():
             line = re.sub(r"\s*loc\(#?\w*\)$", "", line.strip())
             if line.startswith("tt.func"):
-                self.parameters = re.findall(r"%(\w+): ", line)
+                self.parameters = re.findall(r"%([\w$.-]+): ", line)
                 regions = [self.blocks[""][1]]
             elif not regions or not line or line.startswith("#"):
                 continue
@@ -97,7 +97,7 @@ class Program:
             elif line.startswith("^"):
                 label, _, rest = line.partition(":")
                 name = re.match(r"\^\w+", label).group()
-                self.blocks[name] = (re.findall(r"%(\w+): ", line.split("//")[0]), [])
+                self.blocks[name] = (re.findall(r"%([\w$.-]+): ", line.split("//")[0]), [])
                 regions = [self.blocks[name][1]]
             elif line.startswith("} else {"):
                 regions.pop()
@@ -237,7 +237,7 @@ class _Evaluation:
         begin, end, step = (self.values.get(x) for x in operands[:3])
         if None in (begin, end, step):
             raise ValueError(f"how often a loop of the kernel runs cannot be told from its arguments: {op.text[:100]}")
-        carried = re.findall(r"%(\w+) = %(\w+(?:#\d+)?)", op.text.partition("iter_args")[2])
+        carried = re.findall(r"%([\w$.-]+) = %([\w$.-]+(?:#\d+)?)", op.text.partition("iter_args")[2])
         state = [self.values.get(initial) for _, initial in carried]
         count = self.loops.setdefault(id(op), _LoopCount())
         self.around.append(count)
