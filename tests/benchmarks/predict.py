@@ -14,7 +14,8 @@ of flash-linear-attention where that package can be imported.
 --write: PREDICTED.md beside this file, the first table of it in kernels/README.md, and train/bench/predicted.json, from
 which `tnt bench kernels --quick` prints measured times beside predicted ones.
 
-It takes about four minutes on two cores, a few seconds less than one when all kernels are in Triton's cache.
+On two busy cores it took 294 s with all kernels in Triton's cache, and 827 s in one process with few of them there.
+Without flash-linear-attention (the extra `benchmarks`) its rows say that it is missing: have it there for --write.
 """
 
 from __future__ import annotations
