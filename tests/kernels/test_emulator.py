@@ -95,6 +95,7 @@ def compute(statement: str, result: str, *operands: tuple[str, list]) -> np.ndar
     return whole.astype(bool if result == "pred" else f"u{dtype.itemsize}").view(dtype)[: len(operands[0][1])]
 
 
+HIGH = [(-(2**40) - 1) * (2**30 + 5) >> 64, (3 << 61) * 7 >> 64]
 NAN, INF = float("nan"), float("inf")
 F, S, U = "f32", "s32", "u32"
 SCALAR = [
@@ -121,6 +122,8 @@ SCALAR = [
     ("mul.lo.s32 OUT, A, B;", S, [(S, [-3, 1 << 20]), (S, [5, 1 << 12])], [-15, 0]),
     ("mul.hi.s32 OUT, A, B;", S, [(S, [-(1 << 20)]), (S, [1 << 14])], [-4]),
     ("mul.hi.u32 OUT, A, B;", U, [(U, [0xFFFFFFFF]), (U, [0xFFFFFFFF])], [0xFFFFFFFE]),
+    ("mul.hi.s64 OUT, A, B;", "s64", [("s64", [-(2**40) - 1, 3 << 61]), ("s64", [2**30 + 5, 7])], HIGH),
+    ("mul.hi.u64 OUT, A, B;", "u64", [("u64", [2**64 - 1]), ("u64", [2**64 - 1])], [2**64 - 2]),
     ("mul.wide.s32 OUT, A, B;", "s64", [(S, [-3]), (S, [2**30])], [-3 * 2**30]),
     ("mad.wide.u32 OUT, A, B, C;", "u64", [(U, [2**31]), (U, [4]), ("u64", [7])], [2**33 + 7]),
     ("mad.lo.s32 OUT, A, B, C;", S, [(S, [3]), (S, [4]), (S, [-5])], [7]),
@@ -209,6 +212,12 @@ X = np.arange(32, dtype=np.uint32)
 def test_a_register_that_was_never_written_is_an_error():
     with pytest.raises(EmulationError, match="%r7 is read, but no thread has written it"):
         execute("add.s32 %r1, %r7, 1;", X)
+
+
+def test_a_half_of_a_pair_may_be_undefined():
+    body = "mov.b64 %rd5, {%r0, %r9};\nmov.b64 {%r1, %r2}, %rd5;\nst.global.v2.b32 [%rd0], {%r1, %r2};"
+    (after,), _ = execute("mad.wide.u32 %rd0, %r0, 4, %rd0;\n" + body, np.arange(64, dtype=np.uint32))
+    assert after.reshape(32, 2).tolist() == [[i, 0xFFFFFFFF] for i in range(32)]
 
 
 def test_a_predicate_keeps_the_other_threads():
@@ -368,7 +377,6 @@ def test_equal_bytes_of_two_warps_are_no_race(value, races, same):
 @pytest.mark.parametrize(
     "body, what",
     [
-        ("st.global.b32 [%rd9], %r0;", "two threads write different bytes"),
         ("ld.global.b32 %r1, [%rd9];\nst.global.b32 [%rd9], 0;", "write by one block, read by another"),
         ("mov.u32 %r1, %ctaid.x;\nst.global.b32 [%rd9], %r1;", "two blocks write different bytes"),
         ("ld.global.b32 %r1, [%rd9];\nred.global.gpu.relaxed.add.u32 [%rd9], 1;", "atomic by one block, read"),
@@ -378,6 +386,12 @@ def test_equal_bytes_of_two_warps_are_no_race(value, races, same):
 def test_blocks_are_not_ordered(body, what):
     _, report = execute("ld.param.b64 %rd9, [probe_param_0];\n" + body, X, blocks=2)
     assert any(what in found for _, _, found, _ in report.races) if what else not report.races
+
+
+def test_of_lanes_that_write_one_place_one_stays():
+    (after,), report = execute("ld.param.b64 %rd9, [probe_param_0];\nst.global.b32 [%rd9], %r0;", X)
+    assert after[0] in range(32)
+    assert sum(report.ties.values()) == 31 and not report.races
 
 
 def test_a_copy_arrives_when_it_is_waited_for():

@@ -24,17 +24,24 @@ _NOBODY, _SEVERAL = -1, -2
 
 @dataclass
 class RaceReport:
-    """Cells with unordered accesses, by (kernel, memory, what, instruction at which it was seen)."""
+    """Cells with unordered accesses, by (kernel, memory, what, instruction at which it was seen).
+
+    races       accesses of two warps, or blocks.
+    same_bytes  writes of two warps, or blocks, that leave the same bytes in any order.
+    ties        different bytes from lanes of one warp in one instruction: one of them stays, PTX does not say which. In
+                a sum over lanes the compiler may fuse one lane's product with the sum, and lanes then differ by a
+                rounding.
+    """
 
     races: Counter = field(default_factory=Counter)
     same_bytes: Counter = field(default_factory=Counter)
+    ties: Counter = field(default_factory=Counter)
     kernel: str = ""
 
-    def add(self, memory: str, what: str, ins: Instruction, cells: np.ndarray, same: bool = False) -> None:
+    def add(self, memory: str, what: str, ins: Instruction, cells: np.ndarray, kind: str = "races") -> None:
         """Count the true entries of `cells`."""
         if number := int(np.count_nonzero(cells)):
-            counter = self.same_bytes if same else self.races
-            counter[self.kernel, memory, what, f"{ins.index}: {ins}"] += number
+            getattr(self, kind)[self.kernel, memory, what, f"{ins.index}: {ins}"] += number
 
 
 class Memory:
@@ -116,13 +123,14 @@ class Memory:
         differs = earlier & (self.cells[cells] != values)
         self.cells[cells] = values
         lost = self.cells[cells] != values  # another thread wrote last, in this instruction
-        self.report.add(self.name, "two threads write different bytes in one instruction", ins, lost)
-        self.report.add(self.name, "two warps write different bytes", ins, differs & ~lost)
         self._touch("write", cells, owners)
-        same = self._touched_by_others("write", cells, owners) & ~differs
+        several = self._touched_by_others("write", cells, owners)
+        self.report.add(self.name, "two warps write different bytes", ins, differs | (lost & several))
+        self.report.add(self.name, "lanes write different bytes", ins, lost & ~several, "ties")
+        same = several & ~differs
         if lost.any():
             same &= ~np.isin(cells, cells[lost])
-        self.report.add(self.name, "several warps write the same bytes", ins, same, same=True)
+        self.report.add(self.name, "several warps write the same bytes", ins, same, "same_bytes")
 
     def note_atomic(self, cells: np.ndarray, warps: np.ndarray, ins: Instruction) -> None:
         cells, owners = self._flat(cells, warps)
@@ -278,7 +286,7 @@ class GlobalMemory(Memory):
         self._note_block("write", ("read", "atomic"), flat, ins)
         others = self._of_other_blocks("write", flat)
         self.report.add(self.name, "two blocks write different bytes", ins, others & differs)
-        self.report.add(self.name, "several blocks write the same bytes", ins, others & ~differs, same=True)
+        self.report.add(self.name, "several blocks write the same bytes", ins, others & ~differs, "same_bytes")
         self._stamp("write", flat)
 
     def note_atomic(self, cells, warps, ins):

@@ -65,7 +65,7 @@ def parse(text: str) -> Program:
     """The one kernel in a PTX module.
 
     Raises:
-        Unsupported: on more than one kernel, functions, nested scopes or unknown directives.
+        Unsupported: on more than one kernel, functions or unknown directives.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     if re.search(r"^\s*(\.visible\s+)?\.func\b", text, re.M) or len(re.findall(r"\.entry\b", text)) != 1:
@@ -108,8 +108,8 @@ def _parse_body(body: str) -> tuple[tuple[Instruction, ...], dict[str, int], dic
             statement = statement[label.end() :]
         if declared := re.fullmatch(r"\.reg \.(\w+) (%\w+?)<\d+>", statement):
             register_types[declared.group(2)] = declared.group(1)
-        elif statement.startswith((".", "{", "}")):
-            raise Unsupported(f"the directive or nested scope {statement!r} is not emulated")
+        elif statement.startswith("."):
+            raise Unsupported(f"the directive {statement!r} is not emulated")
         elif statement:
             instructions.append(parse_instruction(statement, len(instructions)))
     return tuple(instructions), labels, register_types

@@ -135,6 +135,8 @@ def _multiply(ins: Instruction, layout: Layout) -> Run:
         if with_sum:
             return _elementwise(ins, layout, [kind] * 3, lambda a, b, c: a * b + c)
         return _elementwise(ins, layout, [kind] * 2, np.multiply)
+    if ins.parts[1:] in (("hi", "s64"), ("hi", "u64")) and not with_sum:
+        return _elementwise(ins, layout, [kind] * 2, _high_half)
     if ins.parts[-1] not in _WIDE:
         raise ins.unsupported()
     wide = _WIDE[ins.parts[-1]]
@@ -148,6 +150,19 @@ def _multiply(ins: Instruction, layout: Layout) -> Run:
         return _elementwise(ins, layout, [kind] * 2, product)
     last = wide if ins.parts[1] == "wide" else kind
     return _elementwise(ins, layout, [kind, kind, last], lambda a, b, c: product(a, b) + c)
+
+
+def _high_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of the product of 64-bit integers, by their 32-bit halves; of negative ones, 2^64 times the other is too much."""
+    low_bits, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x, y = a.view(np.uint64), b.view(np.uint64)
+    (x1, x0), (y1, y0) = ((n >> half, n & low_bits) for n in (x, y))
+    middle = x1 * y0 + (x0 * y0 >> half)
+    carry = (x0 * y1 + (middle & low_bits)) >> half
+    high = x1 * y1 + (middle >> half) + carry
+    if a.dtype == np.int64:
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return high.view(a.dtype)
 
 
 @instruction("div", "rem")
@@ -383,9 +398,10 @@ def _unpack(ins: Instruction, layout: Layout, kind: type) -> Run:
 
 
 def _pack(ins: Instruction, layout: Layout, kind: type) -> Run:
+    """A half may be undefined: LLVM computes on pairs (add.f32x2) where it needs one half of the result."""
     if len(elements(ins.operands[1])) != 2:
         raise ins.unsupported()
-    low, high = layout.readers(ins.operands[1], _half(kind))
+    low, high = (layout.lenient_reader(name, _half(kind)) for name in elements(ins.operands[1]))
     write = layout.writer(ins.operands[0])
 
     def run(threads, mask):

@@ -151,6 +151,20 @@ class Layout:
             return lambda threads: threads.read(slot)
         return lambda threads: threads.read(slot).view(dtype)
 
+    def lenient_reader(self, operand: str, dtype: type) -> Reader:
+        """A reader to which a register that nobody has written is undefined, all ones, instead of an error."""
+        read = self.reader(operand, dtype)
+        if self.program.register_type(operand) is None:
+            return read
+        slot = self.register(operand)
+
+        def read_or_undefined(threads: Threads) -> Vector:
+            if threads.values[slot] is None and slot not in threads.accumulators:
+                return np.full(threads.size, undefined(bits_of(dtype))).view(dtype)
+            return read(threads)
+
+        return read_or_undefined
+
     def _constant(self, operand: str, dtype: type) -> int:
         if _SPECIAL.fullmatch(operand):
             slot = self._slot(operand, np.uint32)
