@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,28 @@ def test_the_subset_has_every_part_and_dtype_and_four_targets(rows):
     assert {row["target"] for row in rows} == {80, 89, 90, 120}
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
     assert {row["name"].split(":")[0] for row in rows} == {"local", "global", "decode"}
+
+
+@pytest.mark.parametrize("part", ["local", "global", "decode"])
+def test_any_two_settings_that_can_meet_do(part):
+    """No target, dtype, rule or projection is left out by another; the seed is the row's number."""
+    from emulated_grid import FACTORS, settings
+
+    factors = {name: FACTORS[part][name] for name in ("target", "dtype", "rule", "projection") if name in FACTORS[part]}
+    rows = [vars(row.case) | {"target": row.target, "dtype": row.dtype} for row in settings([part])]
+    for first, second in combinations(factors, 2):
+        met = {(row[first], row[second]) for row in rows}
+        assert met == set(product(factors[first], factors[second]))
+    assert [row["seed"] for row in rows] == list(range(len(rows)))
+
+
+def test_an_old_triton_gets_one_message(monkeypatch):
+    from emulator.launch import emulate
+
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(RuntimeError, match="needs triton 3.6 or newer, this is 3.4.0; update triton"):
+        with emulate(90):
+            pass
 
 
 @pytest.mark.parametrize("target", ["80", "90"])

@@ -334,6 +334,11 @@ def test_a_branch_that_parts_a_warp_is_an_error():
         execute("setp.lt.u32 %p1, %r0, 5;\n@%p1 bra $END;\nmov.b32 %r1, 0;\n$END:", X)
 
 
+def test_a_trap_is_an_error():
+    with pytest.raises(EmulationError, match="trap"):
+        execute("trap;", X)
+
+
 # Two warps: each writes its numbers into shared memory, and reads those of the other.
 EXCHANGE = """
     shl.b32 %r1, %r0, 2;

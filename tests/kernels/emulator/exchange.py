@@ -247,6 +247,16 @@ def _shuffle(ins: Instruction, layout: Layout) -> Run:
     return run
 
 
+@instruction("trap")
+def _trap(ins: Instruction, layout: Layout) -> Run:
+    """The compiler puts one in place of a kernel that asks for more tensor memory than there is."""
+
+    def run(threads: Threads, mask: Mask) -> None:
+        raise EmulationError("the kernel ends in a trap")
+
+    return run
+
+
 @instruction("bar.warp.sync")
 def _warp_barrier(ins: Instruction, layout: Layout) -> Run:
     """Lanes of a warp run in lockstep here, and the report looks at whole warps."""

@@ -89,10 +89,10 @@ def parse(text: str) -> Program:
 
 def _closing_brace(body: str) -> int:
     depth = 1
-    for place, character in enumerate(body):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for brace in re.finditer(r"[{}]", body):
+        depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return place
+            return brace.start()
     raise Unsupported("a kernel without an end")
 
 
