@@ -106,6 +106,8 @@ SCALAR = [
     ("fma.rn.f32 OUT, A, B, C;", F, [(F, [1 + 2**-12]), (F, [1 + 2**-12]), (F, [-1.0])], [2**-11 + 2**-24]),
     ("neg.f32 OUT, A;", F, [(F, [1.5, -0.0])], [-1.5, 0.0]),
     ("abs.f32 OUT, A;", F, [(F, [-1.5])], [1.5]),
+    ("neg.bf16 OUT, A;", "b16", [("b16", [0x3F80])], [0xBF80]),
+    ("abs.f16 OUT, A;", "b16", [("b16", [0xBC00])], [0x3C00]),
     ("min.f32 OUT, A, B;", F, [(F, [1.0, NAN]), (F, [2.0, 2.0])], [1.0, 2.0]),
     ("max.NaN.f32 OUT, A, B;", F, [(F, [1.0, NAN]), (F, [2.0, 2.0])], [2.0, NAN]),
     ("div.full.f32 OUT, A, B;", F, [(F, [1.0, 1.0]), (F, [4.0, 0.0])], [0.25, INF]),
@@ -191,6 +193,7 @@ def test_an_instruction_of_one_thread(statement, result, operands, want):
         ("wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%r1}, %rd0, %rd0, 1, 1, 1;", "m64n8k32"),
         ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1}, {%r1}, {%r1}, {%r1};", "m16n8k32"),
         ("add.f64 %rd1, %rd0, %rd0;", ".f64"),
+        ("mul.bf16 %rs1, %rs0, %rs0;", "mul.bf16"),
     ],
 )
 def test_what_is_not_known_stops_with_its_name(statement, why):
@@ -327,6 +330,11 @@ def test_a_loop_and_parameters():
         st.global.b32 [%rd0], %r2;
     """
     assert execute(body, X)[0][0].tolist() == [10] * 32
+
+
+def test_a_parameter_by_its_address():
+    body = "mov.b32 %r1, probe_param_1;\nld.param.b64 %rd9, [%r1];\nst.global.b32 [%rd9], 5;"
+    assert execute(body, X, X)[0][1][0] == 5
 
 
 def test_a_branch_that_parts_a_warp_is_an_error():

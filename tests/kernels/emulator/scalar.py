@@ -66,6 +66,8 @@ def _float(ins: Instruction, layout: Layout) -> Run:
         return _mixed(ins, layout)
     if ins.parts[-1] == "f32x2":
         return _pairs(ins, layout)
+    if ins.parts[-1] != "f32":
+        return _sign(ins, layout)
     if "NaN" in ins.parts:
         function = {"min": np.minimum, "max": np.maximum}[ins.parts[0]]
     allow(ins, "rn", *(["NaN"] if ins.parts[0] in ("min", "max") else []))
@@ -83,6 +85,16 @@ def _mixed(ins: Instruction, layout: Layout) -> Run:
         return function(*map(widen, operands[:narrow]), *operands[narrow:])
 
     return _elementwise(ins, layout, [np.uint16] * narrow + [np.float32] * (count - narrow), mixed)
+
+
+def _sign(ins: Instruction, layout: Layout) -> Run:
+    """neg.bf16, abs.f16: of half precision alone only the sign is changed here."""
+    allow(ins)
+    if ins.parts[0] not in ("neg", "abs"):
+        raise ins.unsupported()
+    sign = np.uint16(0x8000)
+    change = (lambda x: x ^ sign) if ins.parts[0] == "neg" else (lambda x: x & ~sign)
+    return _elementwise(ins, layout, [np.uint16], change)
 
 
 def _pairs(ins: Instruction, layout: Layout) -> Run:

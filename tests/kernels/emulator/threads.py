@@ -105,7 +105,7 @@ Reader = Callable[[Threads], Vector]
 Writer = Callable[[Threads, Vector, Mask], None]
 
 _SPECIAL = re.compile(r"%(?:tid\.[xyz]|ntid\.[xyz]|ctaid\.[xyz]|nctaid\.[xyz]|laneid)")
-PARAMETER_SPACE = 48  # addresses of parameters: (index + 1) << 48
+PARAMETER_SPACE = 16  # the address of a parameter: (index + 1) << 16, which fits into 32 bits
 
 
 class Layout:
