@@ -11,20 +11,18 @@ Both directions are custom operators, so that `torch.compile` and activation che
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from ..operators import NAMESPACE, OPERATORS
 from ..slab import MOMENTUM, WEIGHTS, ScanInputs
 from ..types import FastWeights
-from .global_advance import BLOCK, advance
-from .global_advance_backward import advance_backward
-from .global_inputs import COEFFICIENTS, STATE, GlobalInputs, SpanGradients, anchors_of, as_operands, pair
-from .global_keys import write, write_backward
-from .global_reads import read, read_backward
-from .global_rows import Layout, Span
+from .global_backward import StateGradients, backward_tiles, chunk_backward, gradient_dtype
+from .global_forward import BLOCK, advance, read, write
+from .global_layout import COEFFICIENTS, STATE, GlobalInputs, Layout, pack_state, unpack_state
 
 # Bytes of one float32 hidden activation, [N, C, M], of the chunks that are worked on at a time: enough work to fill a
-# large card. The backward holds about six times that.
+# large card. The backward holds about three times that.
 SPAN_BYTES = 64 << 20
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,15 +63,21 @@ def _per_token(lr: Tensor, effect: Tensor | None) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::global_forward", mutates_args=())
 def global_forward(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, keep: bool) -> list[Tensor]:
-    """o, the state after each shard, and with `keep` the state before each chunk in packed order."""
+    """o, the state after each shard, and with `keep` weights and momentum before each chunk, [P, H, F] each."""
     inputs = GlobalInputs.unpack(tensors, names)
     layout = Layout(lengths, chunk_size, inputs.x.shape[2])
     o, end = _empty_outputs(inputs, layout)
     with torch.autocast(inputs.x.device.type, enabled=False), torch.cuda.device_of(inputs.x):
-        anchors, operands = _advance_all(inputs, layout, end)
-        for span in layout.spans(_limit(inputs, chunk_size)):
-            read(inputs, span, anchors_of(anchors, operands, span.rows), o)
-    return [o, *end.values(), *(anchors.values() if keep else ())]
+        states, operands = _first_states(inputs, layout)
+        ends = tuple(None if rows is None else rows.new_empty(layout.shards, *rows.shape[1:]) for rows in states)
+        for chunk in range(layout.chunks):
+            for span in layout.chunk_spans(chunk, _limit(inputs, chunk_size)):
+                products = write(inputs, span, states[0], states[0] if operands is None else operands)
+                advance(inputs, span, states, operands, ends, products)
+        for span in layout.spans():
+            read(inputs, span, states[0], states[0] if operands is None else operands, o)
+        end |= _unpack_both(ends, inputs)
+    return [o, *end.values(), *(rows for rows in states if keep and rows is not None)]
 
 
 @global_forward.register_fake
@@ -81,11 +85,11 @@ def _(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, ke
     inputs = GlobalInputs.unpack(tensors, names)
     layout = Layout(lengths, chunk_size, inputs.x.shape[2])
     o, end = _empty_outputs(inputs, layout)
-    return [o, *end.values(), *(inputs.packed_state(layout).values() if keep else ())]
+    return [o, *end.values(), *(rows for rows in _empty_states(inputs, layout) if keep and rows is not None)]
 
 
 def _limit(inputs: GlobalInputs, chunk_size: int) -> int:
-    """Chunks of shards that are worked on at a time."""
+    """Shards of a chunk that are worked on at a time."""
     heads, M = inputs.w1.shape[1], inputs.w1.shape[-1]
     return max(1, SPAN_BYTES // (4 * heads * chunk_size * M))
 
@@ -95,31 +99,35 @@ def _empty_outputs(inputs: GlobalInputs, layout: Layout) -> tuple[Tensor, dict[s
     return o, {name: torch.empty_like(t) for name, t in inputs.state().items()}
 
 
-def _advance_all(
-    inputs: GlobalInputs, layout: Layout, end: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state before every chunk, packed, and its weights as operands. Fills the state after each shard."""
-    anchors = inputs.packed_state(layout)
-    for name, t in inputs.state().items():
-        anchors[name][: layout.shards] = t
-    operands = {}  # in float32 the anchors themselves
-    if inputs.x.dtype != torch.float32:
-        operands = {n: torch.empty_like(anchors[n], dtype=inputs.x.dtype) for n in ("w1", "w2") if n in anchors}
-        for name, t in operands.items():
-            t[: layout.shards] = getattr(inputs, name)
-    for chunk in range(layout.chunks):
-        for span in layout.chunk_spans(chunk, _limit(inputs, layout.chunk_size)):
-            products = write(inputs, span, anchors_of(anchors, operands, span.rows))
-            for name in inputs.weights:
-                operand = operands[name][span.next_rows] if name in operands else None
-                advance(
-                    pair(anchors, name, span.rows),
-                    getattr(products, name),
-                    inputs.coefficients(span),
-                    (*pair(anchors, name, span.next_rows), operand),
-                    pair(end, name, span.of_shards),
-                )
-    return anchors, operands
+def _empty_states(inputs: GlobalInputs, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Room for weights and momentum before every chunk, [P, H, F]."""
+    sizes = inputs.sizes()
+    shape = (layout.rows, sizes["H"], sizes["F"])
+    return inputs.w1.new_empty(shape), None if inputs.momentum_w1 is None else inputs.w1.new_empty(shape)
+
+
+def _first_states(inputs: GlobalInputs, layout: Layout) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """Room for the states before all chunks, and for their matrices as operands (None where those are the same), with
+    those of the first chunks in it."""
+    states, matrices = _empty_states(inputs, layout), inputs.sizes()["FW"]
+    for rows, packed in zip(states, _pack_both(inputs.state()), strict=True):
+        if rows is not None:
+            rows[: layout.shards] = packed
+    if inputs.x.dtype == torch.float32:
+        return states, None
+    operands = inputs.x.new_empty(*states[0].shape[:2], matrices)
+    operands[: layout.shards] = states[0][: layout.shards, :, :matrices]
+    return states, operands
+
+
+def _pack_both(state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return pack_state(state), pack_state(state, "momentum_")
+
+
+def _unpack_both(rows: tuple[Tensor, Tensor | None], inputs: GlobalInputs) -> dict[str, Tensor]:
+    weights, momentum = rows
+    state = unpack_state(weights, inputs.state())
+    return state if momentum is None else state | unpack_state(momentum, inputs.state(), "momentum_")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::global_backward", mutates_args=())
@@ -137,12 +145,8 @@ def global_backward(
     layout = Layout(lengths, chunk_size, inputs.x.shape[2])
     given = dict(zip(grad_names.split(","), (g.contiguous() for g in grads), strict=True))
     with torch.autocast(inputs.x.device.type, enabled=False), torch.cuda.device_of(inputs.x):
-        backward = _Backward(inputs, layout, dict(zip(inputs.state(), kept, strict=True)), given)
-        backward.reads(given["o"])
-        for chunk in reversed(range(layout.chunks)):
-            for span in layout.chunk_spans(chunk, backward.limit):
-                backward.keys(span)
-        return backward.gradients(names)
+        out = _backward(inputs, layout, (kept[0], kept[1] if len(kept) > 1 else None), given)
+    return [out[name] for name in names.split(",")]
 
 
 @global_backward.register_fake
@@ -158,81 +162,46 @@ def _(
     return [torch.empty_like(t) for t in tensors]
 
 
-class _Backward:
-    """The gradients while they are made: `out` those of the inputs, `before` those of the state before every chunk."""
+def _backward(
+    inputs: GlobalInputs, layout: Layout, states: tuple[Tensor, Tensor | None], given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The gradients of all inputs, by name."""
+    sizes, blocks = inputs.sizes(), backward_tiles(inputs, layout).blocks
+    make = torch.zeros_like if layout.ragged else torch.empty_like
+    out = {name: make(getattr(inputs, name)) for name in ("x", "k", "v", "gain")}
+    if inputs.momentum_gain is not None:
+        out["momentum_gain"] = make(inputs.momentum_gain)
+    shape = (layout.shards, layout.chunks, layout.heads, triton.cdiv(sizes["F"], BLOCK))
+    new = torch.zeros if layout.ragged else torch.empty
+    dots = {
+        name: new(shape, device=inputs.x.device) for name in COEFFICIENTS if getattr(inputs, name) is not None
+    }  # fmt: skip
+    norm_sums = None
+    if inputs.norm_weight is not None:
+        norm_sums = inputs.gain.new_empty(2, 2, layout.rows, layout.heads, blocks, sizes["D"])
 
-    def __init__(self, inputs: GlobalInputs, layout: Layout, anchors: dict[str, Tensor], given: dict[str, Tensor]):
-        self.inputs, self.layout, self.anchors = inputs, layout, anchors
-        self.limit = _limit(inputs, layout.chunk_size)
-        self.before = inputs.packed_state(layout)
-        self.end = {name: given[name] if name in given else torch.zeros_like(t) for name, t in inputs.state().items()}
-        make = torch.zeros_like if layout.ragged else torch.empty_like
-        self.out = {name: make(t) for name, t in inputs._asdict().items() if t is not None and name not in STATE}
-        for name in ("norm_weight", "norm_bias"):
-            if name in self.out:
-                self.out[name].zero_()
+    operands = states[0]
+    if inputs.x.dtype != torch.float32:
+        operands = states[0][..., : sizes["FW"]].to(inputs.x.dtype)
+    after = _end_gradients(inputs, given)
+    for chunk in reversed(range(layout.chunks)):
+        for span in layout.chunk_spans(chunk, _limit(inputs, layout.chunk_size)):
+            chunk_backward(inputs, span, states, operands, after, given["o"], out, dots, norm_sums)
+    out |= _unpack_both((after.weights, after.momentum), inputs)
+    out |= {name: parts.sum(-1) for name, parts in dots.items()}
+    if norm_sums is not None:
+        out |= {name: norm_sums[i].sum((0, 1, 3)) for i, name in enumerate(("norm_weight", "norm_bias"))}
+    return out
 
-    def reads(self, grad_o: Tensor) -> None:
-        """All reads, at once but for the memory that they need."""
-        operands = as_operands(self.anchors, self.inputs.x.dtype)
-        for span in self.layout.spans(self.limit):
-            anchors = anchors_of(self.anchors, operands, span.rows)
-            g = read_backward(self.inputs, span, anchors, grad_o, self.out["x"])
-            for name, target in self._of_anchors(span):
-                target.copy_(getattr(g.anchors, name))
-            self._add_norm(g)
 
-    def keys(self, span: Span) -> None:
-        """One chunk: from the gradients of the state after it to those of the state before it and of its tokens."""
-        wide = self._step_back(span)
-        g = write_backward(self.inputs, span, wide, self.out)
-        for name, target in self._of_anchors(span):
-            target.add_(getattr(g.anchors, name))
-        self._add_norm(g)
-
-    def gradients(self, names: str) -> list[Tensor]:
-        first = slice(0, self.layout.shards)
-        return [self.before[name][first].clone() if name in STATE else self.out[name] for name in names.split(",")]
-
-    def _of_anchors(self, span: Span) -> list[tuple[str, Tensor]]:
-        """The weights' gradients of a span, with a row per memory."""
-        return [(name, self.before[name][span.rows].flatten(0, 1)) for name in self.inputs.weights]
-
-    def _add_norm(self, g: SpanGradients) -> None:
-        if g.norm_weight is not None:
-            self.out["norm_weight"] += g.norm_weight
-            self.out["norm_bias"] += g.norm_bias
-
-    def _step_back(self, span: Span) -> FastWeights:
-        """The part of the recurrences that touches no token. Returns the weights for `write_backward`."""
-        inputs, coefficients = self.inputs, self.inputs.coefficients(span)
-        blocks = {name: -(-getattr(inputs, name)[0, 0].numel() // BLOCK) for name in inputs.weights}
-        dots = None
-        if any(c is not None for c in coefficients):
-            dots = inputs.gain.new_empty((span.memories, sum(blocks.values()), len(COEFFICIENTS)))
-        wide, dot = {}, 0
-        for name in inputs.weights:
-            state = pair(self.anchors, name, span.rows)
-            width = 2 if state[1] is None else 3
-            dtype = inputs.x.dtype if name in ("w1", "w2") else torch.float32
-            shape = state[0].shape
-            wide[name] = state[0].new_empty((span.memories, *shape[2:-1], width * shape[-1]), dtype=dtype)
-            advance_backward(
-                state,
-                coefficients,
-                pair(self.before, name, span.next_rows),
-                pair(self.end, name, span.of_shards),
-                pair(self.before, name, span.rows),
-                wide[name],
-                dots,
-                dot,
-            )
-            dot += blocks[name]
-        for column, name in enumerate(COEFFICIENTS):
-            if name in self.out:
-                grad = dots[..., column].sum(1)
-                self.out[name][span.of_shards, span.chunk] = grad.view(span.shards, -1)
-        return FastWeights(**wide)
+def _end_gradients(inputs: GlobalInputs, given: dict[str, Tensor]) -> StateGradients:
+    """Those of the state after each shard, with zeros for what has none."""
+    end = {name: given[name] if name in given else torch.zeros_like(t) for name, t in inputs.state().items()}
+    rows, matrices, dtype = _pack_both(end), inputs.sizes()["FW"], gradient_dtype(inputs.x.dtype)
+    operands = (
+        None if t is None else t[..., :matrices].neg().to(dtype, memory_format=torch.contiguous_format) for t in rows
+    )
+    return StateGradients(*rows, *operands)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -121,7 +121,7 @@ def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
         "MLP": bool(plan.is_mlp), "HAS_B1": bool(plan.has_b1), "HAS_B2": bool(plan.has_b2),
         "NORM": inputs.norm_weight is not None, "MOMENTUM": inputs.momentum is not None,
         "DECAY": inputs.decay is not None, "SCALE": inputs.scale is not None, "MULTI": bool(plan.multi),
-        "TALL": bool(plan.tall), "PRECISION": _precision(inputs.q.dtype),
+        "TALL": bool(plan.tall), "PRECISION": precision(inputs.q.dtype),
     }  # fmt: skip
 
 
@@ -130,13 +130,13 @@ def _launch(warps: int, stages: int) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": stages, "maxnreg": min(255, 65536 // (32 * warps))}
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied, by torch's own setting; those of float16's gradients have no more digits.
 
     Three TensorFloat-32 products come within rounding of one in float32; real float32 products ("ieee") would go past
     the tensor cores, and past a memory kernel's registers.
     """
-    return "tf32x3" if dtype != torch.float16 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if dtype != torch.float16 and torch.get_float32_matmulprecision() == "highest" else "tf32"
 
 
 def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -145,7 +145,7 @@ def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
     per_chunk, R = plan.projection == 2, plan.projection_rows
     return {
         "H": H, "D": D, "C": plan.chunk_size if per_chunk else R, "R": R, "PER_CHUNK": per_chunk,
-        "PRECISION": _precision(inputs.q.dtype), **_launch(4, stages=1),
+        "PRECISION": precision(inputs.q.dtype), **_launch(4, stages=1),
     }  # fmt: skip
 
 
