@@ -36,6 +36,7 @@ from .global_layout import (
     Span,
     Tiles,
     load_column,
+    load_norm,
     load_rows,
     load_vector,
     load_w1,
@@ -184,9 +185,7 @@ def write_backward_kernel(
         s = load_column(momentum_gain + token, valid, H)
     kt = load_rows(k + token * D, valid, H * D, D)
     store_rows(inputs + row2 * D, kt, valid, D, D)
-    weight, bias = 0.0, 0.0
-    if NORM:
-        weight, bias = load_vector(norm_weight + n % H * D, D), load_vector(norm_bias + n % H * D, D)
+    weight, bias = load_norm(norm_weight, norm_bias, n, H, D)
 
     y = memory_output(kt, w, state, D, M, U, MLP, B1, B2, DT, PRECISION)
     _, _, _, delta = inner_gradient(y, kt, load_rows(v + token * D, valid, H * D, D), weight, bias, NORM)
@@ -231,8 +230,9 @@ def write_backward_kernel(
         along = state_gradient(kt, load_w1(g, 0, D, M, D), grad_state, 0, B1, D, GT, GRAD_PRECISION)
         if MOMENTUM:
             along_s = state_gradient(kt, load_w1(gs, 0, D, M, D), grad_momentum, 0, B1, D, GT, GRAD_PRECISION)
-    # Values are loaded again, so that what follows from them is not kept in registers meanwhile.
+    # Loaded again, so that these and what follows from them need not stay in registers meanwhile.
     vt = load_rows(v + token * D, valid, H * D, D)
+    weight, bias = load_norm(norm_weight, norm_bias, n, H, D)
     _, _, _, delta = inner_gradient(y, kt, vt, weight, bias, NORM)
     gain_sum += tl.sum(delta * along, axis=1, keep_dims=True)
     store_column(grad_gain + token, gain_sum, valid, H)

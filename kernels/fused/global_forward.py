@@ -20,6 +20,7 @@ from .global_layout import (
     Tiles,
     load_bias,
     load_column,
+    load_norm,
     load_rows,
     load_vector,
     load_w1,
@@ -90,8 +91,8 @@ def read_kernel(
     out = memory_output(rows, w, state, D, M, U, MLP, B1, B2, DT, PRECISION)
     if norm_weight is not None:
         normal, _ = normalise(out, axis=1)
-        out = normal * load_vector(norm_weight + n % H * D, D) + load_vector(norm_bias + n % H * D, D)
-        out += rows.to(tl.float32)
+        weight, bias = load_norm(norm_weight, norm_bias, n, H, D)
+        out = normal * weight + bias + rows.to(tl.float32)
     store_rows(o + token * D, out, valid, H * D, D)
 
 
@@ -124,9 +125,7 @@ def write_kernel(
     kt = load_rows(k + token * D, valid, H * D, D)
     store_rows(keys + row * D, kt, valid, D, D)
     y = memory_output(kt, w, state, D, M, U, MLP, B1, B2, DT, PRECISION)
-    weight, bias = 0.0, 0.0
-    if NORM:
-        weight, bias = load_vector(norm_weight + n % H * D, D), load_vector(norm_bias + n % H * D, D)
+    weight, bias = load_norm(norm_weight, norm_bias, n, H, D)
     _, _, _, delta = inner_gradient(y, kt, load_rows(v + token * D, valid, H * D, D), weight, bias, NORM)
 
     # A token that does not exist has gain 0.
@@ -245,10 +244,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_options(inputs: GlobalInputs, operands: Tensor, tiles: Tiles, warps: int) -> dict[str, int | str]:
-    """The constants of the kernels that go over tokens, and the compiler's options."""
+    """The constants of the kernels that go over tokens, and the compiler's options.
+
+    Left to itself, its assembler stops at 128 registers here and there, and spills.
+    """
     return inputs.sizes() | {
         "WF": operands.shape[-1], "R": tiles.rows, "U": tiles.units, "PRECISION": precision(inputs.x.dtype),
-        "num_warps": warps, "num_stages": 1,
+        "num_warps": warps, "num_stages": 1, "maxnreg": 255,
     }  # fmt: skip
 
 

@@ -26,10 +26,10 @@ COEFFICIENTS = ("end_decay", "end_momentum", "momentum_decay")
 _PACKED_ORDER = ("w1", "w2", "b1", "b2")
 
 # Tokens of one program and hidden units that it takes at a time, at most, by bytes of an operand: what fits into the
-# registers (tests/benchmarks/AOT.md). Weights are read once for each program's tokens.
+# registers (tests/benchmarks/AOT.md).
 FORWARD_TILES = {2: (64, 64), 4: (32, 32)}
-BACKWARD_TILES = {2: (32, 64), 4: (16, 32)}
-MIN_ROWS = 16  # tl.dot multiplies no fewer
+BACKWARD_TILES = {2: (32, 32), 4: (16, 32)}
+MIN_ROWS = MIN_UNITS = 16  # tl.dot multiplies no fewer
 
 
 class GlobalInputs(NamedTuple):
@@ -213,7 +213,9 @@ class Tiles(NamedTuple):
         """From `FORWARD_TILES` or `BACKWARD_TILES`, for operands of `dtype`."""
         most_rows, most_units = choices[dtype.itemsize]
         rows = min(most_rows, max(MIN_ROWS, triton.next_power_of_2(chunk_size)))
-        return cls(rows, min(most_units, hidden), triton.cdiv(chunk_size, rows))
+        # Not all of them at once: what the compiler then need not compute again it keeps, past all registers.
+        units = min(most_units, max(MIN_UNITS, hidden // 2))
+        return cls(rows, units, triton.cdiv(chunk_size, rows))
 
 
 @triton.jit
@@ -265,6 +267,15 @@ def store_column(pointer, column, valid, STRIDE: tl.constexpr):
 def load_vector(pointer, F: tl.constexpr):
     """F numbers as [1, F]."""
     return tl.load(pointer + tl.arange(0, F)[None, :])
+
+
+@triton.jit
+def load_norm(norm_weight, norm_bias, n, H: tl.constexpr, D: tl.constexpr):
+    """The norm's two vectors for memory n, [1, D] each; 0.0 without a norm."""
+    weight, bias = 0.0, 0.0
+    if norm_weight is not None:
+        weight, bias = load_vector(norm_weight + n % H * D, D), load_vector(norm_bias + n % H * D, D)
+    return weight, bias
 
 
 @triton.jit

@@ -136,7 +136,7 @@ def precision(dtype: torch.dtype) -> str:
     Three TensorFloat-32 products come within rounding of one in float32; real float32 products ("ieee") would go past
     the tensor cores, and past a memory kernel's registers.
     """
-    return "tf32x3" if dtype != torch.float16 and torch.get_float32_matmulprecision() == "highest" else "tf32"
+    return "tf32x3" if dtype != torch.float16 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _projection_sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:

@@ -122,6 +122,25 @@ def test_float16_against_the_scan(case: dict):
     assert_same(doubles(got), oracle(case, x), FLOAT16_TOLERANCE)
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[-1]], ids=["linear", "mlp"])
+def test_float16_with_a_scaled_loss(case: dict):
+    """Gradients of a state past float16's range are operands like others: a power of two passes through unrounded."""
+    x = make(case, dtype=torch.float16)
+    x["lr"] = (x["lr"].detach() * 2**-8).requires_grad_()  # tokens have gradients in float16, which must stay finite
+    generator = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for name, t in named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], 5)).items():
+        upstream = torch.randint(-8, 9, t.shape, generator=generator) * (2**-6 if name == "o" else 1.0)
+        loss = loss + (t.double() * upstream.to(t.device)).sum()
+    plain, scaled = (torch.autograd.grad(loss * by, list(x.values()), retain_graph=True) for by in (1, 2**16))
+    for want, got in zip(plain, scaled, strict=True):
+        assert got.isfinite().all()
+        if want.dtype == torch.float16:  # the plain ones may be subnormal, multiples of 2^-24
+            torch.testing.assert_close(got.double(), want.double() * 2**16, rtol=2**-10, atol=2**-9)
+        else:
+            torch.testing.assert_close(got, want * 2**16, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 70])
 def test_chunk_sizes(chunk_size: int):
     """One token a chunk, and more tokens than one program's rows."""
