@@ -185,7 +185,7 @@ def load_products(
         total += tl.load(p2 + where, mask=(f >= D_M) & (f < FW), other=0.0)
     if bias_sums is not None:
         FB: tl.constexpr = F - FW
-        if tl.max(f) >= FW:
+        if (tl.program_id(0) % ((F + BLOCK - 1) // BLOCK) + 1) * BLOCK > FW:
             for t in range(T):
                 where = (n * T + t) * (S * FB) + group * FB + f - FW
                 total += tl.load(bias_sums + where, mask=(f >= FW) & (f < F), other=0.0)

@@ -1,9 +1,8 @@
-"""The global memory over whole chunks on a GPU: cuBLAS for the products, fused kernels for what lies between them.
+"""The global memory over whole chunks on a GPU: kernels for what happens to each token, cuBLAS for sums over a chunk's.
 
 Only the keys are sequential: chunk after chunk, the gradients at the anchor and the state after it. Reads depend on the
-anchors alone, so those of several chunks go through one product. The states before all chunks are kept for the backward
-in float32: 2 D · M / chunk_size numbers a token and head for an MLP, twice that with momentum; activations are made
-again.
+anchors alone, and all are one launch. The states before all chunks are kept for the backward in float32: 2 D · M /
+chunk_size numbers a token and head for an MLP, twice that with momentum; activations are made again.
 
 Both directions are custom operators, so that `torch.compile` and activation checkpointing see one node each.
 """
