@@ -49,7 +49,8 @@ SMALLEST = 0.1  # a tensor counts as no smaller than this: a gradient may vanish
 AMPLIFIED = 8
 LIMIT = 1e-2
 
-# The least that the kernels take: 16 entries a head, 16 hidden units. A tile has 16 rows: shorter chunks are padded.
+# The least that the kernels take: 16 entries a head, 16 hidden units. In float32 a tile has 16 rows: shorter chunks are
+# padded, longer ones have several tiles.
 SMALL = {"head_dim": 16, "hidden": 16, "dtype": torch.float32}
 LOCAL = [case.with_(**SMALL) for case in LOCAL_CASES]
 # Chunks of 2 in shards of 6: the backward goes through two groups, of two chunks and of one, and a shorter shard.
