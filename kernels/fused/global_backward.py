@@ -64,7 +64,6 @@ def read_backward_kernel(
     FROM, FIRST, SHARDS, L, C,  # FROM: the span's first memory among [P, H]
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     F: tl.constexpr, FW: tl.constexpr, WF: tl.constexpr, R: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From o = f(W, x) to x and to the rows of the products for W."""
     DT: tl.constexpr = x.dtype.element_ty
@@ -100,14 +99,14 @@ def read_backward_kernel(
                 z += load_vector(state + B1 + m, U)
             sigmoid = gelu_sigmoid(z)
             store_rows(hidden + row3 * M + m, z * sigmoid, valid, M, U)
-            grad_z = dot(grad, tl.trans(w2), GT, GRAD_PRECISION) * gelu_slope(z, sigmoid)
+            grad_z = dot(grad, tl.trans(w2), GT, PRECISION) * gelu_slope(z, sigmoid)
             store_rows(grads_in + row2 * M + m, grad_z, valid, M, U)
             if B1 >= 0:
                 store_row_sum(bias_sums + (B1 - FW) + m, grad_z, U)
-            through = add_dot(through, grad_z, tl.trans(w1), GT, GRAD_PRECISION)
+            through = add_dot(through, grad_z, tl.trans(w1), GT, PRECISION)
     else:
         store_rows(grads_in + row2 * D, grad, valid, D, D)
-        through = add_dot(through, grad, tl.trans(load_w1(w, 0, D, M, D)), GT, GRAD_PRECISION)
+        through = add_dot(through, grad, tl.trans(load_w1(w, 0, D, M, D)), GT, PRECISION)
     store_rows(grad_x + token * D, through, valid, H * D, D)
 
 
@@ -157,7 +156,6 @@ def write_backward_kernel(
     FROM, SHARD, FIRST, SHARDS, L, C,  # the span's first memory among [P, H] and among [J, H]
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MLP: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     F: tl.constexpr, FW: tl.constexpr, WF: tl.constexpr, R: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the state after the chunk to its keys, values and gains and to the rows of the products."""
     DT: tl.constexpr = k.dtype.element_ty
@@ -210,26 +208,26 @@ def write_backward_kernel(
             store_rows(hidden + row3 * M + m, a, valid, M, U)
             w2 = load_w2(w, m, D, M, U)
             inner_delta = dot(delta_operand, tl.trans(w2), DT, PRECISION) * slope
-            inner_along = state_gradient(kt, load_w1(g, m, D, M, U), grad_state, m, B1, U, GT, GRAD_PRECISION)
+            inner_along = state_gradient(kt, load_w1(g, m, D, M, U), grad_state, m, B1, U, GT, PRECISION)
             grad_delta = e * inner_along
             gain_sum += tl.sum(inner_delta * inner_along, axis=1, keep_dims=True)
-            along = add_dot(along, a, load_w2(g, m, D, M, U), GT, GRAD_PRECISION)
+            along = add_dot(along, a, load_w2(g, m, D, M, U), GT, PRECISION)
             if MOMENTUM:
-                inner_along = state_gradient(kt, load_w1(gs, m, D, M, U), grad_momentum, m, B1, U, GT, GRAD_PRECISION)
+                inner_along = state_gradient(kt, load_w1(gs, m, D, M, U), grad_momentum, m, B1, U, GT, PRECISION)
                 grad_delta += s * inner_along
                 momentum_sum += tl.sum(inner_delta * inner_along, axis=1, keep_dims=True)
-                along_s = add_dot(along_s, a, load_w2(gs, m, D, M, U), GT, GRAD_PRECISION)
+                along_s = add_dot(along_s, a, load_w2(gs, m, D, M, U), GT, PRECISION)
             grad_u = (grad_delta * slope).to(GT)
             store_rows(hidden + row4 * M + m, grad_u, valid, M, U)
-            q = add_dot(q, grad_u, w2, GT, GRAD_PRECISION)
+            q = add_dot(q, grad_u, w2, GT, PRECISION)
         if LAST >= 0:
             along -= load_vector(grad_state + LAST, D)
             if MOMENTUM:
                 along_s -= load_vector(grad_momentum + LAST, D)
     else:
-        along = state_gradient(kt, load_w1(g, 0, D, M, D), grad_state, 0, B1, D, GT, GRAD_PRECISION)
+        along = state_gradient(kt, load_w1(g, 0, D, M, D), grad_state, 0, B1, D, GT, PRECISION)
         if MOMENTUM:
-            along_s = state_gradient(kt, load_w1(gs, 0, D, M, D), grad_momentum, 0, B1, D, GT, GRAD_PRECISION)
+            along_s = state_gradient(kt, load_w1(gs, 0, D, M, D), grad_momentum, 0, B1, D, GT, PRECISION)
     # Loaded again, so that these and what follows from them need not stay in registers meanwhile.
     vt = load_rows(v + token * D, valid, H * D, D)
     weight, bias = load_norm(norm_weight, norm_bias, n, H, D)
@@ -267,26 +265,26 @@ def write_backward_kernel(
             slope = gelu_slope(z, sigmoid)
             u = dot(delta_operand, tl.trans(w2), DT, PRECISION)
             g1 = load_w1(g, m, D, M, U)
-            grad_delta = e * state_gradient(kt, g1, grad_state, m, B1, U, GT, GRAD_PRECISION)
-            keys = add_dot(keys, u * slope * e, tl.trans(g1), GT, GRAD_PRECISION)
-            grad_a = dot(grad_y, tl.trans(w2), GT, GRAD_PRECISION)
-            grad_a = add_dot(grad_a, gained, tl.trans(load_w2(g, m, D, M, U)), GT, GRAD_PRECISION)
+            grad_delta = e * state_gradient(kt, g1, grad_state, m, B1, U, GT, PRECISION)
+            keys = add_dot(keys, u * slope * e, tl.trans(g1), GT, PRECISION)
+            grad_a = dot(grad_y, tl.trans(w2), GT, PRECISION)
+            grad_a = add_dot(grad_a, gained, tl.trans(load_w2(g, m, D, M, U)), GT, PRECISION)
             if MOMENTUM:
                 g1 = load_w1(gs, m, D, M, U)
-                grad_delta += s * state_gradient(kt, g1, grad_momentum, m, B1, U, GT, GRAD_PRECISION)
-                keys = add_dot(keys, u * slope * s, tl.trans(g1), GT, GRAD_PRECISION)
-                grad_a = add_dot(grad_a, gained_s, tl.trans(load_w2(gs, m, D, M, U)), GT, GRAD_PRECISION)
+                grad_delta += s * state_gradient(kt, g1, grad_momentum, m, B1, U, GT, PRECISION)
+                keys = add_dot(keys, u * slope * s, tl.trans(g1), GT, PRECISION)
+                grad_a = add_dot(grad_a, gained_s, tl.trans(load_w2(gs, m, D, M, U)), GT, PRECISION)
             grad_z = grad_delta * u * gelu_curvature(z, sigmoid) + grad_a * slope
             store_rows(grads_in + row2 * M + m, grad_z, valid, M, U)
             if B1 >= 0:
                 store_row_sum(bias_sums + (B1 - FW) + m, grad_z, U)
-            keys = add_dot(keys, grad_z, tl.trans(w1), GT, GRAD_PRECISION)
+            keys = add_dot(keys, grad_z, tl.trans(w1), GT, PRECISION)
     else:
         store_rows(grads_in + row2 * D, grad_y, valid, D, D)
-        keys = add_dot(keys, grad_y, tl.trans(load_w1(w, 0, D, M, D)), GT, GRAD_PRECISION)
-        keys = add_dot(keys, gained, tl.trans(load_w1(g, 0, D, M, D)), GT, GRAD_PRECISION)
+        keys = add_dot(keys, grad_y, tl.trans(load_w1(w, 0, D, M, D)), GT, PRECISION)
+        keys = add_dot(keys, gained, tl.trans(load_w1(g, 0, D, M, D)), GT, PRECISION)
         if MOMENTUM:
-            keys = add_dot(keys, gained_s, tl.trans(load_w1(gs, 0, D, M, D)), GT, GRAD_PRECISION)
+            keys = add_dot(keys, gained_s, tl.trans(load_w1(gs, 0, D, M, D)), GT, PRECISION)
     store_rows(grad_k + token * D, keys, valid, H * D, D)
 
 
@@ -398,7 +396,6 @@ def chunk_backward(
     bias_sums = after.weights.new_empty(span.memories, 2 * tiles.blocks, biases) if biases else None
     of_reads, of_keys = ((None, None), (None, None)) if norm_sums is None else norm_sums.unbind(1)
     options = row_options(inputs, operands, tiles, 8)
-    options["GRAD_PRECISION"] = "tf32" if inputs.x.dtype == torch.float16 else options["PRECISION"]
     read_backward_kernel[grid](
         inputs.x, grad_o, *inputs.norm, operands, states[0], out["x"], *rows, bias_sums, *of_reads,
         span.first_memory, *span.places, **options,
