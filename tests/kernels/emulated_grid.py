@@ -324,11 +324,10 @@ def render(rows: Sequence[Row], chosen: int) -> str:
     """The table as Markdown, of some of the `chosen` rows."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * 3}{' ---: |' * 3} --- |{' ---: |' * 6}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    ended = [row for row in rows if row.stopped is None]
-    summary = (
-        f"{len(rows)} calls, of which {len(ended)} ran to their end, {sum(bool(r.problems) for r in rows)} failed."
-    )
-    return "\n".join([_INTRODUCTION.format(triton=triton.__version__), summary, "", *lines, ""])
+    ended, failed = [row for row in rows if row.stopped is None], [row for row in rows if row.problems]
+    summary = [f"{len(rows)} of {chosen} calls were run; {len(ended)} came to their end, {len(failed)} failed:"]
+    summary += ["", *(f"- {', '.join(_cells(row)[:3])}: {'; '.join(row.problems)}" for row in failed)]
+    return "\n".join([_INTRODUCTION.format(triton=triton.__version__), *summary, "", *lines, ""])
 
 
 def _cells(row: Row) -> list[str]:
