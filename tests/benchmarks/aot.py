@@ -37,32 +37,14 @@ from recording import (
     TARGETS,
     Case,
     Launch,
-    _record_phase,
-    _TargetDriver,
     check_triton,
     collect,
-    record,
 )
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_tnt.kernels.fused.limits import TENSOR_MEMORY_COLUMNS
-
-# Of recording.py, for those who import this module.
-__all__ = [
-    "DTYPES",
-    "PHASES",
-    "PRESETS",
-    "SHARED_LIMITS",
-    "TARGETS",
-    "Case",
-    "Launch",
-    "collect",
-    "record",
-    "_record_phase",
-]
-__all__ += ["_TargetDriver"]
 
 TABLE = Path(__file__).with_name("AOT.md")
 

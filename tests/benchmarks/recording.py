@@ -35,7 +35,7 @@ SHARED_LIMITS = {
 TARGETS = (80, 90, 100)  # those of the table
 
 # How an error of the backend begins that is no mistake but its rule: too large a state for these operands.
-_REFUSAL = "backend='triton' cannot run:"
+REFUSAL = "backend='triton' cannot run:"
 
 LONG_CHUNK = 64  # tokens
 PRESETS = available_presets()
@@ -174,9 +174,9 @@ def _record_phase(drive: Callable, preset: str, dtype: torch.dtype, target: int)
         try:
             drive(preset, dtype)
         except ValueError as error:
-            if not str(error).startswith(_REFUSAL):
+            if not str(error).startswith(REFUSAL):
                 raise
-            return launches, str(error).removeprefix(_REFUSAL).strip()
+            return launches, str(error).removeprefix(REFUSAL).strip()
     return launches, None
 
 

@@ -45,8 +45,10 @@ def refused_kernel(o, SIZE: tl.constexpr):
 
 def record_launches(aot) -> dict:
     """Launches with all kinds of arguments."""
+    from recording import record
+
     x, bias, o = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64), torch.full((64,), 7.0)
-    with aot.record(90) as launches:
+    with record(90) as launches:
         scale_kernel[(4,)](x, bias, o, 64, 2**40, 0.5, True, SIZE=16, BIAS=True, num_warps=2, num_stages=5)
         scale_kernel[(4,)](x[1:], None, o, 1, 17, 2, False, SIZE=16, BIAS=False)
         scale_kernel[lambda meta: (4,)](x, bias, o, 128, 2**50, 0.25, True, 16, True, num_warps=2, num_stages=5)
@@ -71,13 +73,15 @@ def run_with_an_old_triton(aot) -> None:
 
 def measure_probes(aot) -> dict:
     """What kernels with known properties take, and what is said of it."""
+    from recording import record
+
     matrix, launches = torch.zeros(128, 128), []
     for target in aot.TARGETS:
-        with aot.record(target) as recorded:
+        with record(target) as recorded:
             hold_kernel[(1,)](matrix, matrix, SIZE=16, num_warps=1)
             hold_kernel[(1,)](matrix, matrix, SIZE=128, num_warps=1)
         launches += recorded
-    with aot.record(90) as recorded:
+    with record(90) as recorded:
         refused_kernel[(1,)](matrix, SIZE=24)
     launches += recorded
     cases = [aot.Case(launch, {("tiny", "fp32", "train")}) for launch in launches]

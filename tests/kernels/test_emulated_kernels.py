@@ -46,7 +46,7 @@ def run_subset() -> dict:
 
 def break_kernels() -> dict:
     """For each way of breaking the chain's PTX, at each place where it can be: (races, whether results changed)."""
-    import aot
+    import recording
     from emulator import launch as emulation
     from emulator.machine import Kernel
 
@@ -54,7 +54,7 @@ def break_kernels() -> dict:
     for target in (80, 90):
         g = torch.Generator().manual_seed(0)
         x, w = (torch.randn(64, 64, generator=g).bfloat16() / 8 for _ in range(2))
-        with aot.record(target) as launches:
+        with recording.record(target) as launches:
             chain_kernel[(1,)](x, w, torch.empty(64, 64), 64, 64, 2, num_warps=4)
         (recorded,) = launches
         ptx, shared = emulation.compile_to_ptx(recorded)

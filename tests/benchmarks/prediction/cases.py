@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import triton
-from aot import DTYPES, SHARED_LIMITS
+from recording import DTYPES, SHARED_LIMITS
 
 from modeling_tnt import TNTConfig
 from modeling_tnt.kernels.fused.limits import assume_device

@@ -1,6 +1,6 @@
 """What a call launches: kernels of Triton with grid and sizes, and torch's own kernels, at full size and on a CPU.
 
-Nothing of size is computed: kernels are recorded by `aot.record`, and operations of torch on large tensors only make
+Nothing of size is computed: kernels are recorded by `record`, and operations of torch on large tensors only make
 results of the right shape, whose memory is never touched. Small ones (tables, positions) are computed, since what is
 launched follows from them.
 """
@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from aot import Launch, record
+from recording import Launch, record
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
-from aot import Launch
+from recording import Launch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

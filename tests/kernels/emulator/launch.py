@@ -33,10 +33,8 @@ from .machine import Kernel, Launch
 from .memory import GlobalMemory, RaceReport
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import aot  # noqa: E402  (a script beside the tests, in no package)
+import recording  # noqa: E402  (a script beside the tests, in no package)
 
-# Bytes of shared memory that one block may have, by compute capability without its point (CUDA programming guide).
-SHARED_LIMITS = aot.SHARED_LIMITS | {89: 99 * 1024, 120: 99 * 1024}
 OLDEST_TRITON = (3, 6)
 
 
@@ -55,10 +53,10 @@ class Emulation:
     launches: Counter = field(default_factory=Counter)
     differences: Counter = field(default_factory=Counter)
 
-    def run(self, recorded: aot.Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    def run(self, recorded: recording.Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """Compile and run one launch; its tensors hold the results afterwards."""
         kernel, shared_bytes = compiled(recorded)
-        if shared_bytes > SHARED_LIMITS[self.target]:
+        if shared_bytes > recording.SHARED_LIMITS[self.target]:
             raise EmulationError(f"{recorded.name} needs {shared_bytes} bytes of shared memory")
         self.report.kernel = recorded.name
         self.launches[recorded.name] += 1
@@ -117,7 +115,7 @@ def _bits(value: Any, kind: str, storages: dict[int, tuple[str, np.ndarray]], me
 _compiled: dict[str, tuple[Kernel, int]] = {}
 
 
-def compiled(launch: aot.Launch) -> tuple[Kernel, int]:
+def compiled(launch: recording.Launch) -> tuple[Kernel, int]:
     """The kernel of a launch and the bytes of shared memory of its blocks."""
     if launch.key not in _compiled:
         ptx, shared_bytes = compile_to_ptx(launch)
@@ -125,7 +123,7 @@ def compiled(launch: aot.Launch) -> tuple[Kernel, int]:
     return _compiled[launch.key]
 
 
-def compile_to_ptx(launch: aot.Launch) -> tuple[str, int]:
+def compile_to_ptx(launch: recording.Launch) -> tuple[str, int]:
     """PTX and bytes of shared memory, without the assembler, which would take most of the time.
 
     What is cached has an empty binary in it, so it has a folder of its own.
@@ -163,7 +161,7 @@ def emulate(target: int, orders: Sequence[tuple[str, bool]] = (("lockstep", Fals
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
         raise RuntimeError(f"the emulator needs triton 3.6 or newer, this is {triton.__version__}; update triton")
     emulation = Emulation(target, orders)
-    with aot.record(target) as launches, assume_device(divmod(target, 10), SHARED_LIMITS[target]):
+    with recording.record(target) as launches, assume_device(divmod(target, 10), recording.SHARED_LIMITS[target]):
         bind = JITFunction.run
 
         def run(self, *args, grid, warmup, **kwargs):
