@@ -41,7 +41,7 @@ def projection_queries_kernel(
     for chunk in range(0, tl.cdiv(offset + count, C)):
         origin = first + chunk * C - offset
         if PER_CHUNK:
-            m = tl.where((chunk > 0) | (offset == 0), 0.0, m)
+            m *= tl.where((chunk > 0) | (offset == 0), 0.0, 1.0)  # zeros in its place do not compile for sm_100
         for tile in range(0, TILES):
             place, valid = tokens_of_tile(chunk, tile, offset, count, C, R)
             unit_k, _ = unit(load_tokens(k, origin, place, head, valid, H, D).to(tl.float32))

@@ -157,6 +157,25 @@ def first_ir(launch) -> str:
     return str(source.make_ir(target, launch.options, functions, modules, context))
 
 
+def measure_projections(aot) -> dict:
+    """What the projection within chunks takes on sm_100 in bf16, forward and backward: no preset has it."""
+    from recording import SHARED_LIMITS, record
+
+    from modeling_tnt.kernels import MemoryParams, local_memory
+    from modeling_tnt.kernels.fused.limits import assume_device
+
+    q, k, v = (torch.zeros(1, 9, 1, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with record(100) as launches, assume_device((10, 0), SHARED_LIMITS[100]):
+        o, _ = local_memory(
+            q, k, v, torch.zeros(1, 9, 1), MemoryParams(torch.zeros(1, 64, 64)),
+            chunk_size=8, qk_projection="chunk", backend="triton",
+        )  # fmt: skip
+        o.sum().backward()
+    projections = [launch for launch in launches if launch.name.startswith("projection")]
+    usages = aot.measure_all(projections, processes=1)
+    return {"errors": {launch.name: usage.error for launch, usage in zip(projections, usages, strict=True)}}
+
+
 def trains_with_an_anchor(case) -> bool:
     """Whether training needs the binary, and it holds a chunk's anchor beside the state."""
     return case.launch.constexprs().get("MULTI") == "True" and any(
@@ -303,6 +322,13 @@ def test_no_kernel_scans_a_single_column(tmp_path):
     assert not [types for types in scanned.values() if any("x1xf" in kind for kind in types)], scanned
 
 
+def test_a_projection_within_chunks_compiles_where_sums_are_kept_in_tensor_memory(tmp_path):
+    """The compiler fails on a sum there that a branch of the loop replaces by zeros."""
+    errors = in_other_process(measure_projections, tmp_path)["errors"]
+    names = ("projection_kernel", "projection_queries_kernel", "projection_keys_kernel")
+    assert errors == dict.fromkeys(names)
+
+
 def test_the_kernels_of_the_presets_fit(presets):
     assert not presets["problems"], "\n\n".join(presets["problems"])
 
@@ -328,6 +354,8 @@ def test_the_table_in_the_repository_is_of_these_kernels(presets):
 if __name__ == "__main__":
     import aot as _aot
 
-    functions = (record_launches, run_with_an_old_triton, measure_probes, list_scans, measure_presets)
+    functions = (
+        record_launches, run_with_an_old_triton, measure_probes, list_scans, measure_projections, measure_presets
+    )  # fmt: skip
     chosen = {f.__name__: f for f in functions}[sys.argv[1]]
     Path(sys.argv[2]).write_text(json.dumps(chosen(_aot)))
