@@ -1,4 +1,4 @@
-"""Every command and all Python of the README, in order and in one folder, as somebody who follows it runs them."""
+"""Every command and all Python of the READMEs, in order and in one folder, as somebody who follows them runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 from modeling_tnt.train.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md"]
 
 MODEL = (
     "--model.override num_hidden_layers=1 hidden_size=32 num_heads=2 head_dim=16 intermediate_size=64 "
@@ -65,7 +65,6 @@ NOT_RUN = {
     "python -m pytest": "these tests",
     "accelerate launch": "needs 8 GPUs",
     "torchrun": "tests/train/test_distributed.py does it, in half a minute",
-    "python tests/benchmarks/aot.py": "compiles for a quarter of an hour, a part of which test_aot.py does",
 }
 
 
@@ -75,8 +74,8 @@ class Block(NamedTuple):
 
 
 def read_blocks() -> list[Block]:
-    """The fenced blocks of the README."""
-    blocks, lines = [], iter(README.splitlines())
+    """The fenced blocks of the pages."""
+    blocks, lines = [], iter("\n".join(page.read_text(encoding="utf-8") for page in PAGES).splitlines())
     for line in lines:
         if line.startswith("```"):
             blocks.append(Block(line[3:], "\n".join(iter(lambda: next(lines), "```"))))
@@ -108,7 +107,7 @@ def test_every_command_has_an_entry_and_every_entry_a_command():
     commands = [words for block in read_blocks() if block.language == "bash" for words in split_commands(block.text)]
     assert len(commands) > 20
     folders = ("configuration", "hub_cards", "kernels", "modeling_tnt", "tests", "train")
-    others = [path for folder in folders for path in (ROOT / folder).rglob("README.md")]
+    others = [path for folder in folders for path in (ROOT / folder).rglob("README.md") if path not in PAGES]
     assert not any("```bash" in path.read_text(encoding="utf-8") for path in others), "the commands of more READMEs"
     assert {find_entry(words) for words in commands} == {*SHORT, *NOT_RUN}
 
@@ -168,13 +167,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_readme_can_be_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_readmes_can_be_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra eval")
     torch.manual_seed(0)
     names: dict = {}
     for language, text in read_blocks():
         if language == "python":
-            exec(compile(text, "README.md", "exec"), names)
+            exec(compile(text, "README", "exec"), names)
         elif language == "yaml":
             Path(text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
         for words in split_commands(text) if language == "bash" else []:
