@@ -46,10 +46,12 @@ class ReadConfiguration(NamedTuple):
 
     @classmethod
     def of(cls, problem: MemoryProblem, is_global: bool) -> ReadConfiguration:
-        from .fused.limits import MIN_ROWS, begins_in_mid_chunk
+        from .fused.limits import begins_in_mid_chunk, device_of, tile_rows
 
-        p = problem  # longer chunks are cut into tiles, which is the same to the kernels as a start in mid-chunk
-        in_mid_chunk = not is_global and 1 < p.chunk_size <= MIN_ROWS and begins_in_mid_chunk(p)
+        p, in_mid_chunk = problem, False
+        # Longer chunks are cut into tiles, which is the same to the kernels as a start in mid-chunk.
+        if not is_global and 1 < p.chunk_size <= tile_rows(p, device_of(p.q.device)):
+            in_mid_chunk = begins_in_mid_chunk(p)
         return cls(
             is_global, p.q.device, p.q.dtype, tuple(p.params.w1.shape), _present(p.params),
             _present((p.momentum, p.decay, p.token_scale)), p.chunk_size, p.shard_length, p.qk_projection,

@@ -105,7 +105,7 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     if is_global:
         return None
     no_room = _no_room(p, device, multi=True)
-    if no_room is not None and p.chunk_size <= _rows(p) and not begins_in_mid_chunk(p):
+    if no_room is not None and p.chunk_size <= tile_rows(p, device) and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
 
@@ -120,7 +120,7 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
             f"the fast weights, with their momentum and the anchor of chunks longer than {MIN_ROWS}, must have at most "
             f"{most} numbers a head to stay on the chip with {p.q.dtype}, got {words}; {remedy}"
         )
-    shared = _shared_memory(p, multi)
+    shared = _shared_memory(p, device, multi)
     if shared > device.shared_memory:
         return f"a block needs about {shared} bytes of shared memory, the device has {device.shared_memory}; {remedy}"
     columns = _tensor_memory(p, multi) if device.capability[0] in WITH_TENSOR_MEMORY else 0
@@ -136,7 +136,8 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
 def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     """The tiles of a call. `multi_start`: some sequence begins in mid-chunk, at an anchor that is not its state."""
     p = problem
-    rows, device = _rows(p), device_of(p.q.device)
+    device = device_of(p.q.device)
+    rows = tile_rows(p, device)
     multi = multi_start or p.chunk_size > rows
     words = _state_words(p, multi)
     projection_rows = MAX_PROJECTION_ROWS
@@ -153,18 +154,19 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
         warps = 4
     # A larger state leaves the forward no registers for it.
     forward_stages = 2 if words <= SMALL_STATE_WORDS and p.q.element_size() == 2 else 1
-    backward_stages = 2 if _shared_memory(p, multi, stages=2) <= device.shared_memory else 1
+    backward_stages = 2 if _shared_memory(p, device, multi, stages=2) <= device.shared_memory else 1
     return Tiles(rows, projection_rows, multi, warps, warps, backward_warps, forward_stages, backward_stages, tall)
 
 
-def _rows(p: MemoryProblem) -> int:
+def tile_rows(p: MemoryProblem, device: Device) -> int:
     """Tokens of a tile. A chunk in one tile needs no anchor beside the state, and its products fill the tensor cores.
 
     But what a tile holds grows with its rows: a large state, float32 operands or the matrices of gates then spill more
-    than the caches take.
+    than the caches take, and products of 64 rows take tensor memory where there is one. Before 9.0 nothing multiplies
+    64 rows at a time.
     """
     gated = p.momentum is not None or p.decay is not None
-    if _matrix_words(p) > SMALL_STATE_WORDS or _operand_bytes(p) > 2 or gated:
+    if device.capability[0] != 9 or _matrix_words(p) > SMALL_STATE_WORDS or _operand_bytes(p) > 2 or gated:
         return MIN_ROWS
     return _rows_of_a_chunk(p, MAX_ROWS)
 
@@ -184,7 +186,7 @@ def _state_words(p: MemoryProblem, multi: bool) -> int:
     return (1 + (p.momentum is not None) + multi) * _matrix_words(p)
 
 
-def _shared_memory(p: MemoryProblem, multi: bool, stages: int = 1) -> int:
+def _shared_memory(p: MemoryProblem, device: Device, multi: bool, stages: int = 1) -> int:
     """An upper bound, from what the kernels took when they were compiled ahead of time; the backward takes most.
 
     `stages`: tiles of which the traced states and the tokens (x, k, v, the output's gradient, and up to four numbers of
@@ -194,7 +196,7 @@ def _shared_memory(p: MemoryProblem, multi: bool, stages: int = 1) -> int:
     if p.needs_grad:
         copies += 1 + (p.momentum is not None)
     D, M = p.params.w1.shape[1:]
-    rows = _rows(p)
+    rows = tile_rows(p, device)
     tiles = rows * (2 * max(D, M) + 3 * rows)
     loads = (1 + (p.momentum is not None) + multi) * _matrix_words(p) + 4 * rows * (D + 2)  # 2: a float32 number
     return (copies * _matrix_words(p) + tiles) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()

@@ -155,7 +155,7 @@ def fits(part: str, choice: dict) -> bool:
             return False
         matrix *= 2
     momentum, multi = choice["rule"] in ("momentum", "both"), choice["chunk_size"] > 16 or choice["shape"] != "whole"
-    width = 4 if choice["dtype"] == "fp32" else 2
+    width = 2 if choice["dtype"] == "bf16" else 4  # gradients that are operands are float32 with fp16
     copies = 1 + momentum + multi
     if copies * matrix > {2: 65536, 4: 16384}[width]:
         return False

@@ -574,6 +574,12 @@ def test_a_small_memory_has_tiles_as_long_as_its_chunks(changes: dict, rows: int
     assert (tiles.rows, tiles.multi) == (rows, multi)
 
 
+@pytest.mark.parametrize("device", [A100, B200], ids=str)
+def test_tiles_of_more_rows_are_for_groups_of_warps_without_tensor_memory(device: tuple):
+    """By the compiler: with 64 rows an MLP of D = 32 takes 768 columns of tensor memory, of which there are 512."""
+    assert choose(device, linear=True, chunk_size=64).rows == 16
+
+
 @pytest.mark.parametrize(
     "device, changes, stages",
     [(H200, {}, (1, 2)), (H200, {"linear": True}, (2, 2)), (A100, {"dtype": torch.float32}, (1, 1))],
