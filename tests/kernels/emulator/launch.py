@@ -45,6 +45,7 @@ class Emulation:
     orders       (order of warps, whether blocks ran backwards) of each run of a launch; the first one counts.
     launches     by name of the kernel.
     differences  (kernel, order): launches whose results another order changed.
+    kernels      by `Launch.key`: what was compiled, with the bytes of shared memory of its blocks.
     """
 
     target: int
@@ -52,10 +53,14 @@ class Emulation:
     report: RaceReport = field(default_factory=RaceReport)
     launches: Counter = field(default_factory=Counter)
     differences: Counter = field(default_factory=Counter)
+    kernels: dict[str, tuple[Kernel, int]] = field(default_factory=dict)
 
     def run(self, recorded: recording.Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """Compile and run one launch; its tensors hold the results afterwards."""
-        kernel, shared_bytes = compiled(recorded)
+        if recorded.key not in self.kernels:
+            ptx, shared_bytes = compile_to_ptx(recorded)
+            self.kernels[recorded.key] = Kernel(ptx), shared_bytes
+        kernel, shared_bytes = self.kernels[recorded.key]
         if shared_bytes > recording.SHARED_LIMITS[self.target]:
             raise EmulationError(f"{recorded.name} needs {shared_bytes} bytes of shared memory")
         self.report.kernel = recorded.name
@@ -110,17 +115,6 @@ def _bits(value: Any, kind: str, storages: dict[int, tuple[str, np.ndarray]], me
             raise Unsupported(f"a parameter of type {kind} is not emulated")
         return struct.unpack("<I", struct.pack("<f", value))[0]
     return int(value)
-
-
-_compiled: dict[str, tuple[Kernel, int]] = {}
-
-
-def compiled(launch: recording.Launch) -> tuple[Kernel, int]:
-    """The kernel of a launch and the bytes of shared memory of its blocks."""
-    if launch.key not in _compiled:
-        ptx, shared_bytes = compile_to_ptx(launch)
-        _compiled[launch.key] = Kernel(ptx), shared_bytes
-    return _compiled[launch.key]
 
 
 def compile_to_ptx(launch: recording.Launch) -> tuple[str, int]:
