@@ -1,6 +1,6 @@
 """Every kind of memory call on every kind of GPU, by the emulator. No GPU is needed.
 
-    python tests/kernels/emulated_grid.py                                  # the grid: about 20 minutes on two cores
+    python tests/kernels/emulated_grid.py                                  # the grid: a quarter of an hour on two cores
     python tests/kernels/emulated_grid.py --write                          # and put its table into EMULATED.md
     python tests/kernels/emulated_grid.py --subset                         # what the tests run
     python tests/kernels/emulated_grid.py --targets 90 --dtypes bf16 --only global --json
