@@ -574,6 +574,16 @@ def test_a_small_memory_has_tiles_as_long_as_its_chunks(changes: dict, rows: int
     assert (tiles.rows, tiles.multi) == (rows, multi)
 
 
+@pytest.mark.parametrize("decay, stages", [(True, 2), (False, 1)])
+def test_a_backward_that_the_compiler_never_ends_has_two_stages(decay: bool, stages: int):
+    """Of 128 x 128 matrices with both gates, begun in mid-chunk. Compiled, and emulated, by emulated_grid.py."""
+    tokens, gate = torch.empty(1, 9, 1, 128, device="meta", dtype=torch.bfloat16), torch.empty(1, 9, 1, device="meta")
+    params = MemoryParams(torch.empty(1, 128, 128, device="meta").requires_grad_())
+    begun = MemoryProblem(tokens, tokens, tokens, gate, params, 8, 16, "none", momentum=gate)
+    with assume_device(*H200):
+        assert tiles_for(begun._replace(decay=gate if decay else None), multi_start=True).backward_stages == stages
+
+
 @pytest.mark.parametrize("device", [A100, B200], ids=str)
 def test_tiles_of_more_rows_are_for_groups_of_warps_without_tensor_memory(device: tuple):
     """By the compiler: with 64 rows an MLP of D = 32 takes 768 columns of tensor memory, of which there are 512."""
