@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
@@ -394,8 +395,10 @@ def _finish(
     missing.sort(key=lambda setting: setting.case.seed)  # the number within a part: parts take turns
     if not missing or seconds <= 0:
         return finished
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for row in pool.imap_unordered(run, missing):
+    # An executor, not a pool, which would wait for ever for a process that the system has killed.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, setting) for setting in missing]):
+            row = future.result()
             finished[_key(row)] = row
             outcome = row.stopped or f"{len(row.problems)} problems, {row.seconds:.0f} s"
             print(f"[{len(finished)}] {row.name} sm_{row.target} {row.dtype}: {outcome}", file=sys.stderr)
@@ -404,6 +407,7 @@ def _finish(
             if path is not None:
                 path.write_text(json.dumps([vars(row) for row in finished.values()]), encoding="utf-8")
             if time.monotonic() - start > seconds:
+                pool.shutdown(cancel_futures=True)
                 break
     return finished
 
