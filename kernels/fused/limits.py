@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch.torch_version import TorchVersion
 
 from ..checks import MemoryProblem
 
@@ -32,6 +33,11 @@ MAX_ROWS = MAX_PROJECTION_ROWS = 64
 # Each sum of a kernel's loop has columns of its own.
 WITH_TENSOR_MEMORY = (10, 11)
 TENSOR_MEMORY_COLUMNS = 512
+
+
+# A group of warps may read what a copy ahead of time has put into shared memory only behind a fence, which triton 3.6
+# leaves out in some kernels (seen by the emulator).
+COPIES_ARE_FENCED = TorchVersion(triton.__version__) >= "3.7"
 
 
 class Device(NamedTuple):
@@ -157,12 +163,14 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     forward_stages = 2 if words <= SMALL_STATE_WORDS and p.q.element_size() == 2 else 1
     fits_twice = _shared_memory(p, device, multi, stages=2) <= device.shared_memory
     backward_stages = 2 if fits_twice or (tall and multi and _compiles_without_end(p, rows)) else 1
+    if tall and not COPIES_ARE_FENCED:
+        forward_stages = backward_stages = 1
     return Tiles(rows, projection_rows, multi, warps, warps, backward_warps, forward_stages, backward_stages, tall)
 
 
 def _compiles_without_end(p: MemoryProblem, rows: int) -> bool:
-    """Whether LLVM takes all memory for a backward of one stage, seen with triton 3.7.1. Its two stages take 189,000 B,
-    less than the bound says."""
+    """Whether LLVM takes all memory for a backward of one stage, with triton 3.7.1 but not 3.6. Its two stages take
+    189,000 B, less than the bound says."""
     gated = p.momentum is not None and p.decay is not None
     return gated and p.q.shape[-1] == MAX_HEAD_DIM and p.chunk_size <= rows
 

@@ -8,6 +8,7 @@ from modeling_tnt.kernels.checks import MemoryProblem
 
 pytest.importorskip("triton")
 
+from modeling_tnt.kernels.fused import limits
 from modeling_tnt.kernels.fused.limits import Tiles, assume_device, obstacle, tiles_for
 
 # Compute capability, bytes of shared memory a block.
@@ -99,6 +100,14 @@ def test_tiles_of_more_rows_are_for_groups_of_warps_without_tensor_memory(device
 def test_loads_are_a_tile_ahead_where_there_is_room(device: tuple, changes: dict, stages: tuple[int, int]):
     """In registers for the forward, in shared memory for the backward."""
     tiles = choose(device, **changes)
+    assert (tiles.forward_stages, tiles.backward_stages) == stages
+
+
+@pytest.mark.parametrize("device, stages", [(H200, (1, 1)), (A100, (2, 2))], ids=str)
+def test_nothing_is_loaded_ahead_where_the_compiler_leaves_out_a_fence(device: tuple, stages: tuple, monkeypatch):
+    """Triton 3.6 on sm_90; on sm_80 no product reads shared memory past its barriers."""
+    monkeypatch.setattr(limits, "COPIES_ARE_FENCED", False)
+    tiles = choose(device, linear=True)
     assert (tiles.forward_stages, tiles.backward_stages) == stages
 
 
