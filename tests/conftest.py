@@ -1,6 +1,14 @@
 """Where there is no GPU, Triton's kernels run in its interpreter, on CPU tensors; and one thread a process."""
 
+import inspect
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 # Tensors are tiny here, and the suite runs in several processes, whose threads would wait for each other. Torch reads
 # it when it is imported.
@@ -11,3 +19,23 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it must be set before the first of ours is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def in_other_process() -> Callable[[Callable, Path], dict]:
+    """Call a function of a test module in a process that can compile kernels, as none with TRITON_INTERPRET can.
+
+    The module is a script, too: with the function's name and a file's, it writes what the function returns there, as
+    JSON. The process runs, and Triton's cache lies, in the folder that is given.
+    """
+
+    def call(function: Callable, folder: Path) -> dict:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        script = str(Path(inspect.getfile(function)).resolve())
+        command = [sys.executable, script, function.__name__, "facts.json"]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((folder / "facts.json").read_text())
+
+    return call

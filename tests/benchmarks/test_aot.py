@@ -5,7 +5,6 @@ script: the tests run it in a process without that variable, and look at the fac
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -196,28 +195,18 @@ def is_compiled_in_tests(case) -> bool:
 # -- In the process of the tests ---------------------------------------------------------------------------------------
 
 
-def in_other_process(function, directory: Path) -> dict:
-    """What a function above returns in a process that can compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), function.__name__, "facts.json"]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((directory / "facts.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
+def recorded(in_other_process, tmp_path_factory):
     return in_other_process(record_launches, tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
-def probes(tmp_path_factory):
+def probes(in_other_process, tmp_path_factory):
     return in_other_process(measure_probes, tmp_path_factory.mktemp("probes"))
 
 
 @pytest.fixture(scope="module")
-def presets(tmp_path_factory):
+def presets(in_other_process, tmp_path_factory):
     return in_other_process(measure_presets, tmp_path_factory.mktemp("presets"))
 
 
@@ -314,7 +303,7 @@ def test_names_of_a_table_do_not_depend_on_what_was_measured(probes):
     assert {"## hold_kernel", "## refused_kernel", "2. tiny (train): SIZE=16"} <= set(probes["names"])
 
 
-def test_no_kernel_scans_a_single_column(tmp_path):
+def test_no_kernel_scans_a_single_column(in_other_process, tmp_path):
     """Triton 3.4 to 3.6 end in an assertion there; tests run under a newer one."""
     scanned = in_other_process(list_scans, tmp_path)["scanned"]
     assert scanned.keys() >= {"forward_kernel", "recompute_kernel", "backward_kernel"}
@@ -322,7 +311,7 @@ def test_no_kernel_scans_a_single_column(tmp_path):
     assert not [types for types in scanned.values() if any("x1xf" in kind for kind in types)], scanned
 
 
-def test_a_projection_within_chunks_compiles_where_sums_are_kept_in_tensor_memory(tmp_path):
+def test_a_projection_within_chunks_compiles_where_sums_are_kept_in_tensor_memory(in_other_process, tmp_path):
     """The compiler fails on a sum there that a branch of the loop replaces by zeros."""
     errors = in_other_process(measure_projections, tmp_path)["errors"]
     names = ("projection_kernel", "projection_queries_kernel", "projection_keys_kernel")

@@ -5,9 +5,7 @@ which the tests run in a process without that variable. All rows of the grid: `p
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from itertools import combinations, product
 from pathlib import Path
@@ -102,23 +100,13 @@ def broken(ptx: str) -> dict[str, list[str]]:
 # -- In the process of the tests ---------------------------------------------------------------------------------------
 
 
-def in_other_process(function, directory: Path) -> dict:
-    """What a function above returns in a process that can compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(directory / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), function.__name__, "facts.json"]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((directory / "facts.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(in_other_process, tmp_path_factory):
     return in_other_process(run_subset, tmp_path_factory.mktemp("subset"))["rows"]
 
 
 @pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
+def mutants(in_other_process, tmp_path_factory):
     return in_other_process(break_kernels, tmp_path_factory.mktemp("broken"))
 
 
