@@ -88,13 +88,13 @@ def _mixed(ins: Instruction, layout: Layout) -> Run:
 
 
 def _sign(ins: Instruction, layout: Layout) -> Run:
-    """neg.bf16, abs.f16: of half precision alone only the sign is changed here."""
+    """neg.bf16, abs.f16x2: of half precision alone only the sign is changed here."""
     allow(ins)
     if ins.parts[0] not in ("neg", "abs"):
         raise ins.unsupported()
-    sign = np.uint16(0x8000)
+    sign = np.uint32(0x80008000) if ins.parts[-1].endswith("x2") else np.uint16(0x8000)
     change = (lambda x: x ^ sign) if ins.parts[0] == "neg" else (lambda x: x & ~sign)
-    return _elementwise(ins, layout, [np.uint16], change)
+    return _elementwise(ins, layout, [type(sign)], change)
 
 
 def _pairs(ins: Instruction, layout: Layout) -> Run:
@@ -109,7 +109,7 @@ def _pairs(ins: Instruction, layout: Layout) -> Run:
 
 
 def _is_float(ins: Instruction) -> bool:
-    return ins.parts[-1] in ("f32", "f32x2", "bf16", "f16")
+    return ins.parts[-1] in ("f32", "f32x2", "bf16", "f16", "bf16x2", "f16x2")
 
 
 _INTEGER: dict[str, tuple[int, Callable]] = {
