@@ -1,8 +1,9 @@
 """The local memory's backward over a group of chunks: one program per (segment, head) walks them from last to first.
 
 The states before its tiles were written by recompute.py. The gradient of the state stays in registers, float32, and is
-carried from group to group in memory. The projection has a backward of its own (projection_backward.py), since it does
-not depend on the memory and would only take registers here: this kernel ends at the gradient of the projected query.
+carried from group to group in memory. The projection has a backward of its own (projection_queries.py and
+projection_keys.py), since it does not depend on the memory and would only take registers here: this kernel ends at the
+gradient of the projected query.
 """
 
 import triton

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,6 +46,7 @@ from .global_layout import (
     store_rows,
     token_place,
 )
+from .limits import gradient_dtype
 from .math import feature_mean, gelu_curvature, gelu_sigmoid, gelu_slope, normalise, normalise_backward
 from .tile import add_dot, dot
 
@@ -323,11 +323,6 @@ def retreat_kernel(
         before = after * tl.load(momentum_effect + coefficient) + after_s * tl.load(momentum_decay + coefficient)
         tl.store(grad_momentum + at, before, mask=valid)
         tl.store(gs + (SHARD + n) * FW + f, (-before).to(gs.dtype.element_ty), mask=f < FW)
-
-
-def gradient_dtype(tokens: torch.dtype) -> torch.dtype:
-    """Of gradients that are operands of products; see the module."""
-    return torch.float32 if tokens == torch.float16 else tokens
 
 
 class Rows(NamedTuple):

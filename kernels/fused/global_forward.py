@@ -235,10 +235,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a b, accumulated and returned in float32: [N, I, K] x [N, K, O] -> [N, I, O].
 
     So a number is rounded to the operands' dtype once, when it becomes an operand, as in a kernel that keeps it in
-    registers. `torch.bmm(out_dtype=)` is there since torch 2.8, on CUDA alone; elsewhere (ROCm, and the CPU of the
-    interpreter) the operands are widened first, which gives the same numbers.
+    registers. `torch.bmm(out_dtype=)` is there since torch 2.8, on CUDA alone; on the CPU of the interpreter the
+    operands are widened first, which gives the same numbers.
     """
-    if a.device.type == "cuda" and torch.version.hip is None and a.dtype != torch.float32:
+    if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..operators import NAMESPACE, OPERATORS
 from ..slab import MOMENTUM, WEIGHTS, ScanInputs
 from ..types import FastWeights
-from .global_backward import StateGradients, backward_tiles, chunk_backward, gradient_dtype
+from .global_backward import StateGradients, backward_tiles, chunk_backward
 from .global_forward import BLOCK, advance, read, write
 from .global_layout import COEFFICIENTS, STATE, GlobalInputs, Layout, pack_state, unpack_state
+from .limits import gradient_dtype
 
 # Bytes of one float32 hidden activation, [N, C, M], of the chunks that are worked on at a time: enough work to fill a
 # large card. The backward holds about three times that.

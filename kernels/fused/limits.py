@@ -219,9 +219,14 @@ def _shared_memory(p: MemoryProblem, device: Device, multi: bool, stages: int = 
     return (copies * _matrix_words(p) + tiles) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()
 
 
+def gradient_dtype(tokens: torch.dtype) -> torch.dtype:
+    """Of gradients that are operands of products; see `tile.gradient_operand`."""
+    return torch.float32 if tokens == torch.float16 else tokens
+
+
 def _operand_bytes(p: MemoryProblem) -> int:
-    """Of the widest operands of products: those of gradients in float16 are float32, see `tile.gradient_operand`."""
-    return 4 if p.q.dtype == torch.float16 and p.needs_grad else p.q.element_size()
+    """Of the widest operands of products."""
+    return (gradient_dtype(p.q.dtype) if p.needs_grad else p.q.dtype).itemsize
 
 
 def _tensor_memory(p: MemoryProblem, multi: bool) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..operators import NAMESPACE, OPERATORS
 from .backward import backward_kernel
 from .forward import forward_kernel
+from .limits import gradient_dtype
 from .projection import projection_kernel
 from .projection_keys import projection_keys_kernel
 from .projection_queries import projection_queries_kernel
@@ -273,7 +274,7 @@ class _Backward:
             out["norm_weight"] = self.grad_o.new_zeros(self.S, self.H, self.D, dtype=torch.float32)
         grad_x = out["q"]
         if plan.projection:  # no result yet: in the range of float32, as the operands of gradients
-            grad_x = torch.empty_like(x.q, dtype=torch.float32 if x.q.dtype == torch.float16 else None)
+            grad_x = torch.empty_like(x.q, dtype=gradient_dtype(x.q.dtype))
         for group in reversed(range(plan.groups)):
             self._recompute(group, trace)
             self._backward(group, queries, trace, grad_x, out, carried)
