@@ -22,7 +22,7 @@ from torch import Tensor
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "trainer_state.safetensors"
 CHECKSUMS_FILE = "SHA256SUMS"  # in the format of sha256sum
-_ASIDE = ("saving", "previous", "removing")
+ASIDE = ("saving", "previous", "removing")
 
 
 def save_folder(path: Path, write: Callable[[Path], None], own: Collection[str] = ()) -> None:
@@ -215,7 +215,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def neighbours(path: Path) -> tuple[Path, Path, Path]:
     """Where a folder is while it is written, replaced and removed."""
-    saving, previous, removing = (path.with_name(f".{path.name}.{suffix}") for suffix in _ASIDE)
+    saving, previous, removing = (path.with_name(f".{path.name}.{suffix}") for suffix in ASIDE)
     return saving, previous, removing
 
 

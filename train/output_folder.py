@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from modeling_tnt.hub_cards import CARD_FILE, is_own_card
 from modeling_tnt.hub_cards.facts import FACTS_FILE
 
-from .checkpoint import atomic_file, discard, files_below, neighbours, recover, save_folder
+from .checkpoint import ASIDE, atomic_file, discard, files_below, neighbours, recover, save_folder
 
 MANIFEST, LOCK = "tnt-manifest.json", ".tnt.lock"
 SHOWN = 4  # files that a message names
@@ -110,10 +110,12 @@ class OutputFolder:
             path = self.root / name
             if path.is_dir() and not name.endswith("/"):
                 yield path
-            # What a killed process left is the command's own where it had listed the folder.
-            hidden = neighbours(path) if name.endswith("/") and name not in listed else ()
-            for place in (path, *hidden):
-                yield from files_below(place)
+            if name.endswith("/") and name in listed:
+                # What a killed process left beside it and in it is the command's own: `recover` deals with it.
+                yield from (file for file in files_below(path) if not _is_aside(file.relative_to(path).parts[:-1]))
+            else:
+                for place in (path, *neighbours(path)) if name.endswith("/") else (path,):
+                    yield from files_below(place)
 
     # --------------------------------------------------------------------------------------------------------- writing
 
@@ -198,8 +200,14 @@ class OutputFolder:
 
 def _hidden_in(folder: Path) -> Iterator[Path]:
     """The names that folders in `folder` had before a killed process renamed them."""
-    for place in [*folder.glob(".*.saving"), *folder.glob(".*.previous"), *folder.glob(".*.removing")]:
-        yield place.with_name(place.name.rpartition(".")[0].removeprefix("."))
+    for place in folder.glob(".*.*"):
+        if _is_aside((place.name,)):
+            yield place.with_name(place.name.rpartition(".")[0].removeprefix("."))
+
+
+def _is_aside(folders: tuple[str, ...]) -> bool:
+    """Whether the first of these names of folders is one that a folder has while it is written, replaced or removed."""
+    return bool(folders) and folders[0].startswith(".") and folders[0].rpartition(".")[2] in ASIDE
 
 
 def _words(names: list[str]) -> str:

@@ -115,6 +115,19 @@ def test_a_kill_while_old_files_are_removed_leaves_no_part_of_them(used: OutputF
     assert _content(used.root) == {"result.json": "{}", "model/notes.txt": "mine"} | expected
 
 
+@pytest.mark.parametrize("aside", ["saving", "previous", "removing"])
+def test_what_a_kill_left_in_a_listed_folder_is_not_in_the_way(used: OutputFolder, aside: str):
+    """A process was killed in the middle of its first save, or of a removal, below a folder that it had listed."""
+    left = used.root / "model" / f".step-1.{aside}"
+    left.mkdir()
+    (left / "half").write_text("1")
+    if aside != "saving":
+        used.claim(["model/step-1/half"])
+    assert _problems(used) == ""
+    used.clear()
+    assert _content(used.root) == {}
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"written_by": {"eval": [3]}}', '{"written_by": {"eval": ["../x"]}}'])
 def test_a_manifest_that_is_no_good_is_named(tmp_path: Path, text: str):
     (tmp_path / MANIFEST).write_text(text)
