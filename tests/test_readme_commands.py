@@ -64,7 +64,7 @@ NOT_RUN = {
     "pip install": "the first step of .ci/run",
     "python -m pytest": "these tests",
     "accelerate launch": "needs 8 GPUs",
-    "torchrun": "tests/train/test_distributed.py does it, in half a minute",
+    "torchrun": "tests/train/loop/test_distributed.py does it, in half a minute",
 }
 
 

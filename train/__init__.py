@@ -6,7 +6,12 @@ For training elsewhere: `TwoStageCallback` for transformers' Trainer; `lora_conf
 from importlib import import_module
 
 # Loaded when asked for: transformers' Trainer alone takes longer to import than the `tnt` command to print its help.
-_HOMES = {"TwoStageCallback": ".callback", "load_lora": ".lora", "lora_config": ".lora", "save_lora": ".lora"}
+_HOMES = {
+    "TwoStageCallback": ".integrations.callback",
+    "load_lora": ".integrations.lora",
+    "lora_config": ".integrations.lora",
+    "save_lora": ".integrations.lora",
+}
 
 __all__ = list(_HOMES)
 

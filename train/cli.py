@@ -42,16 +42,16 @@ COMMANDS = (
     ),
     Command(
         "card",
-        "card_command:CardArguments",
-        "card_command:run_card",
+        "hub.card_command:CardArguments",
+        "hub.card_command:run_card",
         help="write the model card of a saved model",
         description="Write the README.md of a saved model again, with results of tnt eval, a licence, or another "
         "template. What is not known is left out.",
     ),
     Command(
         "push",
-        "push_command:PushArguments",
-        "push_command:run_push",
+        "hub.push_command:PushArguments",
+        "hub.push_command:run_push",
         help="send a saved model to the Hub",
         description="Check a saved model and send it to the Hugging Face Hub in one commit, with its code, tokenizer "
         "and card. Where the connection broke, the same command goes on.",

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("lm-evaluation-harness is not installed; use pip install 'modeling-tnt[eval]'") from error
 
-from .lora import read_base_config
+from .integrations.lora import read_base_config
 
 
 @register_model("tnt")

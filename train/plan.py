@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from modeling_tnt.configuration import TNTConfig
 from modeling_tnt.configuration.validation import divisors
 
-from .bench.models import make_llama_config
-from .checkpoint import read_state
+from .common.models import make_llama_config
 from .data import Rows, TokenizedData, Tokens, load_data, load_tokenizer
-from .distributed import find_wrong_setup, from_main
+from .hub.push_run import find_wrong_push
+from .loop.checkpoint import read_state
+from .loop.distributed import find_wrong_setup, from_main
+from .loop.run_folder import RunFolder
 from .options import flag_of, leaves, to_mapping
-from .push_run import find_wrong_push
 from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
-from .run_folder import RunFolder
 
 # What may differ between a run and its resumption: none of it changes what is computed.
 FREE_TO_CHANGE = (

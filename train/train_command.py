@@ -6,11 +6,11 @@ import signal
 
 from accelerate import Accelerator
 
-from .errors import NonFiniteError, OutOfMemory, TrainingStopped
+from .common.errors import NonFiniteError, OutOfMemory, TrainingStopped
+from .loop.trainer import train
 from .options import fail
 from .plan import find_missing_trackers, prepare
 from .recipe import PRECISIONS, Recipe
-from .trainer import train
 
 
 def run_train(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for hub_server
+sys.path.insert(0, str(Path(__file__).parent / "hub"))  # for hub_server
 
 WORDS = "the memory reads one token and then another while it learns to forget what no longer helps".split()
 

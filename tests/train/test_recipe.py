@@ -10,7 +10,7 @@ import yaml
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.cli import main
-from modeling_tnt.train.optim import learning_rate_at
+from modeling_tnt.train.loop.optim import learning_rate_at
 from modeling_tnt.train.options import from_mapping, leaves, to_mapping
 from modeling_tnt.train.plan import Stage, plan_stages, split_batch
 from modeling_tnt.train.recipe import Recipe, StageOptions, available_recipes, load_recipe, recipe_from_mapping

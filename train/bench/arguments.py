@@ -16,10 +16,10 @@ import torch
 from modeling_tnt.configuration import TNTConfig, available_presets
 from modeling_tnt.kernels import BACKENDS
 
+from ..common.costs import MODES
+from ..common.models import make_titans_config, make_tnt_config
+from ..common.output_folder import OutputFolder
 from ..options import find_blocked_folder, flag_of, option
-from ..output_folder import OutputFolder
-from .costs import MODES
-from .models import make_titans_config, make_tnt_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEERS = ("fla", "flash", "cudnn", "titans")

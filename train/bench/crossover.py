@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..pictures import short_count
+from ..common.pictures import short_count
 from .attempt import OK
 from .rows import ModelRow
 

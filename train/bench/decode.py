@@ -31,14 +31,14 @@ from modeling_tnt import TNTForCausalLM
 from modeling_tnt.compat import named_cache
 from modeling_tnt.kernels import choose_step_backend
 
-from ..checkpoint import atomic_file
+from ..common.files import atomic_file
+from ..common.machine import describe_machine, describe_versions
+from ..common.models import build_llama
+from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from ..options import to_mapping
-from ..pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from .arguments import DTYPES
 from .attempt import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory
 from .decode_arguments import DecodeBenchArguments
-from .machine import describe_machine, describe_versions
-from .models import build_llama
 from .report import align, length_table, list_reasons, speed
 from .rows import DecodeRow, timing_fields
 from .session import Session

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.costs import FORWARD
+from ..common.machine import describe_machine, describe_versions
 from .arguments import DTYPES, KernelBenchArguments
 from .attempt import MISSING, NOT_RUN, OK, Outcome, attempt
 from .contenders import Case, Contender, Work, make_contenders, projection_of
-from .costs import FORWARD
 from .gate import Gate, GateResult
-from .machine import describe_machine, describe_versions
 from .predicted import summarize_predictions
 from .report import detail_table, length_table, list_reasons, name_of, save_kernel_plot, speed
 from .rows import CsvLog, KernelRow, timing_fields

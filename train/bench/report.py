@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from ..pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
+from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from .attempt import CANNOT_RUN, FAILED, GATE_FAILED, MISSING, NOT_RUN, OK, OUT_OF_MEMORY
 from .rows import KernelRow, Row
 

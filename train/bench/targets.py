@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..common.costs import BOTH
 from .attempt import OK
-from .costs import BOTH
 from .rows import KernelRow
 
 CONDITIONS = {"dtype": "bf16", "head_dim": 64, "expansion": 2, "shard_length": 2048}

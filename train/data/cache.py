@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..progress import progress_bar
+from ..common.progress import progress_bar
 from .encode import Encoder
 from .options import DataOptions
 from .sources import Document, Position, Source, find_source, hash_json

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..common.output_folder import OutputFolder
 from ..data import DataOptions
 from ..options import find_blocked_folder, flag_of, option
-from ..output_folder import OutputFolder
 
 TASKS = ("perplexity", "position", "chunks", "retrieval")
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,7 @@ from typing import Any
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.configuration.validation import divisors
 
-from ..pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture
+from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture
 from .estimates import Estimate
 from .perplexity import compare_scores
 from .scores import Scores

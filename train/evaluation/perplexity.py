@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..pictures import COLORS, REFERENCE, picture
+from ..common.pictures import COLORS, REFERENCE, picture
 from .estimates import Estimate, mean_error, ratio_influence
 from .scores import Scores
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pictures import BARS, COLORS, count_tokens, draw_curve, move_apart, picture
+from ..common.pictures import BARS, COLORS, count_tokens, draw_curve, move_apart, picture
 from .estimates import Estimate, fit_slope, mean_error, ratio_influence
 from .scores import TokenLosses
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modeling_tnt import TNTForCausalLM
 
-from ..pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture, short_count
+from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture, short_count
 from .estimates import Estimate, Proportion, mean
 from .needles import DEPTH_BINS, Needle, digits_for
 

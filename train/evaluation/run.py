@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..checkpoint import atomic_file
+from ..common.errors import is_out_of_memory
+from ..common.files import atomic_file
+from ..common.progress import progress_bar
 from ..data import Rows, load_data
-from ..errors import is_out_of_memory
 from ..options import to_mapping
-from ..progress import progress_bar
 from .arguments import DTYPES, EvalArguments
 from .choice import choose_tasks, make_needles
 from .chunks import ChunkCurve, default_chunk_sizes, describe_chunks, draw_chunks, measure_chunks, report_chunks

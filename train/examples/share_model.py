@@ -12,9 +12,9 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
-from modeling_tnt.train.card_command import CardArguments, make_card
-from modeling_tnt.train.push import Target, push_folder
-from modeling_tnt.train.push_files import check_folder, show_folder
+from modeling_tnt.train.hub.card_command import CardArguments, make_card
+from modeling_tnt.train.hub.push import Target, push_folder
+from modeling_tnt.train.hub.push_files import check_folder, show_folder
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--model", help="folder or Hub name of a model with its tokenizer; none: an untrained tiny one")

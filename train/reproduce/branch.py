@@ -6,9 +6,10 @@ import shutil
 
 import yaml
 
-from ..checkpoint import atomic_folder, files_below, read_state
+from ..common.files import atomic_folder, files_below
+from ..loop.checkpoint import read_state
+from ..loop.run_folder import RunFolder
 from ..options import to_mapping
-from ..run_folder import RunFolder
 from .jobs import Job
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from modeling_tnt import TNTConfig, TNTForCausalLM
 
 from ..data import load_tokenizer
+from ..loop.run_folder import RunFolder
 from ..options import to_mapping
 from ..plan import Stage, find_differences, make_config, plan_stages
 from ..recipe import Recipe, load_recipe, recipe_from_mapping
-from ..run_folder import RunFolder
 from .arguments import Table3Arguments
 from .paper import BASE, ROWS
 from .scales import SCALES, Scale

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ..common.pictures import picture, without_outliers
 from ..evaluation.estimates import Estimate
-from ..pictures import picture, without_outliers
 from .paper import BASE, ROWS
 from .results import STANDARD_ERRORS, RowResult, difference_to_base
 

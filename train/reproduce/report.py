@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..bench.machine import describe_versions
-from ..bench.models import make_llama_config
-from ..checkpoint import atomic_file
+from ..common.files import atomic_file
+from ..common.machine import describe_versions
+from ..common.models import make_llama_config
 from ..evaluation.estimates import Estimate
 from .arguments import Table3Arguments
 from .jobs import Job

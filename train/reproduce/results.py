@@ -12,8 +12,8 @@ import torch
 
 from ..data import TokenizedData
 from ..evaluation.estimates import Estimate, mean
+from ..loop.state import score_key
 from ..recipe import Recipe
-from ..state import score_key
 from .jobs import Job
 from .paper import BASE, CLAIMS, ROWS, Claim
 

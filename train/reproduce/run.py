@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from ..bench.machine import describe_machine
 from ..bench.timing import Deadline
+from ..common.machine import describe_machine
+from ..common.output_folder import OutputFolder
 from ..data import TokenizedData, load_data, load_tokenizer
-from ..output_folder import OutputFolder
-from ..run_folder import RunFolder
-from ..signals import Stopper
+from ..loop.run_folder import RunFolder
+from ..loop.signals import Stopper
 from .arguments import Table3Arguments
 from .jobs import Job, find_other_settings, make_jobs
 from .picture import describe_lines, draw_table

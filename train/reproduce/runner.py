@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench.timing import Deadline
-from ..signals import Stopper
+from ..loop.signals import Stopper
 from .branch import begin_from_first_stage
 from .jobs import Job, write_recipe
 from .paper import ROWS

@@ -19,12 +19,12 @@ from modeling_tnt import TNTForCausalLM
 from modeling_tnt.compat import enable_checkpointing
 
 from ..bench.attempt import OK, attempt
-from ..bench.machine import describe_machine
-from ..bench.models import make_llama_config
 from ..bench.timing import Deadline, synchronize
-from ..checkpoint import atomic_file
-from ..optim import parameter_groups
-from ..progress import progress_bar
+from ..common.files import atomic_file
+from ..common.machine import describe_machine
+from ..common.models import make_llama_config
+from ..common.progress import progress_bar
+from ..loop.optim import parameter_groups
 from .jobs import Job
 
 WARM_UP_STEPS = 1

@@ -16,7 +16,7 @@ from modeling_tnt.kernels.fused.limits import assume_device
 from modeling_tnt.memory_layer import TNTMemoryLayer
 from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.contenders import Case, FlaTttLinear, OurMemory
-from modeling_tnt.train.bench.costs import BOTH, FORWARD, attention_operations, memory_operations
+from modeling_tnt.train.common.costs import BOTH, FORWARD, attention_operations, memory_operations
 
 from .card import H100
 from .recording import Recording, record_calls

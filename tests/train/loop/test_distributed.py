@@ -1,0 +1,171 @@
+"""Two processes with gloo on the CPU: DDP and FSDP2 train what one process does, and each resumes the others' runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from modeling_tnt import configuration
+from modeling_tnt.train.cli import main
+from modeling_tnt.train.data import RowOrder
+from modeling_tnt.train.loop import trainer
+from modeling_tnt.train.loop.batches import StepBatches
+from modeling_tnt.train.loop.checkpoint import read_state
+from modeling_tnt.train.loop.distributed import gather_weights, load_optimizer
+from modeling_tnt.train.loop.report import read_log
+from modeling_tnt.train.loop.run_folder import RunFolder
+
+# Marked documents give the processes different numbers of predicted tokens.
+RUN = ["--training.batch-size", "4", "--training.micro-batch-size", "1", "--data.boundaries", "marked",
+       "--stages.stage2.share", "0.5", "--output.checkpoint-every", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def one_process(flags, tmp_path: Path) -> Path:
+    assert main([*flags, *RUN, "--output.dir", str(tmp_path / "one")]) == 0
+    return tmp_path / "one"
+
+
+def _launch(flags: list[str], **env: str) -> subprocess.Popen:
+    """`torchrun -m modeling_tnt.train`, which accelerate launch runs for several processes on one machine, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "modeling_tnt.train", *flags[1:], *RUN],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **env},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _steps(run: Path) -> list[dict]:
+    return [r for r in read_log(run / "log.jsonl") if r["event"] == "step"]
+
+
+def _assert_equal_within_float_error(run: Path, expected: Path) -> None:
+    """Sums in another order differ by float32 rounding (1e-7), which AdamW's division lets grow over nine steps."""
+    steps, wanted = _steps(run), _steps(expected)
+    assert [(s["stage"], s["step"], s["tokens"]) for s in steps] == [
+        (s["stage"], s["step"], s["tokens"]) for s in wanted
+    ]
+    for name in ("loss_nats_per_token", "gradient_norm"):
+        assert [s[name] for s in steps] == pytest.approx([s[name] for s in wanted], rel=2e-5)
+    health, wanted = ([r for r in read_log(x / "log.jsonl") if r["event"] == "memory_health"] for x in (run, expected))
+    assert len(health) == len(wanted)
+    for stage in ("stage1", "stage2"):
+        weights, wanted = (load_file(r / stage / "model.safetensors") for r in (run, expected))
+        assert weights.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(weights[name], wanted[name], rtol=0, atol=2e-4)
+    names = ("after_stage1", "after_stage1_at_stage2_chunks", "after_stage2")
+    values = [
+        {r["name"]: r["bits_per_byte"] for r in read_log(x / "log.jsonl") if r["event"] == "validation"}
+        for x in (run, expected)
+    ]
+    assert [values[0][n] for n in names] == pytest.approx([values[1][n] for n in names], rel=1e-5)
+
+
+def test_ddp_goes_on_with_a_run_of_one_process(flags, one_process: Path, tmp_path: Path, monkeypatch):
+    take_step = trainer.Session.take_step
+
+    def stop(self, *args):
+        if self.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, *args)
+
+    monkeypatch.setattr(trainer.Session, "take_step", stop)
+    assert main([*flags, *RUN]) == 143
+    resumed = _launch([*flags, "--resume"])
+    output, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert "stage1-00000002" in output and "2 processes" in output
+    _assert_equal_within_float_error(tmp_path / "run", one_process)
+
+
+def test_one_process_goes_on_with_a_run_of_fsdp2(flags, one_process: Path, tmp_path: Path, capsys):
+    """Stopped by SIGTERM in stage 2, so that FSDP2 trains, validates, saves and swaps before."""
+    sharded = _launch([*flags, "--training.sharding", "fsdp2"])
+    log = tmp_path / "run" / "log.jsonl"
+    while sharded.poll() is None and not (log.exists() and '"stage": "stage2", "step": 1' in log.read_text()):
+        time.sleep(0.02)
+    sharded.send_signal(signal.SIGTERM)
+    _, errors = sharded.communicate(timeout=300)
+    assert "stopped in stage2" in errors, errors
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("stage2-*"))
+    assert read_state(checkpoint)["state"]["step"] < 3
+    assert main([*flags, *RUN, "--resume"]) == 0
+    assert str(checkpoint) in capsys.readouterr().out
+    _assert_equal_within_float_error(tmp_path / "run", one_process)
+
+
+def test_processes_in_a_folder_in_use_fail_together(flags, tmp_path: Path):
+    with RunFolder(tmp_path / "run").hold():
+        launched = _launch(flags)
+        _, errors = launched.communicate(timeout=300)
+    assert launched.returncode != 0
+    assert errors.count("is in use: another process") == 2
+    assert errors.count("Traceback") == 1, "the launcher's own, which says that they failed"
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(flags, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 1)
+    assert main(flags) == 2
+    assert "set the environment variable ACCELERATE_USE_CPU=true" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp2_of_one_process_is_refused(flags, capsys):
+    assert main([*flags, "--training.sharding", "fsdp2"]) == 2
+    assert "--training.sharding fsdp2 needs several processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 6), (1, 2), (2, 3), (2, 1), (3, 2)])
+def test_a_step_reads_the_same_rows_whatever_the_processes(processes: int, micro: int):
+    def order() -> RowOrder:
+        return RowOrder(16 * 100, seq_len=16, block_len=16, seed=0, num_rows=18)
+
+    expected = list(order())
+    read: list[list[int]] = [[], [], []]
+    for process in range(processes):
+        batches = StepBatches(
+            order(), batch_size=6, micro_batch_size=micro, process=process, num_processes=processes
+        )  # fmt: skip
+        found = list(batches)
+        assert len(found) == len(batches) == 18 // (micro * processes)
+        per_step = len(found) // 3
+        for i, batch in enumerate(found):
+            read[i // per_step] += batch
+    assert [sorted(step) for step in read] == [sorted(expected[6 * i : 6 * i + 6]) for i in range(3)]
+
+
+def test_tied_weights_are_gathered_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    weights = gather_weights(model, keep=True)
+    assert weights["embed.weight"] is weights["head.weight"] and gather_weights(model, keep=False) == {}
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="an entry for other, which is no parameter"):
+        load_optimizer(model, optimizer, {"other/exp_avg": torch.zeros(2)})
+    with pytest.raises(ValueError, match="lacks 1 parameters that are trained, e.g. bias"):
+        load_optimizer(model, optimizer, {"weight/exp_avg": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("path", sorted((Path(configuration.__file__).parent / "accelerate").glob("*.yaml")))
+def test_shipped_accelerate_configurations_are_read_by_accelerate(path: Path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1 and config.mixed_precision == "no"
+    assert f"configuration/accelerate/{path.name}" in path.read_text() or "torchrun" in path.read_text()

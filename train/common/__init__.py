@@ -1,0 +1,1 @@
+"""What several of the package's tools share: files, folders, progress, plots, facts about models and machines."""

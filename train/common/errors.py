@@ -1,0 +1,53 @@
+"""What stops a training run, with words for the person who started it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..plan import Run
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient norm is infinite or not a number."""
+
+
+class OutOfMemory(RuntimeError):
+    """There was too little memory; the message says what to lower."""
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal asked training to stop; the message says where, and what is left. `signal` is None in a process that
+    got none itself."""
+
+    def __init__(self, message: str, signal: int | None):
+        super().__init__(message)
+        self.signal = signal
+
+
+# What torch's allocators say where they raise no OutOfMemoryError of their own.
+_CPU_ALLOCATOR = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was lacking, on a GPU or on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_ALLOCATOR)
+
+
+def explain_out_of_memory(error: BaseException, run: Run) -> str:
+    """What to lower when memory was lacking."""
+    training, advice = run.recipe.training, []
+    if run.micro_batch_size > 1:
+        advice.append(
+            f"--training.micro-batch-size {run.micro_batch_size // 2} (a step stays {training.batch_size} rows)"
+        )
+    if not training.gradient_checkpointing:
+        advice.append("--training.gradient-checkpointing")
+    if training.mixed_precision == "no":
+        advice.append("--training.mixed-precision bf16")
+    if training.sharding == "none":
+        advice.append("--training.sharding fsdp2 with several processes")
+    advice.append(f"a --training.seq-len below {run.block_len}")
+    first_line = str(error).strip().partition("\n")[0]
+    return f"out of memory ({first_line}). Lower what a step needs: {'; '.join(advice)}"

@@ -1,0 +1,113 @@
+"""Where a number came from, in words and commands that hold no path of this machine."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data import DataOptions
+from ..data.sources import is_on_hub
+from ..evaluation.arguments import TASKS, EvalArguments
+from ..options import flag_of, leaves, to_mapping
+from ..recipe import Recipe, StageOptions
+
+LOCAL_TEXT = "your-text"
+LOCAL_MODEL = "your-model"
+LOCAL_TOKENIZER = "your-tokenizer"
+# Fields of `output` that decide what is measured; the others say where results go.
+_MEASURING = ("eval_tokens", "eval_every")
+# Of an evaluation: what says on which machine it ran, beside which models, and where results went.
+_NOT_MEASURING = ("model", "compare", "tasks", "output_dir", "overwrite", "batch_size", "device", "data.cache_dir")
+
+
+@dataclass(frozen=True)
+class DataOrigin:
+    """Text that was read: in words, by its name on the Hub or by one word for what has none."""
+
+    words: str
+    kind: str
+    on_hub: bool = False
+    config: str | None = None
+    split: str | None = None
+
+
+def find_origin(data: DataOptions) -> DataOrigin:
+    if not data.sources:
+        version = ".".join(platform.python_version_tuple()[:2])
+        return DataOrigin(f"source files of the standard library of Python {version}", "python-stdlib")
+    if is_on_hub(data.sources):
+        (name,) = data.sources
+        return DataOrigin(f"the dataset {name}", name, True, data.config, data.split)
+    return DataOrigin("local text, which is not published with the model", "local-text")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name of a model or a tokenizer is a path."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def train_command(recipe: Recipe) -> tuple[str, str | None]:
+    """The command that trains with a recipe, and the YAML file that it names, if it needs one.
+
+    The file holds what differs from the defaults. Local files, models and tokenizers are there under a stand-in.
+    """
+    changed = _difference(to_mapping(recipe), to_mapping(Recipe()))
+    changed.get("data", {}).pop("cache_dir", None)
+    if "stages" in changed:
+        empty = to_mapping(StageOptions())
+        changed["stages"] = [{"name": s["name"]} | _difference(s, empty) for s in to_mapping(recipe)["stages"]]
+    changed["output"] = {k: v for k, v in changed.get("output", {}).items() if k in _MEASURING}
+    _hide_data(changed.get("data", {}))
+    start_from = changed.get("model", {}).get("start_from")
+    if start_from is not None and is_local(start_from):
+        changed["model"]["start_from"] = LOCAL_MODEL
+    changed = {section: values for section, values in changed.items() if values}
+    if not changed:
+        return "tnt train", None
+    return "tnt train --config recipe.yaml", yaml.safe_dump(changed, sort_keys=False).rstrip()
+
+
+def eval_command(task: str, arguments: EvalArguments) -> str:
+    """The command that measured `task`; the model is called `{model}` in it.
+
+    Args:
+        arguments: of the evaluation. What says how fast, and where results go, is left out.
+    """
+    usual = {leaf.path: leaf.value for leaf in leaves(EvalArguments())}
+    hidden = {"sources": list(arguments.data.sources), "tokenizer": arguments.data.tokenizer}
+    _hide_data(hidden)
+    parts = []
+    for path, _, value, metadata in leaves(arguments):
+        other_task = metadata["group"] in TASKS and metadata["group"] != task
+        if path in _NOT_MEASURING or value == usual[path] or other_task:
+            continue
+        section, _, name = path.rpartition(".")
+        value = hidden.get(name, value) if section == "data" else value
+        parts += [flag_of(path), *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return " ".join(["tnt eval {model} --tasks", task, *map(shlex.quote, parts)])
+
+
+def _hide_data(data: dict[str, Any]) -> None:
+    sources = data.get("sources")
+    if sources and not is_on_hub(sources):
+        data["sources"] = [LOCAL_TEXT]
+    if data.get("tokenizer") and is_local(data["tokenizer"]):
+        data["tokenizer"] = LOCAL_TOKENIZER
+
+
+def _difference(mapping: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What of nested mappings is not as in the defaults."""
+    result = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]:
+            value = _difference(value, defaults[key])
+            if value:
+                result[key] = value
+        elif value != defaults.get(key):
+            result[key] = value
+    return result

@@ -1,0 +1,56 @@
+"""Model FLOPs utilisation: the share of a GPU's peak that a model's own operations reach."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_tnt import TNTConfig
+
+from .costs import FORWARD, attention_operations, memory_operations
+
+# Dense peak of the vendors' data sheets, operations a second with bfloat16 operands.
+_PEAK_BF16 = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 150e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12, "V100": 125e12,
+}  # fmt: skip
+
+
+def peak_operations(device: torch.device) -> float | None:
+    """bfloat16 operations a second of a GPU by its name; None for a CPU and for an unknown one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+
+
+def operations_per_token(model: PreTrainedModel, seq_len: int) -> float:
+    """Floating-point operations of a training step per token: three times those of a forward pass.
+
+    A forward pass has two for each weight of a linear layer, and what `bench.costs` counts for memories or attention.
+    What an implementation computes twice is not counted.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    weights = sum(w.numel() for w in linear if id(w) not in embeddings)
+    head = model.get_output_embeddings()
+    if head is not None and id(head.weight) in embeddings:
+        weights += head.weight.numel()
+    return 3 * (2 * weights + _mixer_operations(model, seq_len))
+
+
+def _mixer_operations(model: PreTrainedModel, seq_len: int) -> float:
+    config = model.config
+    heads = config.num_hidden_layers * config.num_attention_heads
+    if not isinstance(config, TNTConfig):
+        return heads * attention_operations(FORWARD, head_dim=config.head_dim, length=seq_len)
+    shape = {"memory": config.memory_type, "head_dim": config.head_dim, "expansion": config.memory_expansion}
+    operations = sum(
+        memory_operations(FORWARD, chunk_size=chunk_size, qk_projection=config.qk_projection, **shape)
+        for chunk_size in config.local_chunk_sizes
+    )
+    if config.global_chunk_size is not None:
+        # Its tokens read the state before the chunk, so that there are no products within one.
+        operations += memory_operations(FORWARD, chunk_size=0, qk_projection="none", **shape)
+    return heads * operations

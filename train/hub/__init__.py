@@ -1,0 +1,1 @@
+"""To the Hub: model cards and uploads."""

@@ -1,0 +1,1 @@
+"""Stage 2 under other trainers: transformers' Trainer, PEFT."""

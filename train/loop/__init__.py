@@ -1,0 +1,1 @@
+"""The training loop: stages, optimizer, checkpoints, several processes."""
