@@ -72,9 +72,9 @@ def _module(name: str) -> ModuleType:
 
         return reference
     if name == "torch":
-        from . import torch_backend
+        from .torch_backend import reader
 
-        return torch_backend
+        return reader
     from . import triton_backend
 
     return triton_backend

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import MemoryProblem
 from .stack import MemoryStack
-from .torch_step import StepOptions
+from .torch_backend.step import StepOptions
 from .types import MemoryParams, initial_memory_state
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ class MemoryStack:
     position    [memories, rows, H] int64. The heads of a row have one counter each, equal ones: they are stepped by
                 programs that do not wait for each other.
     states      one `MemoryState` for each memory: views of the above, which change as the memories are stepped.
-    stepper     what the torch backend's step has prepared for these buffers, see `torch_step`, or None.
+    stepper     what the torch backend's step has prepared for these buffers, see `torch_backend.step`, or None.
     aligned_to  chunk sizes for which every row at the start of a chunk is known to have its weights as its anchor; None
                 where that is not known, as in states that were made with other chunks.
     """

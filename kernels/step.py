@@ -8,7 +8,7 @@ For each memory, with the equations of `kernels/api.py` and one token t of each 
 
 The "triton" backend does all of it in one launch and never waits for the device, so a step may be captured in a CUDA
 graph, and is one operator to `torch.compile`. The "torch" backend does it in a few operations for all memories, see
-`torch_step`; `torch.compile` breaks its graph there. The reference reads one memory after the other with its
+`torch_backend.step`; `torch.compile` breaks its graph there. The reference reads one memory after the other with its
 `local_memory` and `global_memory`.
 """
 
@@ -26,7 +26,7 @@ from .api import global_memory, local_memory
 from .backends import BACKENDS, BackendChoice, missing, warn_of_fallback
 from .checks import check_global, check_local
 from .stack import MemoryStack
-from .torch_step import StepGates, StepOptions, TorchStep
+from .torch_backend.step import StepGates, StepOptions, TorchStep
 from .types import MemoryParams, MemoryState, is_of
 
 HIDDEN_MULTIPLE = 16

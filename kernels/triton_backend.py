@@ -16,9 +16,9 @@ from .checks import MemoryProblem
 from .fused.global_scan import scan_global_chunks
 from .fused.limits import tiles_for
 from .fused.local_scan import EndState, Plan, ScanInputs, scan_segments
-from .segments import final_positions, plan_segments, segment_table, sequence_lengths
-from .slab import ScanInputs as ChunkInputs
-from .torch_backend import Reader
+from .torch_backend.reader import Reader
+from .torch_backend.segments import final_positions, plan_segments, segment_table, sequence_lengths
+from .torch_backend.slab import ScanInputs as ChunkInputs
 from .types import FastWeights, MemoryParams, MemoryState
 
 _PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}

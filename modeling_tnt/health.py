@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .compat import cache_of
 from .kernels import FastWeights, MemoryParams, MemoryState
-from .kernels.torch_step import StepOptions
+from .kernels.torch_backend.step import StepOptions
 from .memory_layer import MemoryInputs, TNTMemoryLayer, read_memory
 from .modeling import TNTPreTrainedModel
 

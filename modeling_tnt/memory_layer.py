@@ -23,7 +23,7 @@ from .kernels import (
 )
 from .kernels.checks import MemoryProblem
 from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
-from .kernels.torch_step import StepGates, StepOptions
+from .kernels.torch_backend.step import StepGates, StepOptions
 from .packing import Packing, TokenStep
 
 # Initial gates: half of the earlier surprise stays in the momentum; a token's trace halves after about 280 tokens.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.torch_step import StepOptions
+from .kernels.torch_backend.step import StepOptions
 from .kernels.transfer import to_device, to_host
 
 

@@ -1,4 +1,4 @@
-"""The global memory's kernels backward (the steps are those of `kernels/chunk_backward.py`, without reads in a chunk).
+"""The global memory's kernels backward: the steps of `torch_backend/chunk_backward.py`, without reads in a chunk.
 
 As forward, a program has R tokens of one memory and takes the hidden units U at a time; it makes activations again
 rather than keep them. What the tokens of a chunk give to the gradients of the state before it are products over all of

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..slab import MOMENTUM, WEIGHTS
+from ..torch_backend.slab import MOMENTUM, WEIGHTS
 
 STATE = WEIGHTS + MOMENTUM
 COEFFICIENTS = ("end_decay", "end_momentum", "momentum_decay")

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..operators import NAMESPACE, OPERATORS
-from ..slab import MOMENTUM, WEIGHTS, ScanInputs
+from ..torch_backend.slab import MOMENTUM, WEIGHTS, ScanInputs
 from ..types import FastWeights
 from .global_backward import StateGradients, backward_tiles, chunk_backward
 from .global_forward import BLOCK, advance, read, write

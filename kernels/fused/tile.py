@@ -1,6 +1,6 @@
 """One tile of a chunk: R tokens that meet the same anchor. What the forward and the backward kernel share.
 
-The mathematics is that of `kernels/chunk.py` (formulas: TTT, arXiv 2407.04620, section 2.5). A tile is a whole chunk or
+The mathematics is that of `torch_backend/chunk.py` (TTT, arXiv 2407.04620, section 2.5). A tile is a whole chunk or
 a part of one: gradients are taken at the *anchor*, the weights before the chunk, while reads start from the *current*
 weights, those before the tile. A padded token has k = q = v = 0 and lr = 0.
 

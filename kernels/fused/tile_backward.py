@@ -1,4 +1,4 @@
-"""The backward of the parts of a tile, after the chunk formulas of `kernels/chunk_backward.py`.
+"""The backward of the parts of a tile, after the chunk formulas of `kernels/torch_backend/chunk_backward.py`.
 
 `grad_x` is the gradient of the loss with respect to x. Gradients of the current state (gw, gb) and of what reads also
 depend on (gs, gs_bias: the momentum, or the anchor under a token scale) come in as those after the tile and go out as

@@ -355,7 +355,7 @@ def test_auto_on_a_cpu_is_torch():
     """Also where the interpreter could run the kernels."""
     problem = problem_of(dtype=torch.float32)
     assert choose_backend("cpu", problem).name == "torch"
-    assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend")
+    assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend.reader")
 
 
 def test_triton_that_is_not_installed(monkeypatch):
@@ -420,7 +420,7 @@ def test_auto_warns_once_that_a_gpu_does_without_the_kernels(limits):
         problem = problem_of(D=24, M=32)._replace(q=torch.empty(1, 1, 1, 24, dtype=torch.bfloat16, device="cuda"))
         message = r"backend='auto' runs the torch backend on cuda\. .*got 24"
         with pytest.warns(UserWarning, match=message):
-            assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend")
+            assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend.reader")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             backends.load_backend("auto", problem, is_global=False)

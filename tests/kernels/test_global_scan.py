@@ -9,14 +9,14 @@ from memory_cases import GLOBAL_CASES, Case, assert_same, call, make_inputs, sum
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from modeling_tnt.kernels import torch_backend
-from modeling_tnt.kernels.coefficients import Gates, global_coefficients
 from modeling_tnt.kernels.fused import global_scan
 from modeling_tnt.kernels.fused.global_layout import STATE, Layout
 from modeling_tnt.kernels.fused.global_scan import scan_global_chunks
 from modeling_tnt.kernels.operators import OPERATORS
-from modeling_tnt.kernels.scan import scan_chunks
-from modeling_tnt.kernels.slab import ScanInputs
+from modeling_tnt.kernels.torch_backend import reader
+from modeling_tnt.kernels.torch_backend.coefficients import Gates, global_coefficients
+from modeling_tnt.kernels.torch_backend.scan import scan_chunks
+from modeling_tnt.kernels.torch_backend.slab import ScanInputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -298,7 +298,7 @@ def test_against_the_reference(case: Case, packed: bool, monkeypatch):
         o, *state = scan_global_chunks(inputs, lengths, chunk_size)
         return o.cpu(), *(None if group is None else group.map(Tensor.cpu) for group in state)
 
-    monkeypatch.setattr(torch_backend, "scan_chunks", scan)
+    monkeypatch.setattr(reader, "scan_chunks", scan)
     with torch.autocast("cpu", torch.bfloat16):
         o, state = call(case, "torch", x)
     got = summarize(o, state, x)

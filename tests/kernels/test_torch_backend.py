@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_cases import CASES, PROJECTIONS, RULES, Case, assert_same, call, make_inputs, reference_result, run
 
-from modeling_tnt.kernels import projection, scan
+from modeling_tnt.kernels.torch_backend import projection, scan
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from modeling_tnt.kernels import transfer
 from modeling_tnt.kernels.checks import MemoryProblem
-from modeling_tnt.kernels.segments import plan_segments, segment_table
+from modeling_tnt.kernels.torch_backend.segments import plan_segments, segment_table
 from modeling_tnt.kernels.transfer import KeptNumbers, on_device, to_device, to_host
 
 LIKE = torch.zeros(1)

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, packing
-from modeling_tnt.kernels import MemoryParams, checks, global_memory, local_memory, projection, scan, transfer
+from modeling_tnt.kernels import MemoryParams, checks, global_memory, local_memory, transfer
+from modeling_tnt.kernels.torch_backend import projection, scan
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .operators import NAMESPACE, OPERATORS
+from ..operators import NAMESPACE, OPERATORS
 
 # Tokens per block, which bounds the quadratic part, and bytes of a block of queries.
 BLOCK = 64

@@ -12,17 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunk import (
-    Affinity,
-    ChunkState,
-    Coefficients,
-    Norm,
-    gelu_curvature,
-    gelu_slope,
-    linear,
-    normalise_backward,
-)
-from .types import FastWeights
+from ..types import FastWeights
+from .chunk import Affinity, ChunkState, Coefficients, Norm, gelu_curvature, gelu_slope, linear, normalise_backward
 
 
 class Layer(NamedTuple):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import MemoryProblem
-from .transfer import on_device
+from ..checks import MemoryProblem
+from ..transfer import on_device
 
 INIT, STATE, HEAD, JOB, TAIL = "init", "state", "head", "job", "tail"
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..types import FastWeights
 from .chunk import ChunkState, Coefficients, Norm, advance, chunk_forward
 from .chunk_backward import chunk_backward
-from .types import FastWeights
 
 WEIGHTS = FastWeights._fields
 MOMENTUM = tuple(f"momentum_{name}" for name in WEIGHTS)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..stack import MemoryStack
+from ..types import MemoryParams
 from .chunk import NORM_EPS
-from .stack import MemoryStack
-from .types import MemoryParams
 
 
 class StepOptions(NamedTuple):

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import MemoryProblem
+from ..checks import MemoryProblem
+from ..transfer import on_device
+from ..types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 from .chunk import Coefficients, Norm, advance, chunk_forward, read_only
 from .coefficients import Gates, global_coefficients, local_coefficients, token_scale_coefficients
 from .projection import project_queries
@@ -27,8 +29,6 @@ from .segments import (
     scatter,
     sequence_lengths,
 )
-from .transfer import on_device
-from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 
 def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:

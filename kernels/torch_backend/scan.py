@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .operators import NAMESPACE, OPERATORS
+from ..operators import NAMESPACE, OPERATORS
+from ..transfer import on_device
+from ..types import FastWeights
 from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, named
-from .transfer import on_device
-from .types import FastWeights
 
 # Shards are taken in slabs whose fast weights fit into the caches of a CPU; see tests/benchmarks/LOG.md.
 SLAB_BYTES = 4 << 20

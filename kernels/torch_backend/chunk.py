@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import FastWeights
+from ..types import FastWeights
 
 NORM_EPS = 1e-6
 
