@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..kernels.memories.kinds import memory_kind
 from .presets import load_preset
 from .validation import (
     describe_extra_keys,
@@ -48,12 +49,14 @@ class TNTConfig(PreTrainedConfig):
         tie_word_embeddings: use the embedding as the output head.
         use_cache: return the memories' state unless the call says otherwise.
         pad_token_id, bos_token_id, eos_token_id: token ids below vocab_size, or None; eos may be a list.
-        memory_type: "mlp" (two layers, gelu) or "linear".
-        memory_expansion: hidden width of an MLP memory in units of head_dim. None: 2. A linear memory has 1.
+        memory_type: the kind of memory: "mlp" (gelu between its linear maps), "linear", "swiglu", or one that
+            `register_memory` was given.
+        memory_depth: linear maps of an MLP memory; 1 makes it linear. None: 2, and what other kinds have.
+        memory_expansion: hidden width of a memory in units of head_dim. None: 2, or 1 without hidden units.
         memory_bias: fast-weight biases.
         memory_residual_norm: f(x) = x + LN(y) instead of f(x) = y (TTT, arXiv 2407.04620).
         memory_base_lr: eta_base of the local memories' step size `eta(x) = eta_base * sigmoid(theta.x + b)`.
-            None: TTT's 1.0 for linear memories and 0.1 for MLPs.
+            None: TTT's 1.0 for linear memories and 0.1 for MLPs, which other kinds have, too.
         global_memory_base_lr: the same for the global memory, which sums over a far larger chunk. None: a tenth of it.
         memory_initializer_range: standard deviation of the learned initial fast weights. None: 1/sqrt(fan_in).
         memory_norm_init: initial value of gamma, the learned weight of the residual norm `f(x) = x + gamma * LN(y) +
@@ -100,6 +103,7 @@ class TNTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     memory_type: str = "mlp"
+    memory_depth: int | None = None
     memory_expansion: int | None = None
     memory_bias: bool = True
     memory_residual_norm: bool = True
@@ -135,11 +139,13 @@ class TNTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-8 * self.hidden_size // (3 * 64))
-        linear = self.memory_type == "linear"
+        kind = memory_kind(self.memory_type)
+        if self.memory_depth is None:
+            self.memory_depth = kind.depth
         if self.memory_expansion is None:
-            self.memory_expansion = 1 if linear else 2
+            self.memory_expansion = 2 if kind.has_hidden(self.memory_depth) else 1
         if self.memory_base_lr is None:
-            self.memory_base_lr = 1.0 if linear else 0.1
+            self.memory_base_lr = kind.base_lr
         if self.global_memory_base_lr is None:
             self.global_memory_base_lr = self.memory_base_lr / 10
         if self.memory_norm_init is None and self.memory_residual_norm:

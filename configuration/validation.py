@@ -13,9 +13,9 @@ from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..kernels.memories.kinds import memory_kind, memory_types
 from .version import VERSION
 
-MEMORY_TYPES = ("mlp", "linear")
 QK_PROJECTIONS = ("shard", "chunk", "none")
 KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -161,7 +161,7 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
         if not _is_int(getattr(c, name), 1):
             yield f"{name} must be an int of at least 1, got {getattr(c, name)!r}"
-    for name in ("head_dim", "intermediate_size", "memory_expansion"):
+    for name in ("head_dim", "intermediate_size", "memory_depth", "memory_expansion"):
         if getattr(c, name) is not None and not _is_int(getattr(c, name), 1):
             yield f"{name} must be an int of at least 1, or None for the default, got {getattr(c, name)!r}"
     if not _is_int(c.conv_kernel_size, 0):
@@ -178,7 +178,7 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     ):  # fmt: skip
         if not isinstance(getattr(c, name), bool):
             yield f"{name} must be True or False, got {getattr(c, name)!r}"
-    choices = {"memory_type": MEMORY_TYPES, "qk_projection": QK_PROJECTIONS, "kernel_backend": KERNEL_BACKENDS}
+    choices = {"memory_type": memory_types(), "qk_projection": QK_PROJECTIONS, "kernel_backend": KERNEL_BACKENDS}
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             yield f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(c, name)!r}"
@@ -244,8 +244,7 @@ def _find_contradictions(c: Any) -> Iterator[str]:
             f"num_heads={c.num_heads} must divide hidden_size={c.hidden_size} when head_dim is None; "
             f"use {_nearest_divisors(c.hidden_size, c.num_heads)}, or set head_dim"
         )
-    if c.memory_type == "linear" and _is_int(c.memory_expansion, 2):
-        yield f"a linear memory has no hidden layer, got memory_expansion={c.memory_expansion}; use 1 or None"
+    yield from _find_no_memory(c)
     if c.normalize_projection is True and c.qk_projection == "none":
         yield 'normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False'
     if c.memory_norm_init is not None and c.memory_residual_norm is False:
@@ -256,3 +255,24 @@ def _find_contradictions(c: Any) -> Iterator[str]:
     if c.token_scale is True and (c.use_momentum is True or c.use_forget_gate is True):
         given = " and ".join(f"{n}=True" for n in ("use_momentum", "use_forget_gate") if getattr(c, n) is True)
         yield f"token_scale=True excludes {given}; use one or the other"
+
+
+def _find_no_memory(c: Any) -> Iterator[str]:
+    """A kind of memory that has no such depth or width."""
+    if c.memory_type not in memory_types():
+        return
+    kind = memory_kind(c.memory_type)
+    depth = kind.depth if c.memory_depth is None else c.memory_depth
+    if not _is_int(depth, 1):
+        return
+    try:
+        kind.maps(depth)
+    except ValueError as error:
+        yield str(error)
+        return
+    if not kind.has_hidden(depth) and _is_int(c.memory_expansion, 2):
+        of_depth = "" if depth == kind.depth else f" of depth {depth}"
+        yield (
+            f"a {kind.name} memory{of_depth} has no hidden layer, got memory_expansion={c.memory_expansion}; use 1 or "
+            "None"
+        )

@@ -7,6 +7,7 @@ if __name__ == "kernels":  # not as modeling_tnt.kernels: see _bare_name
 else:
     from .api import global_memory, local_memory
     from .backends import BACKENDS, BackendChoice, choose_backend
+    from .memories.kinds import memory_types, register_memory
     from .stack import MemoryStack
     from .step import StepMemory, choose_step_backend, step_memories
     from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
@@ -24,5 +25,7 @@ __all__ = [
     "global_memory",
     "initial_memory_state",
     "local_memory",
+    "memory_types",
+    "register_memory",
     "step_memories",
 ]

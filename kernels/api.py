@@ -1,7 +1,8 @@
 """The public memory operations: one checked signature in front of every backend.
 
-A memory is a linear map or a small MLP per head that is trained while reading: token t contributes the gradient
-`G_t` of `½‖f(W, k_t) − v_t‖²` at the weights W_anchor before its chunk (TNT, arXiv 2511.07343, eq. 3):
+A memory is a small network per head (a linear map, an MLP, …: memories/kinds.py) that is trained while reading: token t
+contributes the gradient `G_t` of `½‖f(W, k_t) − v_t‖²` at the weights W_anchor before its chunk (TNT, arXiv 2511.07343,
+eq. 3):
 
     S_t = momentum_t · S_{t−1} − lr_t · G_t(W_anchor)
     W_t = (1 − decay_t) · W_{t−1} + S_t
@@ -33,6 +34,7 @@ def local_memory(
     cu_seqlens: Tensor | None = None,
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
+    memory_type: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
     """Read a sequence with a local memory: `o_t = f(W_t, M_t q_t)` (TNT eq. 6, 7, 14, 15).
@@ -54,6 +56,8 @@ def local_memory(
         initial_state: the `final_state` of an earlier call, N rows when packed and B otherwise. A sequence may be cut
             anywhere, in mid-chunk too.
         output_final_state: also return the state after the last token; gradients flow through it.
+        memory_type: the kind of memory that the parameters are of, see `memory_types`; None: "linear" for one linear
+            map, "mlp" for more.
         backend: "auto" | "reference" | "torch" | "triton"; one that is named and cannot run raises, never falls back.
 
     Returns:
@@ -62,7 +66,7 @@ def local_memory(
     problem = check_local(
         q, k, v, lr, params, chunk_size=chunk_size, shard_length=shard_length, qk_projection=qk_projection,
         normalize_projection=normalize_projection, momentum=momentum, decay=decay, token_scale=token_scale,
-        cu_seqlens=cu_seqlens, initial_state=initial_state,
+        cu_seqlens=cu_seqlens, initial_state=initial_state, memory_type=memory_type,
     )  # fmt: skip
     return load_backend(backend, problem, is_global=False).local_memory(problem, output_final_state)
 
@@ -80,6 +84,7 @@ def global_memory(
     cu_seqlens: Tensor | None = None,
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
+    memory_type: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
     """Read a sequence with the global memory: `o_t = f(V_anchor, q_t)` (TNT eq. 5, 13, 15).
@@ -89,6 +94,6 @@ def global_memory(
     """
     problem = check_global(
         q, k, v, lr, params, chunk_size=chunk_size, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens,
-        initial_state=initial_state,
+        initial_state=initial_state, memory_type=memory_type,
     )  # fmt: skip
     return load_backend(backend, problem, is_global=True).global_memory(problem, output_final_state)

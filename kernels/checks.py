@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .memories.kind import MemoryKind, Stage
+from .memories.kinds import inferred_type, memory_kind
 from .transfer import to_host
 from .types import MemoryParams, MemoryState, is_of
 
@@ -33,6 +35,15 @@ class MemoryProblem(NamedTuple):
     token_scale: Tensor | None = None
     cu_seqlens: Tensor | None = None
     initial_state: MemoryState | None = None
+    memory_type: str | None = None
+
+    @property
+    def kind(self) -> MemoryKind:
+        return memory_kind(self.memory_type or inferred_type(self.params.fast_weights))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.kind.stages(len(self.params.fast_weights.maps))
 
     @property
     def rows(self) -> int:
@@ -74,12 +85,13 @@ def check_local(
     token_scale: Tensor | None,
     cu_seqlens: Tensor | None,
     initial_state: MemoryState | None,
+    memory_type: str | None = None,
 ) -> MemoryProblem:
     """Check a `local_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
     check_not_traced()
     problem = MemoryProblem(
         q, k, v, lr, params, chunk_size, shard_length, qk_projection, normalize_projection, momentum, decay,
-        token_scale, cu_seqlens, initial_state,
+        token_scale, cu_seqlens, initial_state, memory_type,
     )  # fmt: skip
     _check_tensors(problem)
     _check_params(problem)
@@ -112,12 +124,13 @@ def check_global(
     decay: Tensor | None,
     cu_seqlens: Tensor | None,
     initial_state: MemoryState | None,
+    memory_type: str | None = None,
 ) -> MemoryProblem:
     """Check a `global_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
     return check_local(
         q, k, v, lr, params, chunk_size=chunk_size, shard_length=None, qk_projection="none",
         normalize_projection=False, momentum=momentum, decay=decay, token_scale=None, cu_seqlens=cu_seqlens,
-        initial_state=initial_state,
+        initial_state=initial_state, memory_type=memory_type,
     )  # fmt: skip
 
 
@@ -159,20 +172,27 @@ def _check_params(p: MemoryProblem) -> None:
         raise TypeError(f"params must be a MemoryParams, got {type(params).__name__}")
     if not isinstance(params.w1, Tensor) or params.w1.dim() != 3:
         raise ValueError("params.w1 must be a tensor of shape [H, D, M]")
-    M = params.w1.shape[-1]
-    if params.w2 is None:
-        if params.b2 is not None:
-            raise ValueError("params.b2 belongs to the second layer; a linear memory (w2=None) must not have it")
-        if M != D:
-            raise ValueError(f"a linear memory (w2=None) needs params.w1 of shape [H, D, D], got M={M} and D={D}")
+    weights, M = params.fast_weights, params.w1.shape[-1]
+    there = [w is not None for w in weights[::2]]
+    for n, bias in enumerate(weights[1::2], start=1):
+        if bias is not None and not there[n - 1]:
+            raise ValueError(f"params.b{n} is the bias of w{n}, which is not given; leave it out, or give both")
+    if there != sorted(there, reverse=True):
+        raise ValueError(f"params.w{there.index(False) + 1} is missing before others; number the weights from w1 on")
+    shapes = p.kind.shapes(D, M, len(weights.maps))
+    if len(shapes) == 1 and M != D:
+        raise ValueError(f"a linear memory (w2=None) needs params.w1 of shape [H, D, D], got M={M} and D={D}")
+    letter = {M: "M", D: "D"}
+    for n, ((inputs, outputs), (w, b)) in enumerate(zip(shapes, weights.maps, strict=True), start=1):
+        layout = f"[H, {letter[inputs]}, {letter[outputs]}]"
+        _expect(f"params.w{n}", w, (H, inputs, outputs), p.q, layout, same_dtype=False)
+        if b is not None:
+            _expect(f"params.b{n}", b, (H, outputs), p.q, f"[H, {letter[outputs]}]", same_dtype=False)
     if (params.norm_weight is None) != (params.norm_bias is None):
         raise ValueError("params.norm_weight and params.norm_bias come together: pass both or neither")
-    shapes = {"w1": (H, D, M), "b1": (H, M), "w2": (H, M, D), "b2": (H, D), "norm_weight": (H, D), "norm_bias": (H, D)}
-    layouts = {"w1": "[H, D, M]", "b1": "[H, M]", "w2": "[H, M, D]", "b2": "[H, D]"}
-    for name, shape in shapes.items():
-        x = getattr(params, name)
-        if x is not None:
-            _expect(f"params.{name}", x, shape, p.q, layouts.get(name, "[H, D]"), same_dtype=False)
+    if params.norm_weight is not None:
+        for name, x in zip(("norm_weight", "norm_bias"), params.norm, strict=True):
+            _expect(f"params.{name}", x, (H, D), p.q, "[H, D]", same_dtype=False)
 
 
 def _check_lengths(p: MemoryProblem) -> None:

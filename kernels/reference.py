@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import MemoryProblem
+from .memories.kind import MemoryKind
 from .types import FastWeights, MemoryParams, MemoryState, initial_memory_state
 
 NORM_EPS = 1e-6
@@ -67,25 +67,23 @@ def _read_row(
     for token in tokens:
         if p.shard_length is not None and position % p.shard_length == 0:
             state = _reset(state, params)
-        state = _learn(state, token, params, p.qk_projection)
+        state = _learn(p, state, token, params)
         weights = state.weights
         if p.token_scale is not None:
             weights = _scaled(state, p.token_scale[position % p.chunk_size].to(weights.w1.dtype))
         if is_global:
-            outputs.append(memory(params, state.anchor, token.q))
+            outputs.append(memory(p.kind, params, state.anchor, token.q))
         else:
-            outputs.append(memory(params, weights, _project(token.q, state.projection, p.normalize_projection)))
+            outputs.append(memory(p.kind, params, weights, _project(token.q, state.projection, p.normalize_projection)))
         position += 1
         if position % p.chunk_size == 0:
             state = _start_chunk(state._replace(weights=weights), p.qk_projection)
     return outputs, state._replace(position=torch.full_like(state.position, position))
 
 
-def memory(params: MemoryParams, weights: FastWeights, x: Tensor) -> Tensor:
-    """Read one row per head, x [H, D]: `f(W, x) = x + LN(y)`, or `y` without norm; `y = gelu(x W1 + b1) W2 + b2`."""
-    y = _linear(x, weights.w1, weights.b1)
-    if weights.w2 is not None:
-        y = _linear(F.gelu(y, approximate="tanh"), weights.w2, weights.b2)
+def memory(kind: MemoryKind, params: MemoryParams, weights: FastWeights, x: Tensor) -> Tensor:
+    """Read one row per head, x [H, D]: `f(W, x) = x + LN(y)`, or `y` without norm; y as the kind of memory defines."""
+    y = kind.forward(weights, x, _linear)
     if params.norm_weight is None:
         return y
     centred = y - y.mean(-1, keepdim=True)
@@ -93,12 +91,12 @@ def memory(params: MemoryParams, weights: FastWeights, x: Tensor) -> Tensor:
     return x + centred / torch.sqrt(variance + NORM_EPS) * params.norm_weight + params.norm_bias
 
 
-def inner_gradient(params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor) -> FastWeights:
+def inner_gradient(kind: MemoryKind, params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor) -> FastWeights:
     """The derivative of `½‖f(W, k) − v‖²` with respect to the fast weights, for one token, k and v [H, D]."""
     names = [name for name, w in weights._asdict().items() if w is not None]
 
     def loss(tensors: dict[str, Tensor]) -> Tensor:
-        return 0.5 * (memory(params, FastWeights(**tensors), k) - v).square().sum()  # heads do not meet in it
+        return 0.5 * (memory(kind, params, FastWeights(**tensors), k) - v).square().sum()  # heads do not meet in it
 
     return FastWeights(**torch.func.grad(loss)({name: getattr(weights, name) for name in names}))
 
@@ -108,9 +106,9 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return y if b is None else y + b
 
 
-def _learn(state: MemoryState, token: _Token, params: MemoryParams, qk_projection: str) -> MemoryState:
+def _learn(p: MemoryProblem, state: MemoryState, token: _Token, params: MemoryParams) -> MemoryState:
     """One more token: `S = momentum S − lr G(W_anchor)`, `W = (1 − decay) W + S`, `M = M + k kᵀ/‖k‖²`."""
-    gradient = inner_gradient(params, state.anchor, token.k, token.v)
+    gradient = inner_gradient(p.kind, params, state.anchor, token.k, token.v)
     step = gradient.map(lambda g: -_per_head(token.lr, g) * g)
     momentum = None
     if token.momentum is not None:
@@ -119,7 +117,7 @@ def _learn(state: MemoryState, token: _Token, params: MemoryParams, qk_projectio
     keep = torch.ones_like(token.lr) if token.decay is None else 1 - token.decay
     weights = state.weights.zip_map(lambda w, s: _per_head(keep, w) * w + s, step)
     projection = state.projection
-    if qk_projection != "none":
+    if p.qk_projection != "none":
         unit = _unit(token.k)
         projection = projection + torch.einsum("hi,hj->hij", unit, unit)
     return MemoryState(weights, state.anchor, momentum, projection, state.position)

@@ -25,6 +25,7 @@ from . import probe
 from .api import global_memory, local_memory
 from .backends import BACKENDS, BackendChoice, missing, warn_of_fallback
 from .checks import check_global, check_local
+from .memories.kinds import inferred_type
 from .stack import MemoryStack
 from .torch_backend.step import StepGates, StepOptions, TorchStep
 from .types import MemoryParams, MemoryState, is_of
@@ -48,12 +49,13 @@ class StepMemory(NamedTuple):
     momentum: Tensor | None = None
     decay: Tensor | None = None
     token_scale: Tensor | None = None
+    memory_type: str | None = None
 
     @property
     def step_options(self) -> StepOptions:
         return StepOptions(
             self.chunk_size, self.shard_length, self.is_global, self.qk_projection, self.normalize_projection,
-            self.token_scale is not None,
+            self.token_scale is not None, self.memory_type,
         )  # fmt: skip
 
 
@@ -141,26 +143,31 @@ def _stack_gates(gates: list[Tensor | None]) -> Tensor | None:
     return None if gates[0] is None else torch.stack(gates)
 
 
-def choose_step_backend(backend: str, params: MemoryParams) -> BackendChoice:
-    """The backend that a step of memories with parameters like these runs on, and why.
+def choose_step_backend(backend: str, params: MemoryParams, memory_type: str | None = None) -> BackendChoice:
+    """The backend that a step of memories with parameters like these runs on, and why; memory_type as in
+    `local_memory`.
 
     "auto" is triton on CUDA where its kernel supports the shapes, and torch elsewhere.
 
     Raises:
         ValueError: for an unknown name, and for "triton" where it cannot run.
     """
-    return step_backend_for(backend, *params.w1.shape[1:], params.w1.device)
+    weights = params.fast_weights
+    kind = memory_type or inferred_type(weights)
+    return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device)
 
 
-def step_backend_for(backend: str, head_dim: int, hidden: int, device: torch.device) -> BackendChoice:
-    """`choose_step_backend` of parameters w1 [H, head_dim, hidden] on `device`."""
+def step_backend_for(
+    backend: str, memory_type: str, maps: int, head_dim: int, hidden: int, device: torch.device
+) -> BackendChoice:
+    """`choose_step_backend` of memories of this kind with so many maps, the first [head_dim, hidden], on `device`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "torch"):
         return BackendChoice(backend, "named by the caller")
     if backend == "auto" and device.type != "cuda":
         return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
-    obstacle = _why_not_triton(head_dim, hidden, device)
+    obstacle = _why_not_triton(memory_type, maps, head_dim, hidden, device)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
@@ -174,7 +181,7 @@ def _choose(
     backend: str, q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
 ) -> BackendChoice:
     """The backend of one step. "auto" tries the kernel first, once for all steps of a configuration."""
-    choice = choose_step_backend(backend, memories[0].params)
+    choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type)
     if backend != "auto" or choice.name != "triton" or isinstance(q, FakeTensor):
         return choice
     failure = probe.failure(probe.StepConfiguration.of(q, memories, stack, active))
@@ -183,7 +190,7 @@ def _choose(
     return BackendChoice("torch", f"the triton kernel cannot run this step: {failure}", is_fallback=True)
 
 
-def _why_not_triton(D: int, M: int, on: torch.device) -> str | None:
+def _why_not_triton(memory_type: str, maps: int, D: int, M: int, on: torch.device) -> str | None:
     """What keeps the kernel from running, in words, or None."""
     obstacle = missing(on.type)
     if obstacle is not None:
@@ -196,6 +203,9 @@ def _why_not_triton(D: int, M: int, on: torch.device) -> str | None:
             f"its tensors are on {on}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
             "TRITON_INTERPRET=1: slowly, a CPU)"
         )
+    unknown = limits.kind_obstacle(memory_type, maps)
+    if unknown is not None:
+        return unknown
     if D not in limits.HEAD_DIMS:
         return f"its head dim must be one of {', '.join(map(str, limits.HEAD_DIMS))}, got {D}"
     if M % HIDDEN_MULTIPLE:
@@ -217,6 +227,11 @@ def _check(
         if not isinstance(memory, StepMemory):
             raise TypeError(f"memories[{i}] must be a StepMemory, got {type(memory).__name__}")
         _check_memory(memory, q, k, v, stack.states[i])
+        if memory.memory_type != memories[0].memory_type:
+            raise ValueError(
+                f"memory_type must be the same for all memories of a step, got {memories[0].memory_type!r} for "
+                f"memories[0] and {memory.memory_type!r} for memories[{i}]; step them apart"
+            )
         # Shapes and momentum agree as the states do; this is what the states do not show.
         for name, given in (("norm_weight", memory.params.norm_weight), ("decay", memory.decay)):
             first = memories[0].decay if name == "decay" else memories[0].params.norm_weight
@@ -258,7 +273,10 @@ def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _arguments(memory: StepMemory, state: MemoryState) -> dict[str, object]:
     """The keywords that a memory's own operation and its check share, for T = 1."""
     momentum, decay = _with_time(memory.momentum, memory.decay)
-    shared = {"chunk_size": memory.chunk_size, "momentum": momentum, "decay": decay, "initial_state": state}
+    shared = {
+        "chunk_size": memory.chunk_size, "momentum": momentum, "decay": decay, "initial_state": state,
+        "memory_type": memory.memory_type,
+    }  # fmt: skip
     if memory.is_global:
         return shared
     local = ("shard_length", "qk_projection", "normalize_projection", "token_scale")
@@ -275,7 +293,7 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemo
 def launch_step(
     q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
 ) -> Tensor:
-    from .fused.decode import PROJECTIONS, decode_step
+    from .fused.decode import PARAMS, PROJECTIONS, decode_step
 
     def each(values: list[Tensor | None]) -> list[Tensor]:
         return [] if values[0] is None else values
@@ -286,7 +304,7 @@ def launch_step(
     return decode_step(
         q, k, v, active,
         *(each([getattr(m, name) for m in memories]) for name in ("lr", "momentum", "decay")), token_scale,
-        *(each([getattr(m.params, name) for m in memories]) for name in MemoryParams._fields),
+        *(each([getattr(m.params, name) for m in memories]) for name in PARAMS),
         stack.weights, stack.projection, stack.position,
         [m.chunk_size for m in memories], [m.shard_length or 0 for m in memories], [m.is_global for m in memories],
         scaled, [PROJECTIONS.index(m.qk_projection) for m in memories], stack.slots,

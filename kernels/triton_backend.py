@@ -92,7 +92,7 @@ def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
     return ScanInputs(
         *(t.flatten(0, 1).contiguous() for t in (p.q, p.k, p.v)), scalars(p.lr), scalars(p.momentum), scalars(p.decay),
         None if p.token_scale is None else p.token_scale.float().contiguous(),
-        *(None if t is None else t.contiguous() for t in params[4:]),
+        *(None if t is None else t.contiguous() for t in params.norm),
         weights, anchor if multi else None, momentum, projection,
     )  # fmt: skip
 

@@ -11,18 +11,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_MAPS = 8
+
 
 class FastWeights(NamedTuple):
-    """The weights that are trained while reading. `w2 is None` means a linear memory; biases are optional.
+    """The weights that are trained while reading: those of a memory's linear maps, numbered as its kind says.
 
-    Shapes, with an optional leading row dimension N: w1 [(N,) H, D, M], b1 [(N,) H, M], w2 [(N,) H, M, D],
-    b2 [(N,) H, D]. A linear memory has M == D and neither w2 nor b2.
+    Shapes, with an optional leading row dimension N: w [(N,) H, inputs, outputs], b [(N,) H, outputs]. A linear memory
+    has w1 [H, D, D]; an MLP w1 [H, D, M], w2 [H, M, D]. Biases are optional; what a memory does without is None.
     """
 
     w1: Tensor
     b1: Tensor | None = None
     w2: Tensor | None = None
     b2: Tensor | None = None
+    w3: Tensor | None = None
+    b3: Tensor | None = None
+    w4: Tensor | None = None
+    b4: Tensor | None = None
+    w5: Tensor | None = None
+    b5: Tensor | None = None
+    w6: Tensor | None = None
+    b6: Tensor | None = None
+    w7: Tensor | None = None
+    b7: Tensor | None = None
+    w8: Tensor | None = None
+    b8: Tensor | None = None
+
+    @property
+    def maps(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Weight and bias of each linear map."""
+        return tuple((w, b) for w, b in zip(self[::2], self[1::2], strict=True) if w is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> FastWeights:
         """Apply `fn` to every tensor that is there."""
@@ -36,8 +55,8 @@ class FastWeights(NamedTuple):
 class MemoryParams(NamedTuple):
     """Learned (slow) parameters of one memory: its initial fast weights and the norm of its residual output.
 
-    w1 [H, D, M], b1 [H, M] or None, w2 [H, M, D] or None (linear memory, M == D), b2 [H, D] or None, norm_weight and
-    norm_bias [H, D], both or neither. With the norm `f(x) = x + LN(y)`, without it `f(x) = y` (TTT, arXiv 2407.04620).
+    The fast weights are those of `FastWeights`, without a row dimension; norm_weight and norm_bias [H, D], both or
+    neither. With the norm `f(x) = x + LN(y)`, without it `f(x) = y` (TTT, arXiv 2407.04620).
     """
 
     w1: Tensor
@@ -46,11 +65,28 @@ class MemoryParams(NamedTuple):
     b2: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    w3: Tensor | None = None
+    b3: Tensor | None = None
+    w4: Tensor | None = None
+    b4: Tensor | None = None
+    w5: Tensor | None = None
+    b5: Tensor | None = None
+    w6: Tensor | None = None
+    b6: Tensor | None = None
+    w7: Tensor | None = None
+    b7: Tensor | None = None
+    w8: Tensor | None = None
+    b8: Tensor | None = None
 
     @property
     def fast_weights(self) -> FastWeights:
         """The initial fast weights, without a row dimension."""
-        return FastWeights(self.w1, self.b1, self.w2, self.b2)
+        return FastWeights(*(getattr(self, name) for name in FastWeights._fields))
+
+    @property
+    def norm(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the residual norm."""
+        return self.norm_weight, self.norm_bias
 
 
 class MemoryState(NamedTuple):

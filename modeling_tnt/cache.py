@@ -18,6 +18,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
+from .kernels.memories.kinds import weight_shapes
 from .kernels.stack import MemoryStack
 from .packing import TokenStep
 
@@ -25,7 +26,8 @@ LAYER_TYPE = "tnt_memory"
 
 # A state can be read on only by a model that agrees in these: they fix its shapes and what "mid-chunk" means.
 _SIGNATURE_FIELDS = (
-    "num_hidden_layers", "num_heads", "head_dim", "memory_type", "memory_expansion", "memory_bias", "global_chunk_size",
+    "num_hidden_layers", "num_heads", "head_dim", "memory_type", "memory_depth", "memory_expansion", "memory_bias",
+    "global_chunk_size",
     "local_chunk_sizes", "shard_lengths", "qk_projection", "use_momentum", "token_scale", "conv_kernel_size",
 )  # fmt: skip
 
@@ -223,6 +225,14 @@ class TNTCacheLayer(CacheLayerMixin):
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = TNTCacheLayer
+
+
+def fast_weight_shapes(config: TNTConfig) -> dict[str, tuple[int, ...]]:
+    """Of a memory's fast weights, by name and without rows: w1 [H, D, M], b1 [H, M], …"""
+    return weight_shapes(
+        config.memory_type, config.memory_depth, config.num_heads, config.head_dim,
+        config.head_dim * config.memory_expansion, config.memory_bias,
+    )  # fmt: skip
 
 
 def cache_signature(config: TNTConfig) -> dict[str, Any]:

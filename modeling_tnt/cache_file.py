@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .cache import LAYER_TYPE, cache_signature, check_signature
+from .cache import LAYER_TYPE, cache_signature, check_signature, fast_weight_shapes
 from .configuration import TNTConfig
 from .kernels import MemoryState
+from .kernels.memories.kinds import memory_kind
 
 _FORMAT, _VERSION = "tnt-cache-", 1
 
@@ -70,6 +71,7 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     try:
         signature, origin = json.loads(metadata["signature"]), json.loads(metadata.get("origin", "null"))
         signature, columns = dict(signature), int(metadata["cumulative_length"])
+        signature.setdefault("memory_depth", memory_kind(signature["memory_type"]).depth)  # files of 0.1 have none
         before = json.loads(metadata.get("tokens_before", "null"))  # files of 0.1 have none
         before = torch.tensor(before, dtype=torch.int64, device=device) if isinstance(before, list) else before
         if origin is not None:
@@ -179,13 +181,7 @@ def _check_layer(flat: dict[str, Tensor], config: TNTConfig) -> int:
 
 def _layer_shapes(config: TNTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """For each memory of a layer the tensors of its state and their shapes, without the rows."""
-    heads, dim = config.num_heads, config.head_dim
-    hidden = dim * config.memory_expansion if config.memory_type == "mlp" else dim
-    weights = {"w1": (heads, dim, hidden)}
-    if config.memory_bias:
-        weights["b1"] = (heads, hidden)
-    if config.memory_type == "mlp":
-        weights |= {"w2": (heads, hidden, dim)} | ({"b2": (heads, dim)} if config.memory_bias else {})
+    heads, dim, weights = config.num_heads, config.head_dim, fast_weight_shapes(config)
     groups = ("weights", "anchor", "momentum") if config.use_momentum else ("weights", "anchor")
     shapes = {f"{group}.{name}": shape for group in groups for name, shape in weights.items()} | {"position": ()}
     local = shapes | ({"projection": (heads, dim, dim)} if config.qk_projection != "none" else {})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .compat import cache_of
 from .kernels import FastWeights, MemoryParams, MemoryState
+from .kernels.memories.kind import MemoryKind
+from .kernels.memories.kinds import memory_kind
+from .kernels.torch_backend.chunk import Norm, chunk_gradients
 from .kernels.torch_backend.step import StepOptions
 from .memory_layer import MemoryInputs, TNTMemoryLayer, read_memory
 from .modeling import TNTPreTrainedModel
@@ -59,9 +61,9 @@ def _look_at_memory(
     """What `memory_health` reports of one memory, which has read x [B, T, hidden_size] and is now in `state`."""
     q, k, v, _ = layer.project(x)
     rows, length = x.shape[:2]
-    params, gates = inputs.params, inputs.gates()
+    params, gates, kind = inputs.params, inputs.gates(), memory_kind(options.memory_type)
     initial = params.fast_weights.map(lambda t: t.expand(rows, *t.shape))
-    loss, grad_norm = _inner_loss(params, initial, k, v)
+    loss, grad_norm = _inner_loss(kind, params, initial, k, v)
     begin = max(0, length - options.chunk_size)
     before = initial
     if begin > 0 and not (options.shard_length and begin % options.shard_length == 0):
@@ -73,8 +75,8 @@ def _look_at_memory(
         "step_size": gates.lr.mean().item(),
         "inner_loss": loss.mean().item(),
         "inner_grad_norm": grad_norm.mean().item(),
-        "loss_before": _inner_loss(params, before, last_k, last_v)[0].mean().item(),
-        "loss_after": _inner_loss(params, state.weights, last_k, last_v)[0].mean().item(),
+        "loss_before": _inner_loss(kind, params, before, last_k, last_v)[0].mean().item(),
+        "loss_after": _inner_loss(kind, params, state.weights, last_k, last_v)[0].mean().item(),
         "state_norm": (_norm(state.weights) / _norm(initial)).mean().item(),
     }
 
@@ -84,31 +86,30 @@ def _norm(weights: FastWeights) -> Tensor:
     return sum(t.float().square().flatten(1).sum(-1) for t in weights if t is not None).sqrt()
 
 
-def _inner_loss(params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _inner_loss(
+    kind: MemoryKind, params: MemoryParams, weights: FastWeights, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     """Inner loss and gradient norm at `weights` (with a leading batch dimension) of every token and head, [B, T, H]
     each; k, v [B, T, H, D].
 
-    The gradient of a layer's weights is the outer product of its input a and its output's gradient δ (and δ itself for
+    The gradient of a map's weights is the outer product of its input a and its output's gradient δ (and δ itself for
     the bias), so its squared norm is (‖a‖² + 1)‖δ‖².
     """
-    w = weights.map(lambda t: t.detach().float())
-    k, v = k.detach().float(), v.detach().float()
-    with torch.enable_grad():
-        x, layers = k.requires_grad_(), []
-        for weight, bias in ((w.w1, w.b1), (w.w2, w.b2)):
-            if weight is not None:
-                x = F.gelu(x, approximate="tanh") if layers else x
-                y = torch.einsum("bthd,bhdm->bthm", x, weight)
-                y = y if bias is None else y + bias[:, None]
-                layers.append((x, y, bias is not None))
-                x = y
-        if params.norm_weight is not None:
-            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-            x = k + normed * params.norm_weight.detach().float() + params.norm_bias.detach().float()
-        loss = 0.5 * (x - v).square().sum(-1)
-        deltas = torch.autograd.grad(loss.sum(), [y for _, y, _ in layers])
+    B, T, H, _ = k.shape
+
+    def rows(t: Tensor) -> Tensor:
+        return t.detach().float().transpose(1, 2).flatten(0, 1)
+
+    w = weights.map(lambda t: t.detach().float().flatten(0, 1))
+    norm = None
+    if params.norm_weight is not None:
+        norm = Norm(*(t.detach().float().repeat(B, 1).unsqueeze(1) for t in params.norm))
+    stages = kind.stages(len(w.maps))
+    _, f = chunk_gradients(stages, w, rows(k), rows(v), torch.ones_like(rows(k)[..., :1]), norm)
     squares = sum(
-        (a.square().sum(-1) + has_bias) * delta.square().sum(-1)
-        for (a, _, has_bias), delta in zip(layers, deltas, strict=True)
+        (a.square().sum(-1) + (w.b1 is not None)) * f["deltas"][i].square().sum(-1)
+        for stage, a in zip(stages, f["inputs_k"], strict=True)
+        for i in stage.maps
     )
-    return loss.detach(), squares.detach().sqrt()
+    loss = 0.5 * f["error"].square().sum(-1)
+    return tuple(t.unflatten(0, (B, H)).transpose(1, 2) for t in (loss, squares.sqrt()))

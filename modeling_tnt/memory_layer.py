@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .cache import TNTCacheLayer, cache_signature
+from .cache import TNTCacheLayer, cache_signature, fast_weight_shapes
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .kernels import (
@@ -61,8 +61,10 @@ class MemoryInputs(NamedTuple):
 
 def step_options(config: TNTConfig) -> tuple[StepOptions, ...]:
     """How the memories of any layer read, in their order. Read from the config at each call: sizes may change."""
-    options = [StepOptions(config.global_chunk_size, is_global=True)] if config.global_chunk_size is not None else []
-    projection = (config.qk_projection, config.normalize_projection, config.token_scale)
+    options, kind = [], config.memory_type
+    if config.global_chunk_size is not None:
+        options.append(StepOptions(config.global_chunk_size, is_global=True, memory_type=kind))
+    projection = (config.qk_projection, config.normalize_projection, config.token_scale, kind)
     for chunk_size, shard_length in zip(config.local_chunk_sizes, config.shard_lengths, strict=True):
         options.append(StepOptions(chunk_size, shard_length, False, *projection))
     return tuple(options)
@@ -91,12 +93,11 @@ class TNTMemory(nn.Module):
     def __init__(self, config: TNTConfig, base_lr: float, with_token_scale: bool) -> None:
         super().__init__()
         heads, dim = config.num_heads, config.head_dim
-        hidden = dim * config.memory_expansion if config.memory_type == "mlp" else dim
         self.base_lr = base_lr
-        self.w1 = nn.Parameter(torch.empty(heads, dim, hidden))
-        self.b1 = nn.Parameter(torch.empty(heads, hidden)) if config.memory_bias else None
-        self.w2 = nn.Parameter(torch.empty(heads, hidden, dim)) if config.memory_type == "mlp" else None
-        self.b2 = nn.Parameter(torch.empty(heads, dim)) if self.w2 is not None and config.memory_bias else None
+        shapes = fast_weight_shapes(config)
+        self.weight_names = tuple(shapes)
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
         self.norm_weight = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
         self.norm_bias = nn.Parameter(torch.empty(heads, dim)) if config.memory_residual_norm else None
         self.lr_gate = TNTGate(config.hidden_size, heads, 0.0)
@@ -108,7 +109,8 @@ class TNTMemory(nn.Module):
     @property
     def params(self) -> MemoryParams:
         """What the memory operations take."""
-        return MemoryParams(self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias)
+        norm = {"norm_weight": self.norm_weight, "norm_bias": self.norm_bias}
+        return MemoryParams(**{name: getattr(self, name) for name in self.weight_names}, **norm)
 
     def forward(self, x: Tensor, chunk_size: int, use: Callable[[MemoryInputs], Any] | None = None) -> Any:
         """What `use` makes of this memory's inputs for the tokens x [B, T, hidden_size]; None: the inputs."""
@@ -132,7 +134,10 @@ def read_memory(
     inputs: MemoryInputs, gates: MemoryGates, options: StepOptions, q: Tensor, k: Tensor, v: Tensor, **given: Any
 ) -> tuple[Tensor, MemoryState | None]:
     """`global_memory` or `local_memory`, as the options say; `given` are the keywords that both have."""
-    given |= {"chunk_size": options.chunk_size, "momentum": gates.momentum, "decay": gates.decay}
+    given |= {
+        "chunk_size": options.chunk_size, "momentum": gates.momentum, "decay": gates.decay,
+        "memory_type": options.memory_type,
+    }  # fmt: skip
     if options.is_global:
         return global_memory(q, k, v, gates.lr, inputs.params, **given)
     return local_memory(
@@ -149,7 +154,7 @@ def reads_by_triton(
         return backend == "triton"
     problem = MemoryProblem(
         q, k, v, gates.lr, inputs.params, options.chunk_size, options.shard_length, options.qk_projection,
-        options.normalize_projection, gates.momentum, gates.decay, inputs.token_scale,
+        options.normalize_projection, gates.momentum, gates.decay, inputs.token_scale, memory_type=options.memory_type,
     )  # fmt: skip
     return choose_backend(q.device.type, problem, options.is_global).name == "triton"
 
@@ -238,8 +243,9 @@ class TNTMemoryLayer(nn.Module):
     def step_backend(self) -> str:
         """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
         it as any other number of tokens."""
-        dim, expansion = self.config.head_dim, self.config.memory_expansion  # 1 of a linear memory
-        return step_backend_for(self.config.kernel_backend, dim, dim * expansion, self.norm.weight.device).name
+        shapes = [shape for name, shape in fast_weight_shapes(self.config).items() if name.startswith("w")]
+        backend, memory_type = self.config.kernel_backend, self.config.memory_type
+        return step_backend_for(backend, memory_type, len(shapes), *shapes[0][1:], self.norm.weight.device).name
 
     def _read(
         self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
@@ -312,7 +318,9 @@ class TNTMemoryLayer(nn.Module):
             o = step_memories(
                 q, k, v,
                 [
-                    StepMemory(p, lr, *options[:5], momentum=m, decay=d, token_scale=scale)
+                    StepMemory(
+                        p, lr, *options[:5], momentum=m, decay=d, token_scale=scale, memory_type=options.memory_type
+                    )
                     for options, p, scale, lr, m, d in per_memory
                 ],
                 stack, active=step.active, backend=self.config.kernel_backend,

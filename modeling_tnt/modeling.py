@@ -22,6 +22,7 @@ from .convolution import ShortConvolution
 from .generation import TNTGenerationMixin, warn_no_cache_when_checkpointing
 from .hub_export import HubExportMixin
 from .kernels.checks import check_not_traced
+from .kernels.memories.kinds import memory_kind
 from .memorize import MemorizeMixin
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
@@ -134,15 +135,15 @@ class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, PreTrainedModel):
             self._init_memory(module)
 
     def _init_memory(self, memory: TNTMemory) -> None:
-        for weight in (memory.w1, memory.w2):
-            if weight is not None:
-                # With the residual norm a tiny W_init makes the first gradient of a shard huge: the norm divides by a
-                # tiny deviation. So the default is the scale that keeps the norm of what comes in.
-                std = self.config.memory_initializer_range
-                init.normal_(weight, std=1 / math.sqrt(weight.shape[1]) if std is None else std)
-        for bias in (memory.b1, memory.b2, memory.norm_bias):
+        kind, std = memory_kind(self.config.memory_type), self.config.memory_initializer_range
+        for weight, bias in memory.params.fast_weights.maps:
+            # With the residual norm a tiny W_init makes the first gradient of a shard huge: the norm divides by a tiny
+            # deviation. So the default is the scale that keeps the norm of what comes in.
+            init.normal_(weight, std=kind.initial_std(weight.shape[1]) if std is None else std)
             if bias is not None:
                 init.zeros_(bias)
+        if memory.norm_bias is not None:
+            init.zeros_(memory.norm_bias)
         for one in (memory.row_scale, memory.row_exponent):
             if one is not None:
                 init.ones_(one)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "modeling_tnt"
 MAY_IMPORT = {
     "kernels": set(),
-    "configuration": set(),
+    "configuration": {"kernels"},  # which kinds of memory there are
     "modeling_tnt": {"kernels", "configuration"},
     "hub_cards": set(),
     "train": {"modeling_tnt", "kernels", "configuration", "hub_cards"},

@@ -336,6 +336,9 @@ def decode_kernel(
 # How the operator's `projections` name the projection of a memory.
 PROJECTIONS = ("none", "shard", "chunk")
 
+# The fields of `MemoryParams` that the operator takes, in its order.
+PARAMS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
+
 
 @torch.library.custom_op(f"{NAMESPACE}::decode_step", mutates_args=("weights", "projection", "position"))
 def decode_step(

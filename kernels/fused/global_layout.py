@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_backend.slab import MOMENTUM, WEIGHTS
-
+WEIGHTS = ("w1", "b1", "w2", "b2")  # of the kinds that the kernels run: a linear map, or two with gelu between
+MOMENTUM = tuple(f"momentum_{name}" for name in WEIGHTS)
 STATE = WEIGHTS + MOMENTUM
 COEFFICIENTS = ("end_decay", "end_momentum", "momentum_decay")
 _PACKED_ORDER = ("w1", "w2", "b1", "b2")

@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from ..operators import NAMESPACE, OPERATORS
-from ..torch_backend.slab import MOMENTUM, WEIGHTS, ScanInputs
+from ..torch_backend.slab import ScanInputs, group
 from ..types import FastWeights
 from .global_backward import StateGradients, backward_tiles, chunk_backward
 from .global_forward import BLOCK, advance, read, write
-from .global_layout import COEFFICIENTS, STATE, GlobalInputs, Layout, pack_state, unpack_state
+from .global_layout import COEFFICIENTS, MOMENTUM, STATE, WEIGHTS, GlobalInputs, Layout, pack_state, unpack_state
 from .limits import gradient_dtype
 
 # Bytes of one float32 hidden activation, [N, C, M], of the chunks that are worked on at a time: enough work to fill a
@@ -45,15 +45,16 @@ def scan_global_chunks(
     if inputs.x.dtype not in DTYPES or len(set(tokens.values())) > 1:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"x, k, v must share one dtype of {names}, got {tokens}; convert them, or use backend='torch'")
-    given = {name: getattr(inputs, name) for name in GlobalInputs._fields if name not in ("gain", "momentum_gain")}
-    for name, effect in (("gain", inputs.end_gain), ("momentum_gain", inputs.momentum_gain)):
-        given[name] = None if name == "momentum_gain" and effect is None else _per_token(inputs.lr, effect)
-    given = {name: t.contiguous() for name, t in given.items() if t is not None}
+    given, c = inputs.tensors(), inputs.coefficients
+    given["gain"] = _per_token(inputs.lr, c.end_gain)
+    given.pop("momentum_gain", None)
+    if c.momentum_gain is not None:
+        given["momentum_gain"] = _per_token(inputs.lr, c.momentum_gain)
+    given = {name: given[name].contiguous() for name in GlobalInputs._fields if name in given}
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
     outputs = OPERATORS.global_forward(list(given.values()), ",".join(given), lengths, chunk_size, keep)
     end = dict(zip((name for name in STATE if name in given), outputs[1:], strict=False))
-    momentum = FastWeights(*(end.get(name) for name in MOMENTUM)) if MOMENTUM[0] in end else None
-    return outputs[0], FastWeights(*(end.get(name) for name in WEIGHTS)), momentum
+    return outputs[0], group(end, WEIGHTS), group(end, MOMENTUM)
 
 
 def _per_token(lr: Tensor, effect: Tensor | None) -> Tensor:

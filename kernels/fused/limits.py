@@ -94,9 +94,22 @@ def device_of(device: torch.device) -> Device | None:
     return None
 
 
+def kind_obstacle(memory_type: str, maps: int) -> str | None:
+    """Why the kernels cannot run a kind of memory of so many linear maps, or None."""
+    if maps == 1 or (memory_type == "mlp" and maps == 2):
+        return None
+    return (
+        f"its kernels run linear memories and MLP memories of depth 2, got memory_type={memory_type!r} with {maps} "
+        "linear maps; use memory_type='mlp' with memory_depth=2"
+    )
+
+
 def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     """Why the kernels cannot run a call, with the rule, what was got and the remedy; None if they can."""
     p, params = problem, problem.params
+    unknown = kind_obstacle(p.kind.name, len(params.fast_weights.maps))
+    if unknown is not None:
+        return unknown
     device = device_of(p.q.device)
     if device is None:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {p.q.device}; move them to 'cuda'"

@@ -2,27 +2,26 @@
 
 Differentiable torch on rows: N independent memories (a row is one head of one shard), C tokens each. The scan runs it
 without autograd and brings its own backward (chunk_backward.py); the pieces at the edges of a sequence run it with
-autograd. With the memory `y = φ(x W1 + b1) W2 + b2` and G_τ = a_τᵀ δ_τ for each layer,
+autograd. A memory is linear maps in stages (memories/kind.py). For each of its maps, with the input a_τ at the key and
+the inner gradient δ_τ at the output, G_τ = a_τᵀ δ_τ, and a read is
 
-    x_t W_t = B_t (x_t W) + F_t (x_t S) − Σ_{τ≤t} Θ_tτ (x_t·a_τ) δ_τ          (TTT, arXiv 2407.04620, section 2.5)
+    h_t W_t = B_t (h_t W) + F_t (h_t S) − Σ_{τ≤t} Θ_tτ (h_t·a_τ) δ_τ          (TTT, arXiv 2407.04620, section 2.5)
 
 where `δ` already carries the step size lr_τ, W is the weight and S the momentum before the chunk.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..memories.kind import Stage
 from ..types import FastWeights
 
 NORM_EPS = 1e-6
-
-# gelu_tanh(z) = z σ(a(z)) with a(z) = _A1 z + _A3 z³: one sigmoid, four times cheaper on a CPU than tanh.
-_A1 = 2.0 * (2.0 / torch.pi) ** 0.5
-_A3 = _A1 * 0.044715
 
 
 class Norm(NamedTuple):
@@ -62,14 +61,6 @@ class Coefficients(NamedTuple):
         )
 
 
-class Gelu(NamedTuple):
-    """gelu_tanh at z, with what its derivatives share."""
-
-    square: Tensor  # z²
-    sigmoid: Tensor  # σ(a(z))
-    value: Tensor  # z σ
-
-
 class NormalisedRows(NamedTuple):
     """The rows y, their normalised form (y − mean) rstd, and the statistics."""
 
@@ -87,43 +78,22 @@ class Affinity(NamedTuple):
 
 
 class ChunkState(NamedTuple):
-    """Everything of a chunk's forward that its backward needs again. [N, C, M] or [N, C, D] unless said otherwise."""
+    """Everything of a chunk's forward that its backward needs again. [N, C, …] unless said otherwise."""
 
-    kx: Tensor  # [N, 2C, D]: keys above read rows, so that both meet W1 in one product
+    kx: Tensor  # [N, 2C, D]: keys above read rows, so that both meet the first stage's weights in one product
     lr: Tensor  # [N, C, 1]
-    hidden_k: Gelu | None  # first layer at the keys (MLP only)
-    hidden_k_slope: Tensor | None  # φ' there
-    hidden_x: Gelu | None  # first layer at the read rows (MLP only)
+    inputs_k: tuple[Tensor, ...]  # of each stage at the keys: a
+    inputs_x: tuple[Tensor, ...]  # of each stage at the read rows: h
+    tapes_k: tuple[Any, ...]  # of each joint at the keys
+    slopes_k: tuple[Any, ...]
+    tapes_x: tuple[Any, ...]  # of each joint at the read rows
+    upstream: tuple[Tensor, ...]  # gradient of each joint's value at the keys: Σ δ Wᵀ over the maps behind it
+    deltas: tuple[Tensor, ...]  # of each map: δ, times lr
+    reads: tuple[Affinity | None, ...]  # of each stage
     norm_k: NormalisedRows | None
     norm_x: NormalisedRows | None
     error: Tensor  # E = f(W, k) − v
     error_scaled: Tensor | None  # Gz = E ⊙ norm weight
-    u: Tensor | None  # δ2 W2ᵀ (MLP only)
-    d_in: Tensor  # δ of the first layer, times lr
-    d_out: Tensor  # δ of the last layer, times lr (a linear memory's only layer: the same tensor as d_in)
-    reads_in: Affinity | None  # first layer's reads (a linear memory's only ones)
-    reads_out: Affinity | None  # last layer's reads (MLP only)
-
-
-def gelu(z: Tensor) -> Gelu:
-    """gelu in its tanh form, as z σ(a(z))."""
-    square = z * z
-    sigmoid = torch.addcmul(z * _A1, square, z, value=_A3).sigmoid_()
-    return Gelu(square, sigmoid, z * sigmoid)
-
-
-def gelu_slope(g: Gelu) -> Tensor:
-    """φ'(z) = σ + z σ (1 − σ) a'(z), with a'(z) = A1 + 3 A3 z²."""
-    w = torch.addcmul(g.value, g.value, g.sigmoid, value=-1)
-    return torch.addcmul(torch.add(g.sigmoid, w, alpha=_A1), w, g.square, value=3 * _A3)
-
-
-def gelu_curvature(g: Gelu, slope: Tensor) -> Tensor:
-    """φ''(z) = σ (1 − σ) (2 a' + z a'') + (φ' − σ) a' (1 − 2σ). Not differentiable: it works in place."""
-    slope_of_a = (g.square * (3 * _A3)).add_(_A1)
-    curvature = (slope - g.sigmoid).mul_(slope_of_a).mul_((g.sigmoid * -2).add_(1))
-    bump = torch.addcmul(g.sigmoid, g.sigmoid, g.sigmoid, value=-1)
-    return curvature.addcmul_(bump, slope_of_a.mul_(4).sub_(2 * _A1))
 
 
 def normalise(y: Tensor) -> NormalisedRows:
@@ -153,66 +123,79 @@ def affinity(x: Tensor, a: Tensor, has_bias: bool, theta: Tensor | None) -> Affi
 
 
 def chunk_gradients(
-    weights: FastWeights, kx: Tensor, v: Tensor, lr: Tensor, norm: Norm | None
-) -> tuple[Tensor, dict[str, object]]:
-    """Inner gradients of all tokens of a chunk at its anchor, and the first layer's read on the way.
+    stages: Sequence[Stage], weights: FastWeights, kx: Tensor, v: Tensor, lr: Tensor, norm: Norm | None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Inner gradients of all tokens of a chunk at its anchor, and the first stage's reads on the way.
 
     Args:
+        stages: of the kind of memory.
         weights: the anchor, N rows.
         kx: [N, 2C, D] keys above read rows (or [N, C, D], keys alone).
         v: [N, C, D]; lr: [N, C, 1].
 
     Returns:
-        what the first layer says at the read rows, and the fields of `ChunkState` that belong to the keys.
+        the outputs of the first stage's maps at the read rows, and the fields of `ChunkState` that belong to the keys.
     """
-    C = v.shape[1]
+    C, maps = v.shape[1], weights.maps
     k = kx[:, :C]
-    first = linear(kx, weights.w1, weights.b1)
-    z, x_first = first[:, :C], first[:, C:]
-    hidden, slope = None, None
-    if weights.w2 is not None:
-        hidden = gelu(z.contiguous())
-        slope = gelu_slope(hidden)
-        z = linear(hidden.value, weights.w2, weights.b2)
+    inputs, tapes, slopes = [k], [], []
+    both = [linear(kx, *maps[i]) for i in stages[0].maps]
+    ys, reads = [y[:, :C] for y in both], [y[:, C:] for y in both]
+    for stage, following in zip(stages, stages[1:], strict=False):
+        tape = stage.joint.forward(*(y.contiguous() for y in ys))
+        tapes.append(tape)
+        slopes.append(stage.joint.slopes(tape))
+        inputs.append(tape.value)
+        ys = [linear(tape.value, *maps[i]) for i in following.maps]
+    (y,) = ys
     norm_k, error_scaled = None, None
     if norm is None:
-        error = z - v
-        d_out = error * lr
+        error = y - v
+        delta = error * lr
     else:
-        norm_k = normalise(z.contiguous())
+        norm_k = normalise(y.contiguous())
         error = torch.addcmul(k - v + norm.bias, norm_k.n, norm.weight)
         error_scaled = error * norm.weight
-        d_out = normalise_backward(norm_k, error_scaled * lr)
-    u, d_in = None, d_out
-    if weights.w2 is not None:
-        u = torch.bmm(d_out, weights.w2.transpose(1, 2))
-        d_in = u * slope
+        delta = normalise_backward(norm_k, error_scaled * lr)
+    deltas, upstream = {stages[-1].maps[0]: delta}, []
+    for i in reversed(range(len(tapes))):
+        u = sum_products((deltas[m], maps[m][0].transpose(1, 2)) for m in stages[i + 1].maps)
+        upstream.insert(0, u)
+        deltas |= zip(stages[i].maps, stages[i].joint.backward(tapes[i], slopes[i], u), strict=True)
     fields = {
-        "kx": kx, "lr": lr, "hidden_k": hidden, "hidden_k_slope": slope, "norm_k": norm_k, "error": error,
-        "error_scaled": error_scaled, "u": u, "d_in": d_in, "d_out": d_out,
+        "kx": kx, "lr": lr, "inputs_k": tuple(inputs), "tapes_k": tuple(tapes), "slopes_k": tuple(slopes),
+        "upstream": tuple(upstream), "deltas": tuple(deltas[m] for m in range(len(maps))), "norm_k": norm_k,
+        "error": error, "error_scaled": error_scaled,
     }  # fmt: skip
-    return x_first, fields
+    return reads, fields
 
 
-def read_layer(
+def sum_products(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ x y over pairs of [N, C, A] and [N, A, B]."""
+    total = None
+    for x, y in factors:
+        total = torch.bmm(x, y) if total is None else torch.baddbmm(total, x, y)
+    return total
+
+
+def read_map(
     base: Tensor,
     x: Tensor,
-    a: Tensor,
     delta: Tensor,
+    reads: Affinity,
     momentum: tuple[Tensor, Tensor | None] | None,
-    has_bias: bool,
     c: Coefficients,
-) -> tuple[Tensor, Affinity]:
-    """One layer's read `B (x W) + F (x S) − (P ⊙ Θ) δ`. `base` is x W + b."""
+) -> Tensor:
+    """One map's read `B (x W) + F (x S) − (P ⊙ Θ) δ`. `base` is x W + b."""
     if c.read_decay is not None:
         base = base * c.read_decay
     if momentum is not None:
         base = torch.addcmul(base, linear(x, *momentum), c.read_momentum)
-    reads = affinity(x, a, has_bias, c.theta)
-    return torch.baddbmm(base, reads.masked, delta, alpha=-1), reads
+    return torch.baddbmm(base, reads.masked, delta, alpha=-1)
 
 
 def chunk_forward(
+    stages: Sequence[Stage],
     anchor: FastWeights,
     current: FastWeights | None,
     momentum: FastWeights | None,
@@ -226,6 +209,7 @@ def chunk_forward(
     """Read a chunk.
 
     Args:
+        stages: of the kind of memory.
         anchor: weights at the start of the chunk, where the gradients are taken.
         current: weights before the first of these tokens where that is in mid-chunk; None: the anchor.
         momentum: S before the first token, or None.
@@ -237,41 +221,49 @@ def chunk_forward(
     Returns:
         o [N, C, D], and what `advance` and the backward need.
     """
-    k, x = kx[:, : v.shape[1]], kx[:, v.shape[1] :]
-    y, f = chunk_gradients(anchor, kx, v, lr, norm)
-    if intra and current is not None:
-        y = linear(x, current.w1, current.b1)
-    has_momentum = intra and momentum is not None
-    is_mlp = anchor.w2 is not None
-    reads_in = reads_out = hidden_x = norm_x = None
-    if intra:
-        s_in = (momentum.w1, momentum.b1) if has_momentum else None
-        y, reads_in = read_layer(y, x, k, f["d_in"], s_in, anchor.b1 is not None, c)
-    if is_mlp:
-        hidden_x = gelu(y.contiguous())
-        h, a, last = hidden_x.value, f["hidden_k"].value, anchor if current is None or not intra else current
-        y = linear(h, last.w2, last.b2)
+    x = kx[:, v.shape[1] :]
+    ys, f = chunk_gradients(stages, anchor, kx, v, lr, norm)
+    read_at = anchor if current is None or not intra else current
+    maps, has_bias = read_at.maps, anchor.b1 is not None
+    moments = momentum.maps if intra and momentum is not None else [None] * len(maps)
+    if read_at is current:
+        ys = [linear(x, *maps[i]) for i in stages[0].maps]
+    inputs, tapes, reads = [x], [], []
+    for s, stage in enumerate(stages):
+        if s > 0:
+            ys = [linear(inputs[s], *maps[i]) for i in stage.maps]
+        reads.append(affinity(inputs[s], f["inputs_k"][s], has_bias, c.theta) if intra else None)
         if intra:
-            s_out = (momentum.w2, momentum.b2) if has_momentum else None
-            y, reads_out = read_layer(y, h, a, f["d_out"], s_out, anchor.b2 is not None, c)
-    if norm is None:
-        o = y
-    else:
-        norm_x = normalise(y.contiguous())
+            ys = [
+                read_map(y, inputs[s], f["deltas"][i], reads[s], moments[i], c)
+                for i, y in zip(stage.maps, ys, strict=True)
+            ]
+        if stage.joint is not None:
+            tapes.append(stage.joint.forward(*(y.contiguous() for y in ys)))
+            inputs.append(tapes[-1].value)
+    (o,), norm_x = ys, None
+    if norm is not None:
+        norm_x = normalise(o.contiguous())
         o = torch.addcmul(x + norm.bias, norm_x.n, norm.weight)
-    return o, ChunkState(**f, hidden_x=hidden_x, norm_x=norm_x, reads_in=reads_in, reads_out=reads_out)
+    return o, ChunkState(**f, inputs_x=tuple(inputs), tapes_x=tuple(tapes), reads=tuple(reads), norm_x=norm_x)
 
 
-def read_only(weights: FastWeights, x: Tensor, norm: Norm | None) -> Tensor:
+def read_only(stages: Sequence[Stage], weights: FastWeights, x: Tensor, norm: Norm | None) -> Tensor:
     """f(W, x) at fixed weights: [N, C, D]."""
-    y = linear(x, weights.w1, weights.b1)
-    if weights.w2 is not None:
-        y = linear(gelu(y).value, weights.w2, weights.b2)
-    return y if norm is None else torch.addcmul(x + norm.bias, normalise(y).n, norm.weight)
+    h = x
+    for stage in stages:
+        ys = [linear(h, *weights.maps[i]) for i in stage.maps]
+        h = ys[0] if stage.joint is None else stage.joint.forward(*ys).value
+    return h if norm is None else torch.addcmul(x + norm.bias, normalise(h).n, norm.weight)
 
 
 def advance(
-    weights: FastWeights, momentum: FastWeights | None, s: ChunkState, c: Coefficients, overwrite: bool = False
+    stages: Sequence[Stage],
+    weights: FastWeights,
+    momentum: FastWeights | None,
+    s: ChunkState,
+    c: Coefficients,
+    overwrite: bool = False,
 ) -> tuple[FastWeights, FastWeights | None]:
     """The weights and momentum after the chunk: W_end = B W + F S − Σ γ lr G, S_end = m S − Σ σ lr G.
 
@@ -279,28 +271,30 @@ def advance(
     """
     if not overwrite:
         weights = weights.map(Tensor.clone)
-    _step(weights, c.end_decay, s, c.end_gain)
+    _step(stages, weights, c.end_decay, s, c.end_gain)
     if c.end_momentum is not None:
         weights.zip_map(lambda w, m: w.addcmul_(_like(c.end_momentum, m), m), momentum)
     if c.momentum_decay is not None:
         if not overwrite:
             momentum = momentum.map(Tensor.clone)
-        _step(momentum, c.momentum_decay, s, c.momentum_gain)
+        _step(stages, momentum, c.momentum_decay, s, c.momentum_gain)
     return weights, momentum
 
 
-def _step(weights: FastWeights, decay: Tensor | None, s: ChunkState, gain: Tensor | None) -> None:
+def _step(
+    stages: Sequence[Stage], weights: FastWeights, decay: Tensor | None, s: ChunkState, gain: Tensor | None
+) -> None:
     """W ← decay · W − Σ gain lr G, in place: the products are accumulated straight onto the weights."""
     if decay is not None:
         weights.map(lambda w: w.mul_(_like(decay, w)))
-    d_in, d_out = (s.d_in, s.d_out) if gain is None else (s.d_in * gain, s.d_out * gain)
-    weights.w1.baddbmm_(s.kx[:, : s.lr.shape[1]].transpose(1, 2), d_in, alpha=-1)
-    if weights.b1 is not None:
-        weights.b1.sub_(d_in.sum(1))
-    if weights.w2 is not None:
-        weights.w2.baddbmm_(s.hidden_k.value.transpose(1, 2), d_out, alpha=-1)
-    if weights.b2 is not None:
-        weights.b2.sub_(d_out.sum(1))
+    maps = weights.maps
+    for stage, a in zip(stages, s.inputs_k, strict=True):
+        for i in stage.maps:
+            delta = s.deltas[i] if gain is None else s.deltas[i] * gain
+            weight, bias = maps[i]
+            weight.baddbmm_(a.transpose(1, 2), delta, alpha=-1)
+            if bias is not None:
+                bias.sub_(delta.sum(1))
 
 
 def _like(c: Tensor, w: Tensor) -> Tensor:

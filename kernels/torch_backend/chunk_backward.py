@@ -7,17 +7,19 @@ here is differentiable. The formulas, in steps 1 to 7, are in kernels/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..memories.kind import Stage
 from ..types import FastWeights
-from .chunk import Affinity, ChunkState, Coefficients, Norm, gelu_curvature, gelu_slope, linear, normalise_backward
+from .chunk import Affinity, ChunkState, Coefficients, Norm, linear, normalise_backward, sum_products
 
 
-class Layer(NamedTuple):
-    """One layer of the memory, as its backward sees it. Weight, momentum and their gradients have N rows."""
+class Map(NamedTuple):
+    """One linear map of the memory, as its backward sees it. Weight, momentum and their gradients have N rows."""
 
     weight: Tensor
     bias: Tensor | None
@@ -44,6 +46,7 @@ class ChunkGradients(NamedTuple):
 
 
 def chunk_backward(
+    stages: Sequence[Stage],
     s: ChunkState,
     weights: FastWeights,
     momentum: FastWeights | None,
@@ -58,7 +61,7 @@ def chunk_backward(
     """Backward of one chunk.
 
     Args:
-        s, c, norm, intra: as in and from `chunk_forward`.
+        stages, s, c, norm, intra: as in and from `chunk_forward`.
         weights, momentum: those before the chunk.
         grad_o: [N, C, D].
         grad_weights, grad_momentum: on entry the gradients of the state after the chunk, on return of the one before.
@@ -66,7 +69,7 @@ def chunk_backward(
             Σ grad_o − Σ grad_v, which the caller can take from the whole sequence at once.
     """
     C = s.lr.shape[1]
-    first, last = _layers(s, weights, momentum, grad_weights, grad_momentum)
+    maps = _maps(stages, s, weights, momentum, grad_weights, grad_momentum)
     g = _CoefficientGradients(c)
 
     grad_y = grad_o
@@ -74,41 +77,57 @@ def chunk_backward(
         grad_y = normalise_backward(s.norm_x, grad_o * norm.weight)
         grad_norm_weight.addcmul_(grad_o, s.norm_x.n)
 
-    grad_a, grad_delta_out = _advance_backward(last, c, g)
-    grad_first = torch.empty_like(first.weight[:, :1].expand(-1, 2 * C, -1))  # gradients of what meets W1: keys, reads
-    if s.hidden_k is None:
-        grad_h = _read_backward(last, grad_y, c, intra, grad_a, grad_delta_out, g, out=grad_first[:, C:])
-        grad_x = grad_h
-    else:
-        grad_h = _read_backward(last, grad_y, c, intra, grad_a, grad_delta_out, g, out=None)
-        grad_h += torch.bmm(_scaled(grad_y, c.read_decay if intra else None), last.weight.transpose(1, 2))
-        slope = s.hidden_k_slope
-        grad_k_in, grad_delta_in = _advance_backward(first, c, g)
-        grad_y_in = grad_h.mul_(gelu_slope(s.hidden_x))
-        grad_x = _read_backward(first, grad_y_in, c, intra, grad_k_in, grad_delta_in, g, out=grad_first[:, C:])
-        # δ1 = (δ2 W2ᵀ) ⊙ φ'(z1)
-        grad_u = grad_delta_in * slope
-        grad_z_in = grad_delta_in.mul_(s.u).mul_(gelu_curvature(s.hidden_k, slope))
-        grad_delta_out.baddbmm_(grad_u, last.weight)
-        last.grad_weight.baddbmm_(grad_u.transpose(1, 2), s.d_out)
+    # The reads, from the last stage to the first. What meets the first stage's weights: keys above read rows.
+    grad_first = {
+        i: torch.empty_like(maps[i].weight[:, :1].expand(-1, 2 * C, -1)) for i in stages[0].maps
+    }  # fmt: skip
+    grad_inputs, grad_deltas, grad_ys = {}, {}, [grad_y]
+    for t in reversed(range(len(stages))):
+        grad_h = None
+        for i, grad_y in zip(stages[t].maps, grad_ys, strict=True):
+            grad_a, grad_deltas[i] = _advance_backward(maps[i], c, g)
+            out = None if t > 0 else grad_first[i][:, C:]
+            part = _read_backward(maps[i], grad_y, c, intra, grad_a, grad_deltas[i], g, out)
+            if t > 0:
+                part += torch.bmm(_scaled(grad_y, c.read_decay if intra else None), maps[i].weight.transpose(1, 2))
+            grad_inputs[t] = grad_a if t not in grad_inputs else grad_inputs[t].add_(grad_a)
+            grad_h = part if grad_h is None else grad_h.add_(part)
+        if t > 0:
+            joint, tape = stages[t - 1].joint, s.tapes_x[t - 1]
+            grad_ys = joint.backward(tape, joint.slopes(tape), grad_h)
+    grad_x = grad_h
 
-    grad_z, grad_e, grad_lr = _error_backward(s, norm, grad_delta_out, grad_norm_weight)
-    if s.hidden_k is None:
-        grad_first[:, :C] = grad_z
-        grad_k = grad_a
-    else:
-        grad_a.baddbmm_(grad_z, last.weight.transpose(1, 2))
-        last.grad_weight.baddbmm_(s.hidden_k.value.transpose(1, 2), grad_z)
-        if last.bias is not None:
-            last.grad_bias.add_(grad_z.sum(1))
-        torch.addcmul(grad_z_in, grad_a, slope, out=grad_first[:, :C])
-        grad_k = grad_k_in
+    # The gradients δ at the keys are functions of the weights and of the outputs there: δ = joint'(Σ δ Wᵀ).
+    direct = []
+    for t, stage in enumerate(stages[:-1]):
+        grads = [grad_deltas[i] for i in stage.maps]
+        grad_u, grad_ys = stage.joint.second(s.tapes_k[t], s.slopes_k[t], s.upstream[t], grads)
+        direct.append(grad_ys)
+        for i in stages[t + 1].maps:
+            grad_deltas[i].baddbmm_(grad_u, maps[i].weight)
+            maps[i].grad_weight.baddbmm_(grad_u.transpose(1, 2), maps[i].delta)
 
-    grad_kx = torch.bmm(grad_first, first.weight.transpose(1, 2))
-    first.grad_weight.baddbmm_(s.kx.transpose(1, 2), grad_first)
-    if first.bias is not None:
-        first.grad_bias.add_(grad_first.sum(1))
-    grad_k += grad_kx[:, :C]
+    last = stages[-1].maps[0]
+    grad_z, grad_e, grad_lr = _error_backward(s, norm, maps[last].delta, grad_deltas[last], grad_norm_weight)
+
+    # The outputs at the keys, from the last stage to the first.
+    grad_ys = [grad_z]
+    for t in reversed(range(1, len(stages))):
+        for i, grad_y in zip(stages[t].maps, grad_ys, strict=True):
+            grad_inputs[t].baddbmm_(grad_y, maps[i].weight.transpose(1, 2))
+            maps[i].grad_weight.baddbmm_(maps[i].a.transpose(1, 2), grad_y)
+            if maps[i].bias is not None:
+                maps[i].grad_bias.add_(grad_y.sum(1))
+        grad_ys = stages[t - 1].joint.backward(s.tapes_k[t - 1], s.slopes_k[t - 1], grad_inputs[t], plus=direct[t - 1])
+    for i, grad_y in zip(stages[0].maps, grad_ys, strict=True):
+        grad_first[i][:, :C] = grad_y
+
+    grad_kx = sum_products((grad, maps[i].weight.transpose(1, 2)) for i, grad in grad_first.items())
+    for i, grad in grad_first.items():
+        maps[i].grad_weight.baddbmm_(s.kx.transpose(1, 2), grad)
+        if maps[i].bias is not None:
+            maps[i].grad_bias.add_(grad.sum(1))
+    grad_k = grad_inputs[0].add_(grad_kx[:, :C])
     grad_x += grad_kx[:, C:]
     if norm is not None:
         grad_k += grad_e
@@ -116,24 +135,27 @@ def chunk_backward(
     return ChunkGradients(grad_k, grad_e.neg_(), grad_x, grad_lr, g.finish())
 
 
-def _layers(
+def _maps(
+    stages: Sequence[Stage],
     s: ChunkState,
     weights: FastWeights,
     momentum: FastWeights | None,
     grad_weights: FastWeights,
     grad_momentum: FastWeights | None,
-) -> tuple[Layer, Layer]:
-    """The first and the last layer; the same one for a linear memory."""
-    C = s.lr.shape[1]
-    k, x = s.kx[:, :C], s.kx[:, C:]
-    none = FastWeights(None)
-    m, gm = momentum or none, grad_momentum or none
-    w, gw = weights, grad_weights
-    first = Layer(w.w1, w.b1, gw.w1, gw.b1, m.w1, m.b1, gm.w1, gm.b1, k, x, s.d_in, s.reads_in)
-    if s.hidden_k is None:
-        return first, first
-    a, h = s.hidden_k.value, s.hidden_x.value
-    return first, Layer(w.w2, w.b2, gw.w2, gw.b2, m.w2, m.b2, gm.w2, gm.b2, a, h, s.d_out, s.reads_out)
+) -> list[Map]:
+    """The linear maps, by their number."""
+    groups = [
+        [(None, None)] * len(s.deltas) if group is None else group.maps
+        for group in (weights, grad_weights, momentum, grad_momentum)
+    ]
+    stage_of = {i: t for t, stage in enumerate(stages) for i in stage.maps}
+    return [
+        Map(
+            *(part for group in groups for part in group[i]), s.inputs_k[stage_of[i]], s.inputs_x[stage_of[i]], delta,
+            s.reads[stage_of[i]],
+        )
+        for i, delta in enumerate(s.deltas)
+    ]  # fmt: skip
 
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -162,24 +184,24 @@ class _CoefficientGradients:
         return Coefficients(**self.sums)
 
 
-def _advance_backward(layer: Layer, c: Coefficients, g: _CoefficientGradients) -> tuple[Tensor, Tensor]:
+def _advance_backward(lin: Map, c: Coefficients, g: _CoefficientGradients) -> tuple[Tensor, Tensor]:
     """W_end = B W + F S − aᵀ(γ δ), S_end = m S − aᵀ(σ δ). Returns ā and δ̄; turns the state's gradients in place."""
-    w_end, b_end = layer.grad_weight, layer.grad_bias
-    gained = _scaled(layer.delta, c.end_gain)
+    w_end, b_end = lin.grad_weight, lin.grad_bias
+    gained = _scaled(lin.delta, c.end_gain)
     grad_a = torch.bmm(gained, w_end.transpose(1, 2)).neg_()
-    t = linear(layer.a, w_end, b_end)
+    t = linear(lin.a, w_end, b_end)
     if g.wants("end_gain"):
-        g.add("end_gain", -_dot(layer.delta, t))
+        g.add("end_gain", -_dot(lin.delta, t))
         t *= c.end_gain
     grad_delta = t.neg_()
     if c.momentum_decay is not None:
-        grad_a.baddbmm_(layer.delta * c.momentum_gain, layer.grad_momentum.transpose(1, 2), alpha=-1)
-        t = linear(layer.a, layer.grad_momentum, layer.grad_momentum_bias)
-        g.add("momentum_gain", -_dot(layer.delta, t))
+        grad_a.baddbmm_(lin.delta * c.momentum_gain, lin.grad_momentum.transpose(1, 2), alpha=-1)
+        t = linear(lin.a, lin.grad_momentum, lin.grad_momentum_bias)
+        g.add("momentum_gain", -_dot(lin.delta, t))
         grad_delta.addcmul_(t, c.momentum_gain, value=-1)
-    pairs = [(layer.weight, layer.momentum, w_end, layer.grad_momentum)]
-    if layer.bias is not None:
-        pairs.append((layer.bias, layer.momentum_bias, b_end, layer.grad_momentum_bias))
+    pairs = [(lin.weight, lin.momentum, w_end, lin.grad_momentum)]
+    if lin.bias is not None:
+        pairs.append((lin.bias, lin.momentum_bias, b_end, lin.grad_momentum_bias))
     for w, m, grad_w, grad_m in pairs:
         _decay_backward(w, m, grad_w, grad_m, c, g)
     return grad_a, grad_delta
@@ -207,7 +229,7 @@ def _decay_backward(
 
 
 def _read_backward(
-    layer: Layer,
+    lin: Map,
     grad_y: Tensor,
     c: Coefficients,
     intra: bool,
@@ -219,44 +241,44 @@ def _read_backward(
     """y = B (x W + b) + F (x S + s) − (P ⊙ Θ) δ. Adds to ā and δ̄ and to the momentum's gradient.
 
     Returns x̄ without the part that comes through W. B ȳ is written to `out` for the caller to take through the first
-    layer's weight together with the keys; without `out` the weight's gradient is accumulated here.
+    stage's weights together with the keys; without `out` the weight's gradient is accumulated here.
     """
     if not intra:
-        grad_x = grad_y.new_zeros(layer.x.shape)
+        grad_x = grad_y.new_zeros(lin.x.shape)
         grad_base = grad_y
     else:
-        r = torch.bmm(grad_y, layer.delta.transpose(1, 2))
+        r = torch.bmm(grad_y, lin.delta.transpose(1, 2))
         if c.theta is None:
             r.tril_()
         else:
-            g.add("theta", -(r * layer.reads.raw))
+            g.add("theta", -(r * lin.reads.raw))
             r.mul_(c.theta)
-        grad_x = torch.bmm(r, layer.a).neg_()
-        grad_a.baddbmm_(r.transpose(1, 2), layer.x, alpha=-1)
-        grad_delta.baddbmm_(layer.reads.masked.transpose(1, 2), grad_y, alpha=-1)
+        grad_x = torch.bmm(r, lin.a).neg_()
+        grad_a.baddbmm_(r.transpose(1, 2), lin.x, alpha=-1)
+        grad_delta.baddbmm_(lin.reads.masked.transpose(1, 2), grad_y, alpha=-1)
         if c.momentum_decay is not None:
             scaled = grad_y * c.read_momentum
-            g.add("read_momentum", _dot(grad_y, linear(layer.x, layer.momentum, layer.momentum_bias)))
-            grad_x.baddbmm_(scaled, layer.momentum.transpose(1, 2))
-            layer.grad_momentum.baddbmm_(layer.x.transpose(1, 2), scaled)
-            if layer.bias is not None:
-                layer.grad_momentum_bias.add_(scaled.sum(1))
+            g.add("read_momentum", _dot(grad_y, linear(lin.x, lin.momentum, lin.momentum_bias)))
+            grad_x.baddbmm_(scaled, lin.momentum.transpose(1, 2))
+            lin.grad_momentum.baddbmm_(lin.x.transpose(1, 2), scaled)
+            if lin.bias is not None:
+                lin.grad_momentum_bias.add_(scaled.sum(1))
         if g.wants("read_decay"):
-            g.add("read_decay", _dot(grad_y, linear(layer.x, layer.weight, layer.bias)))
+            g.add("read_decay", _dot(grad_y, linear(lin.x, lin.weight, lin.bias)))
         grad_base = _scaled(grad_y, c.read_decay)
     if out is not None:
         out.copy_(grad_base)
     else:
-        layer.grad_weight.baddbmm_(layer.x.transpose(1, 2), grad_base)
-        if layer.bias is not None:
-            layer.grad_bias.add_(grad_base.sum(1))
+        lin.grad_weight.baddbmm_(lin.x.transpose(1, 2), grad_base)
+        if lin.bias is not None:
+            lin.grad_bias.add_(grad_base.sum(1))
     return grad_x
 
 
 def _error_backward(
-    s: ChunkState, norm: Norm | None, q: Tensor, grad_norm_weight: Tensor | None
+    s: ChunkState, norm: Norm | None, delta: Tensor, q: Tensor, grad_norm_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From Q = δ̄ of the last layer to z̄ of its output, Ē of the error and the step size's gradient [N, C, 1]."""
+    """From δ of the last map and Q = δ̄ to z̄ of its output, Ē of the error and the step size's gradient [N, C, 1]."""
     if norm is None:
         grad_lr = _dot(q, s.error)
         grad_z = q * s.lr
@@ -275,5 +297,5 @@ def _error_backward(
     grad_n.addcmul_(g, _dot(q, n)).mul_(r / -D)
     grad_n.addcmul_(grad_e, norm.weight)
     grad_z = normalise_backward(rows, grad_n)
-    grad_z.addcmul_(n, _dot(q, s.d_out).mul_(r / -D))
+    grad_z.addcmul_(n, _dot(q, delta).mul_(r / -D))
     return grad_z, grad_e, grad_lr

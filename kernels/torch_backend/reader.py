@@ -65,6 +65,7 @@ class Reader:
         self.problem, self.intra, self.output_final_state = problem, intra, output_final_state
         self.dtype = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
         self.params = MemoryParams(*(None if t is None else t.to(self.dtype) for t in problem.params))
+        self.stages = problem.stages
         self.projects = problem.qk_projection != "none"
         self.states: dict[str, MemoryState] = {}
 
@@ -105,7 +106,7 @@ class Reader:
 
     def scan(self, inputs: ScanInputs, lengths: list[int]) -> tuple[Tensor, FastWeights, FastWeights | None]:
         """Read independent jobs of whole chunks; see `scan_chunks`."""
-        return scan_chunks(inputs, lengths, self.problem.chunk_size, self.intra)
+        return scan_chunks(inputs, self.problem.kind.name, lengths, self.problem.chunk_size, self.intra)
 
     def _block(self, pieces: list[Piece], dtype: torch.dtype) -> _Block:
         p, tokens = self.problem, Tokens(pieces, self.problem.q)
@@ -176,10 +177,7 @@ class Reader:
         else:
             gates = Gates(chunks(b.momentum), chunks(b.decay))
             c = local_coefficients(gates) if self.intra else global_coefficients(gates)
-        none = FastWeights(None)
-        inputs = ScanInputs(
-            x, b.k, b.v, b.lr, *start.weights, *(start.momentum or none), *self.params[4:], **c._asdict()
-        )
+        inputs = ScanInputs(x, b.k, b.v, b.lr, start.weights, start.momentum, *self.params.norm, c)
         o, weights, momentum = self.scan(inputs, [piece.count // C for piece in pieces])
         if by_chunk:
             projection = torch.zeros_like(start.projection)
@@ -190,7 +188,7 @@ class Reader:
         start = self._gather([piece.source for piece in pieces])
         if not self.intra and not self.output_final_state:
             rows = start.weights.map(lambda t: t.flatten(0, 1))
-            return _blocks(read_only(rows, _rows(b.q), self._norm(len(pieces))), b), None
+            return _blocks(read_only(self.stages, rows, _rows(b.q), self._norm(len(pieces))), b), None
         x, projection = self._project(b, None if self.problem.qk_projection == "chunk" else start.projection)
         if self.problem.token_scale is not None:
             scale = self.problem.token_scale.to(self.dtype)[: b.tokens.length]
@@ -239,16 +237,18 @@ class Reader:
         anchor, current, momentum = rows(anchor), rows(current), rows(momentum)
         kx = torch.cat((_rows(b.k), _rows(x)), dim=1)
         lr = _rows(b.lr.unsqueeze(-1))
-        o, s = chunk_forward(anchor, current, momentum, kx, _rows(b.v), lr, self._norm(pieces), c, self.intra)
+        o, s = chunk_forward(
+            self.stages, anchor, current, momentum, kx, _rows(b.v), lr, self._norm(pieces), c, self.intra
+        )
         weights = None
         if self.output_final_state or current is not None:
-            weights, momentum = advance(anchor if current is None else current, momentum, s, c)
+            weights, momentum = advance(self.stages, anchor if current is None else current, momentum, s, c)
         return _blocks(o, b), unrows(weights), unrows(momentum)
 
     def _norm(self, pieces: int) -> Norm | None:
         if self.params.norm_weight is None:
             return None
-        return Norm(*(t.repeat(pieces, 1).unsqueeze(1) for t in self.params[4:]))
+        return Norm(*(t.repeat(pieces, 1).unsqueeze(1) for t in self.params.norm))
 
     def _project(self, b: _Block, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows to read at, and M after them."""

@@ -18,35 +18,33 @@ from torch import Tensor
 from ..operators import NAMESPACE, OPERATORS
 from ..transfer import on_device
 from ..types import FastWeights
-from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, named
+from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, group, named
 
 # Shards are taken in slabs whose fast weights fit into the caches of a CPU; see tests/benchmarks/LOG.md.
 SLAB_BYTES = 4 << 20
 
 
 def scan_chunks(
-    inputs: ScanInputs, lengths: list[int], chunk_size: int, intra: bool
+    inputs: ScanInputs, memory_type: str, lengths: list[int], chunk_size: int, intra: bool
 ) -> tuple[Tensor, FastWeights, FastWeights | None]:
     """Read J independent shards of whole chunks.
 
     Args:
         inputs: see `ScanInputs`.
+        memory_type: the kind of memory.
         lengths: chunks per shard, falling, at least 1 each, `lengths[0] * chunk_size == L`.
         intra: see `chunk_forward`.
 
     Returns:
         o [J, L, H, D] (zero past a shard's end), and weights and momentum after each shard.
     """
-    names = [name for name, t in inputs._asdict().items() if t is not None]
-    tensors = [getattr(inputs, name) for name in names]
+    named_tensors = inputs.tensors()
+    names, tensors = ",".join(named_tensors), list(named_tensors.values())
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     interval = math.isqrt(lengths[0] - 1) + 1 if needs_grad else 0
-    o, *ends = OPERATORS.scan_forward(tensors, ",".join(names), lengths, chunk_size, intra, interval)
-    state = [name for name in names if name in WEIGHTS + MOMENTUM]
-    end = dict(zip(state, ends, strict=False))
-    weights = FastWeights(*(end.get(name) for name in WEIGHTS))
-    has_momentum = inputs.momentum_w1 is not None
-    return o, weights, FastWeights(*(end.get(name) for name in MOMENTUM)) if has_momentum else None
+    o, *ends = OPERATORS.scan_forward(tensors, names, memory_type, lengths, chunk_size, intra, interval)
+    end = dict(zip((name for name, _ in named(inputs.weights, inputs.momentum)), ends, strict=False))
+    return o, group(end, WEIGHTS), group(end, MOMENTUM)
 
 
 @functools.cache
@@ -70,12 +68,12 @@ def _slabs(inputs: ScanInputs, lengths: list[int]) -> Iterator[slice]:
 
 
 def _unpack(tensors: list[Tensor], names: str) -> ScanInputs:
-    return ScanInputs(**dict(zip(names.split(","), tensors, strict=True)))
+    return ScanInputs.from_tensors(dict(zip(names.split(","), tensors, strict=True)))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan_forward", mutates_args=())
 def scan_forward(
-    tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
+    tensors: list[Tensor], names: str, memory_type: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
 ) -> list[Tensor]:
     """o, the state after each shard, and the states kept for the backward [chunks / interval, J, H, …]."""
     inputs = _unpack(tensors, names)
@@ -84,14 +82,14 @@ def scan_forward(
     with torch.autocast(inputs.x.device.type, enabled=False):
         for slab in _slabs(inputs, lengths):
             part = {name: t[:, slab] if name.startswith("kept_") else t[slab] for name, t in outputs.items()}
-            plan = ScanPlan(lengths[slab], chunk_size, intra, interval)
+            plan = ScanPlan(memory_type, lengths[slab], chunk_size, intra, interval)
             Slab(inputs.shards(slab.start, slab.stop), plan).forward(part)
     return [outputs[key] for key in ("o", *state_names, *(f"kept_{n}" for n in state_names if interval))]
 
 
 @scan_forward.register_fake
 def _(
-    tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
+    tensors: list[Tensor], names: str, memory_type: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
 ) -> list[Tensor]:
     return list(_empty_outputs(_unpack(tensors, names), lengths, interval).values())
 
@@ -115,6 +113,7 @@ def scan_backward(
     kept: list[Tensor],
     grads: list[Tensor],
     grad_names: str,
+    memory_type: str,
     lengths: list[int],
     chunk_size: int,
     intra: bool,
@@ -143,7 +142,7 @@ def scan_backward(
         for slab in _slabs(inputs, lengths):
             part_kept = {name: t[:, slab] for name, t in kept_by_name.items()}
             part_out = {name: t if name.startswith("norm_") else t[slab] for name, t in out.items()}
-            plan = ScanPlan(lengths[slab], chunk_size, intra, interval)
+            plan = ScanPlan(memory_type, lengths[slab], chunk_size, intra, interval)
             Slab(inputs.shards(slab.start, slab.stop), plan).backward(part_kept, given["o"][slab], part_out)
     if inputs.norm_weight is not None:
         out["norm_bias"] = given["o"].sum((0, 1)) - out["v"].sum((0, 1))
@@ -157,6 +156,7 @@ def _(
     kept: list[Tensor],
     grads: list[Tensor],
     grad_names: str,
+    memory_type: str,
     lengths: list[int],
     chunk_size: int,
     intra: bool,
@@ -166,26 +166,24 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, names, lengths, chunk_size, intra, interval = inputs
+    tensors, names, memory_type, lengths, chunk_size, intra, interval = inputs
     ctx.set_materialize_grads(False)
     states = sum(name in WEIGHTS + MOMENTUM for name in names.split(","))
     ctx.save_for_backward(*tensors, *output[1 + states :])
     ctx.tensors = len(tensors)
-    ctx.arguments = (names, lengths, chunk_size, intra, interval)
+    ctx.arguments = (names, memory_type, lengths, chunk_size, intra, interval)
 
 
 def _autograd_backward(ctx, grads):
-    names, lengths, chunk_size, intra, interval = ctx.arguments
+    names, *arguments = ctx.arguments
     saved = ctx.saved_tensors
     tensors, kept = list(saved[: ctx.tensors]), list(saved[ctx.tensors :])
     state_names = [name for name in names.split(",") if name in WEIGHTS + MOMENTUM]
     given = {name: g for name, g in zip(("o", *state_names), grads, strict=False) if g is not None}
     if "o" not in given:
         given["o"] = torch.zeros_like(tensors[0])
-    result = OPERATORS.scan_backward(
-        tensors, names, kept, list(given.values()), ",".join(given), lengths, chunk_size, intra, interval
-    )
-    return result, None, None, None, None, None
+    result = OPERATORS.scan_backward(tensors, names, kept, list(given.values()), ",".join(given), *arguments)
+    return result, None, None, None, None, None, None
 
 
 scan_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

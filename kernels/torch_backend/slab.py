@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memories.kinds import memory_kind
 from ..types import FastWeights
 from .chunk import ChunkState, Coefficients, Norm, advance, chunk_forward
 from .chunk_backward import chunk_backward
@@ -23,54 +24,49 @@ MOMENTUM = tuple(f"momentum_{name}" for name in WEIGHTS)
 class ScanInputs(NamedTuple):
     """The tensors of a scan over J shards of at most L = n · C tokens, H heads; None where the memory does without.
 
-    x, k, v        [J, L, H, D] read rows, keys, values
-    lr             [J, L, H]
-    w1 … b2        [J, H, …] weights at the start of each shard; momentum_* alike
-    norm_*         [H, D]
-    coefficients   as in `Coefficients`: theta [J, n, H, C, C], per token [J, n, H, C], per chunk [J, n, H]
+    x, k, v             [J, L, H, D] read rows, keys, values
+    lr                  [J, L, H]
+    weights, momentum   [J, H, …] at the start of each shard
+    norm_*              [H, D]
+    coefficients        theta [J, n, H, C, C], per token [J, n, H, C], per chunk [J, n, H]
     """
 
     x: Tensor
     k: Tensor
     v: Tensor
     lr: Tensor
-    w1: Tensor
-    b1: Tensor | None = None
-    w2: Tensor | None = None
-    b2: Tensor | None = None
-    momentum_w1: Tensor | None = None
-    momentum_b1: Tensor | None = None
-    momentum_w2: Tensor | None = None
-    momentum_b2: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    theta: Tensor | None = None
-    read_decay: Tensor | None = None
-    read_momentum: Tensor | None = None
-    end_gain: Tensor | None = None
-    end_decay: Tensor | None = None
-    end_momentum: Tensor | None = None
-    momentum_gain: Tensor | None = None
-    momentum_decay: Tensor | None = None
+    weights: FastWeights
+    momentum: FastWeights | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    coefficients: Coefficients
 
-    @property
-    def weights(self) -> FastWeights:
-        return FastWeights(*(getattr(self, name) for name in WEIGHTS))
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name: "x", …, "w1", …, "momentum_w1", …, "theta", …; see `from_tensors`."""
+        flat = {name: getattr(self, name) for name in ("x", "k", "v", "lr")} | dict(named(self.weights, self.momentum))
+        flat |= {"norm_weight": self.norm_weight, "norm_bias": self.norm_bias} | self.coefficients._asdict()
+        return {name: t for name, t in flat.items() if t is not None}
 
-    @property
-    def momentum(self) -> FastWeights | None:
-        return None if self.momentum_w1 is None else FastWeights(*(getattr(self, name) for name in MOMENTUM))
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> ScanInputs:
+        return cls(
+            *(flat[name] for name in ("x", "k", "v", "lr")), group(flat, WEIGHTS), group(flat, MOMENTUM),
+            flat.get("norm_weight"), flat.get("norm_bias"),
+            Coefficients(*(flat.get(name) for name in Coefficients._fields)),
+        )  # fmt: skip
 
     def shards(self, first: int, last: int) -> ScanInputs:
         """The inputs of some of the shards, as views."""
-        return ScanInputs(
-            **{k: t if t is None or k.startswith("norm_") else t[first:last] for k, t in self._asdict().items()}
+        return self.from_tensors(
+            {name: t if name.startswith("norm_") else t[first:last] for name, t in self.tensors().items()}
         )
 
 
 class ScanPlan(NamedTuple):
-    """lengths: number of chunks of each shard, falling. interval: chunks between kept states, 0 to keep none."""
+    """memory_type: the kind of memory. lengths: number of chunks of each shard, falling. interval: chunks between kept
+    states, 0 to keep none."""
 
+    memory_type: str
     lengths: list[int]
     chunk_size: int
     intra: bool
@@ -93,6 +89,7 @@ class Slab:
 
     def __init__(self, inputs: ScanInputs, plan: ScanPlan):
         self.inputs, self.plan = inputs, plan
+        self.stages = memory_kind(plan.memory_type).stages(len(inputs.weights.maps))
         self.shards, self.heads = inputs.x.shape[0], inputs.x.shape[2]
         self.active = [sum(n > index for n in plan.lengths) for index in range(plan.lengths[0])]
         self.norm = None
@@ -100,9 +97,7 @@ class Slab:
             rows = (t.repeat(self.shards, 1).unsqueeze(1) for t in (inputs.norm_weight, inputs.norm_bias))
             self.norm = Norm(*rows)
         self._tokens = [self._by_chunk(t) for t in (inputs.k, inputs.x, inputs.v, inputs.lr)]
-        self._coefficients = [
-            None if t is None else t.transpose(0, 1) for t in (getattr(inputs, name) for name in Coefficients._fields)
-        ]
+        self._coefficients = [None if t is None else t.transpose(0, 1) for t in inputs.coefficients]
 
     def forward(self, outputs: dict[str, Tensor]) -> None:
         """Fill the slab's part of o, of the states after each shard, and of the states kept for the backward."""
@@ -116,7 +111,7 @@ class Slab:
                 for name, t in named(chunk.weights, chunk.momentum):
                     target = outputs[f"kept_{name}"][index // self.plan.interval, :active]
                     target.copy_(t.view(target.shape))
-            advance(chunk.weights, chunk.momentum, chunk.state, chunk.coefficients, overwrite=True)
+            advance(self.stages, chunk.weights, chunk.momentum, chunk.state, chunk.coefficients, overwrite=True)
         for name, t in named(weights, momentum):
             outputs[name].copy_(t.view(outputs[name].shape))
 
@@ -127,7 +122,7 @@ class Slab:
         """
         C, total, interval = self.plan.chunk_size, self.plan.lengths[0], self.plan.interval
         flat = {name: out[name].flatten(0, 1) for name, _ in named(self.inputs.weights, self.inputs.momentum)}
-        grad_weights, grad_momentum = _group(flat, WEIGHTS), _group(flat, MOMENTUM)
+        grad_weights, grad_momentum = group(flat, WEIGHTS), group(flat, MOMENTUM)
         grad_norm_weight = None
         if self.norm is not None:
             grad_norm_weight = grad_o.new_zeros(self.shards * self.heads, C, grad_o.shape[-1])
@@ -136,11 +131,12 @@ class Slab:
         for start in reversed(range(0, total, interval)):
             before = {name: t[start // interval].flatten(0, 1) for name, t in kept.items()}
             stop = min(start + interval, total)
-            chunks = self._run_again(range(start, stop), _group(before, WEIGHTS), _group(before, MOMENTUM))
+            chunks = self._run_again(range(start, stop), group(before, WEIGHTS), group(before, MOMENTUM))
             for index in reversed(range(start, stop)):
                 chunk = chunks.pop()
                 rows = chunk.active * self.heads
                 g = chunk_backward(
+                    self.stages,
                     chunk.state,
                     chunk.weights,
                     chunk.momentum,
@@ -168,7 +164,7 @@ class Slab:
             chunk, _ = self._read(index, weights, momentum)
             chunks.append(chunk)
             if index + 1 < indices.stop:
-                weights, momentum = advance(chunk.weights, chunk.momentum, chunk.state, chunk.coefficients)
+                weights, momentum = advance(self.stages, chunk.weights, chunk.momentum, chunk.state, chunk.coefficients)
         return chunks
 
     def _read(self, index: int, weights: FastWeights, momentum: FastWeights | None) -> tuple[Chunk, Tensor]:
@@ -183,8 +179,9 @@ class Slab:
         kx = torch.cat((k, x), dim=2).view(rows, 2 * C, -1)
         c = Coefficients(*(None if t is None else t[index][:active] for t in self._coefficients)).in_rows(rows, C)
         o, state = chunk_forward(
-            weights, None, momentum, kx, v.reshape(rows, C, -1), lr.reshape(rows, C, 1), norm, c, self.plan.intra
-        )
+            self.stages, weights, None, momentum, kx, v.reshape(rows, C, -1), lr.reshape(rows, C, 1), norm, c,
+            self.plan.intra,
+        )  # fmt: skip
         return Chunk(active, weights, momentum, norm, c, state), o
 
     def _by_chunk(self, t: Tensor) -> Tensor:
@@ -200,8 +197,8 @@ def named(weights: FastWeights, momentum: FastWeights | None) -> Iterator[tuple[
             yield from ((name, t) for name, t in zip(fields, group, strict=True) if t is not None)
 
 
-def _group(tensors: dict[str, Tensor], fields: tuple[str, ...]) -> FastWeights | None:
-    """The inverse of `named` for one of its two groups."""
+def group(tensors: dict[str, Tensor], fields: tuple[str, ...]) -> FastWeights | None:
+    """The inverse of `named` for one of its two groups, or the first `fields` of it."""
     return FastWeights(*(tensors.get(name) for name in fields)) if fields[0] in tensors else None
 
 

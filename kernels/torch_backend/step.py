@@ -1,9 +1,9 @@
 """One new token a row through all memories of a layer in plain torch: a few operations for all memories and heads.
 
-A head's layer and its bias lie next to each other in a `MemoryStack`, so they are one matrix [W; b] that is read at
-[x, 1]; a bias then costs no operation of its own. With a = [k, 1] at the first layer, [gelu, 1] at the last and δ the
-gradient of `½‖f(W_anchor, k) − v‖²` at a layer's output (times lr), a token's gradient of a layer is aᵀ δ: it is added
-to the state in place, in one pass. Every product of a row with a matrix is a `bmm` over memories · rows · heads.
+A head's linear map and its bias lie next to each other in a `MemoryStack`, so they are one matrix [W; b] that is read
+at [h, 1]; a bias then costs no operation of its own. With a = [h, 1] at the key and δ the gradient of
+`½‖f(W_anchor, k) − v‖²` at a map's output (times lr), a token's gradient of a map is aᵀ δ: it is added to the state in
+place, in one pass. Every product of a row with a matrix is a `bmm` over memories · rows · heads.
 
 Chunks and shards begin and end at numbers, which the host reads from the stack: nearly every token is at no boundary,
 and then nothing is copied. Where rows stand at different positions only those at a boundary are touched.
@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memories.kinds import inferred_type, memory_kind
 from ..stack import MemoryStack
 from ..types import MemoryParams
-from .chunk import NORM_EPS
+from .chunk import NORM_EPS, sum_products
 
 
 class StepOptions(NamedTuple):
@@ -31,6 +32,7 @@ class StepOptions(NamedTuple):
     qk_projection: str = "none"
     normalize_projection: bool = False
     has_token_scale: bool = False
+    memory_type: str | None = None
 
 
 class StepGates(NamedTuple):
@@ -41,20 +43,21 @@ class StepGates(NamedTuple):
     decay: Tensor | None
 
 
-class _Layers(NamedTuple):
-    """Packed weights [memories, rows, H, P] as matrices with the bias as their last row; N = memories · rows · H."""
-
-    first: Tensor  # [N, D (+ 1), M]
-    last: Tensor | None  # [N, M (+ 1), D]; None: a linear memory
+Matrices = tuple[Tensor, ...]
+"""Of each linear map [N, inputs (+ 1), outputs], the bias as last row, where N = memories · rows · H."""
 
 
 class _Lines(NamedTuple):
-    """What layers are read at, of some memories: views of the workspace, whose lines are the key and the query."""
+    """What the stages are read at, of some memories: views of the workspace, whose lines are the key and the query.
 
-    x: Tensor  # [memories, rows, H, lines, D]
-    x_rows: Tensor  # the same with the ones of a bias, [N, lines, D (+ 1)]
-    a: Tensor  # hidden units, [N, lines, M]
-    a_rows: Tensor  # with the ones of a bias, [N, lines, M (+ 1)]
+    x        [memories, rows, H, lines, D] the first stage's input
+    values   of each stage, its input [N, lines, width]
+    rows     of each stage, the same with the ones of a bias [N, lines, width (+ 1)]
+    """
+
+    x: Tensor
+    values: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
 
 
 class _Run(NamedTuple):
@@ -64,7 +67,7 @@ class _Run(NamedTuple):
     options: StepOptions
     projection: Tensor | None
     query: _Lines
-    layers: _Layers
+    matrices: Matrices
 
 
 class TorchStep:
@@ -75,42 +78,44 @@ class TorchStep:
 
     def __init__(self, stack: MemoryStack, options: Sequence[StepOptions]) -> None:
         self.stack, self.options = stack, tuple(options)
+        memory_type = options[0].memory_type or inferred_type(stack.states[0].weights)
         self._chunk_sizes = tuple(o.chunk_size for o in options)
         self._has_projection = any(slot >= 0 for slot in stack.slots)
         like = stack.states[0].weights
-        self._has_bias, self._is_mlp = like.b1 is not None, like.w2 is not None
-        self._dim, self._hidden = like.w1.shape[-2:]
+        self._stages = memory_kind(memory_type).stages(len(like.maps))
+        self._shapes = [w.shape[-2:] for w, _ in like.maps]
+        self._has_bias = like.b1 is not None
+        self._dim = like.w1.shape[-2]
         self._positions = stack.position[:, :, 0]
-        self._weights, self._anchor, *momentum = (self._layers(group) for group in stack.weights)
-        self._momentum = momentum[0] if momentum else None
-        if self._is_mlp:
-            self._anchor_last_transposed = self._anchor.last[:, : self._hidden].transpose(1, 2)
+        self._weights, anchor, *momentum = (self._matrices(group) for group in stack.weights)
+        self._anchor, self._momentum = anchor, momentum[0] if momentum else None
+        self._anchor_transposed = [
+            matrix[:, :inputs].transpose(1, 2) for matrix, (inputs, _) in zip(anchor, self._shapes, strict=True)
+        ]  # fmt: skip
         with torch.inference_mode(False):  # what is made in inference mode could be written only there
             self._make_workspace()
         self._runs = [self._run(span) for span in self._find_spans()]
 
-    def _layers(self, packed: Tensor) -> _Layers:
-        one = int(self._has_bias)
-        rows = packed.flatten(0, 2)
-        size = (self._dim + one) * self._hidden
-        first = rows[:, :size].unflatten(1, (self._dim + one, self._hidden))
-        return _Layers(first, rows[:, size:].unflatten(1, (self._hidden + one, self._dim)) if self._is_mlp else None)
+    def _matrices(self, packed: Tensor) -> Matrices:
+        sizes = [(inputs + int(self._has_bias), outputs) for inputs, outputs in self._shapes]
+        parts = packed.flatten(0, 2).split([inputs * outputs for inputs, outputs in sizes], dim=1)
+        return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
 
     def _make_workspace(self) -> None:
-        """[.., 2, width (+ 1)]: a line for the key, one for the query, and ones for biases."""
-        stack, one = self.stack, int(self._has_bias)
-        lead = stack.weights.shape[1:4]
-        self._x = stack.weights.new_ones(*lead, 2, self._dim + one)
-        self._a = stack.weights.new_ones(*lead, 2, self._hidden + one) if self._is_mlp else self._x
+        """For each stage [.., 2, width (+ 1)]: a line for the key, one for the query, and ones for biases."""
+        lead, one = self.stack.weights.shape[1:4], int(self._has_bias)
+        widths = [self._shapes[stage.maps[0]][0] for stage in self._stages]
+        self._inputs = [self.stack.weights.new_ones(*lead, 2, width + one) for width in widths]
         # Only a global memory is read at its anchor; without one nothing but keys meets the anchors.
         self._at_anchor = self._lines(slice(None), slice(0, 2 if any(o.is_global for o in self.options) else 1))
-        self._keys, self._queries = self._x[..., 0, : self._dim], self._x[..., 1, : self._dim]
-        self._k_column, self._a_column = (t.flatten(0, 2)[:, 0].unsqueeze(-1) for t in (self._x, self._a))
+        x = self._inputs[0]
+        self._keys, self._queries = x[..., 0, : self._dim], x[..., 1, : self._dim]
+        self._key_columns = [t.flatten(0, 2)[:, 0].unsqueeze(-1) for t in self._inputs]
 
     def _lines(self, memories: slice, lines: slice) -> _Lines:
-        x, a = self._x[memories, ..., lines, :], self._a[memories, ..., lines, :]
-        a_rows = a.flatten(0, 2)
-        return _Lines(x[..., : self._dim], x.flatten(0, 2), a_rows[..., : self._hidden], a_rows)
+        rows = [t[memories, ..., lines, :] for t in self._inputs]
+        flat, one = [t.flatten(0, 2) for t in rows], int(self._has_bias)
+        return _Lines(rows[0][..., : self._dim], tuple(t[..., : t.shape[-1] - one] for t in flat), tuple(flat))
 
     def _find_spans(self) -> list[slice]:
         """Neighbouring memories that read alike."""
@@ -125,7 +130,7 @@ class TorchStep:
             self.options[memories.start],
             self.stack.projection[slots[0] : slots[-1] + 1] if slots else None,
             self._lines(memories, slice(1, 2)),
-            self._layers(self.stack.weights[0, memories]),
+            self._matrices(self.stack.weights[0, memories]),
         )
 
     def __call__(
@@ -163,12 +168,12 @@ class TorchStep:
             if run.options.is_global:
                 outputs.append(f[run.memories, ..., 1:, :])
                 continue
-            layers = run.layers
+            matrices = run.matrices
             if run.options.has_token_scale:
                 weights = self._scale(run, positions, token_scales)
                 scaled |= dict(zip(range(run.memories.start, run.memories.stop), weights, strict=True))
-                layers = self._layers(weights)
-            outputs.append(self._read(run, layers, norm))
+                matrices = self._matrices(weights)
+            outputs.append(self._read(run, matrices, norm))
         self.stack.position.add_(1)
         self._finish(positions, scaled)
         total = None
@@ -226,7 +231,7 @@ class TorchStep:
         if params[0].norm_weight is None:
             return None
         stacked = torch.stack([p.norm_weight for p in params] + [p.norm_bias for p in params])
-        stacked = stacked.to(self._x.dtype).view(2, len(params), 1, -1, 1, self._dim)
+        stacked = stacked.to(self._inputs[0].dtype).view(2, len(params), 1, -1, 1, self._dim)
         return stacked[0], stacked[1]
 
     def _learn(self, v: Tensor, gates: StepGates, norm: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -234,8 +239,8 @@ class TorchStep:
 
         With the norm, f = k + γ n + β with n = LN(y), and δ = r (g − mean g − n mean(g n)) with g = lr γ (f − v).
         """
-        z, y = self._apply(self._at_anchor, self._anchor)
-        y = f = y.view(self._at_anchor.x.shape)
+        ys = self._apply(self._at_anchor, self._anchor)
+        y = f = ys[-1][0].view(self._at_anchor.x.shape)
         v, lr = v.to(y.dtype), gates.lr.to(y.dtype).unsqueeze(-1)
         if norm is None:
             delta = (f[..., 0, :] - v) * lr
@@ -247,46 +252,51 @@ class TorchStep:
             n = n[..., 0, :]
             delta = torch.addcmul(g - g.mean(-1, keepdim=True), n, (g * n).mean(-1, keepdim=True), value=-1)
             delta = delta * rstd[..., 0, :]
-        self._advance(z, delta.view(-1, 1, self._dim), gates)
+        self._advance(ys, delta.view(-1, 1, self._dim), gates)
         return f
 
-    def _advance(self, z: Tensor, delta: Tensor, gates: StepGates) -> None:
-        """S = momentum S − lr G, W = (1 − decay) W + S; z [N, lines, M]: the first layer's output; delta [N, 1, D]."""
-        stack = self.stack
-        target = self._weights
+    def _advance(self, ys: list[list[Tensor]], delta: Tensor, gates: StepGates) -> None:
+        """S = momentum S − lr G, W = (1 − decay) W + S; ys: each stage's outputs [N, lines, width]; delta [N, 1, D]."""
+        stack, target = self.stack, self._weights
         if gates.decay is not None:
             stack.weights[0].mul_((1 - gates.decay.to(delta.dtype)).unsqueeze(-1))
         if gates.momentum is not None:
             target = self._momentum
             stack.weights[2].mul_(gates.momentum.unsqueeze(-1))
-        if self._is_mlp:
-            u = torch.bmm(delta, self._anchor_last_transposed)
-            target.last.addcmul_(self._a_column, delta, value=-1)
-            delta = torch.ops.aten.gelu_backward(u, z[:, :1], approximate="tanh")
-        target.first.addcmul_(self._k_column, delta, value=-1)
+        deltas = (delta,)
+        for t in reversed(range(len(self._stages))):
+            maps, joint = self._stages[t].maps, self._stages[t - 1].joint if t > 0 else None
+            if joint is not None:
+                u = sum_products((d, self._anchor_transposed[i]) for i, d in zip(maps, deltas, strict=True))
+            for i, d in zip(maps, deltas, strict=True):
+                target[i].addcmul_(self._key_columns[t], d, value=-1)
+            if joint is not None:
+                deltas = joint.gradients([y[:, :1] for y in ys[t - 1]], u)
         if gates.momentum is not None:
             stack.weights[0].add_(stack.weights[2])
 
-    def _read(self, run: _Run, layers: _Layers, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _read(self, run: _Run, matrices: Matrices, norm: tuple[Tensor, Tensor] | None) -> Tensor:
         """f(W, M q) of the local memories of a run, [memories of the run, rows, H, 1, D]."""
         x = run.query.x
         if run.projection is not None:
             projected = torch.matmul(x, run.projection)
             x.copy_(_unit(projected) if run.options.normalize_projection else projected)
-        y = self._apply(run.query, layers)[1].view(x.shape)
+        y = self._apply(run.query, matrices)[-1][0].view(x.shape)
         if norm is None:
             return y
         weight, bias = (t[run.memories] for t in norm)
         n = torch.native_layer_norm(y, (self._dim,), None, None, NORM_EPS)[0]
         return torch.addcmul(x + bias, n, weight)
 
-    def _apply(self, lines: _Lines, layers: _Layers) -> tuple[Tensor, Tensor]:
-        """Outputs of the first and of the last layer, [N, lines, M] and [N, lines, D]."""
-        z = torch.bmm(lines.x_rows, layers.first)
-        if layers.last is None:
-            return z, z
-        torch.ops.aten.gelu.out(z, approximate="tanh", out=lines.a)
-        return z, torch.bmm(lines.a_rows, layers.last)
+    def _apply(self, lines: _Lines, matrices: Matrices) -> list[list[Tensor]]:
+        """The outputs of every stage's maps, [N, lines, width] each; the inputs of the stages behind the first one are
+        left in `lines`."""
+        outputs = []
+        for t, stage in enumerate(self._stages):
+            outputs.append([torch.bmm(lines.rows[t], matrices[i]) for i in stage.maps])
+            if stage.joint is not None:
+                stage.joint.write(outputs[t], lines.values[t + 1])
+        return outputs
 
     def _scale(self, run: _Run, positions: list[list[int]], token_scales: Sequence[Tensor | None]) -> Tensor:
         """W_anchor + r (W − W_anchor) of the run's memories, packed; r by each row's position in its chunk (TTT)."""

@@ -155,7 +155,7 @@ def test_all_problems_at_once():
             "memory_norm_init=0.3 needs the residual norm; use memory_residual_norm=True, or memory_norm_init=None",
         ),
         ({"memory_bias": 1}, "memory_bias must be True or False, got 1"),
-        ({"memory_type": "deep"}, "memory_type must be one of 'mlp', 'linear', got 'deep'"),
+        ({"memory_type": "deep"}, "memory_type must be one of 'mlp', 'linear', 'swiglu', got 'deep'"),
         ({"qk_projection": None}, "qk_projection must be one of 'shard', 'chunk', 'none', got None"),
         (
             {"kernel_backend": "cuda"},
@@ -245,9 +245,9 @@ def test_a_saved_config_records_the_version(tmp_path):
 def test_a_config_of_a_newer_version_says_so(tmp_path):
     TNTConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0", "memory_depth": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0", "memory_width": 3}))
     for load in (TNTConfig, AutoConfig):
-        with pytest.raises(ValueError, match=r"memory_depth is not a field of (.|\n)*saved by modeling-tnt 99\.1\.0"):
+        with pytest.raises(ValueError, match=r"memory_width is not a field of (.|\n)*saved by modeling-tnt 99\.1\.0"):
             load.from_pretrained(tmp_path)
     # What this version understands it reads.
     (tmp_path / "config.json").write_text(json.dumps(saved | {"tnt_version": "99.1.0"}))

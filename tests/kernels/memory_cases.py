@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from modeling_tnt.kernels import FastWeights, MemoryParams, MemoryState, global_memory, local_memory
+from modeling_tnt.kernels.memories.kinds import memory_kind, weight_shapes
 
 FAST_BACKENDS = ("torch",)
 BACKENDS = ("reference", *FAST_BACKENDS)
 
 RULES = ("plain", "momentum", "decay", "both", "token_scale")
 PROJECTIONS = ("none", "shard", "chunk", "shard_normalized", "chunk_normalized")
-MEMORIES = ("linear", "mlp")
+MEMORIES = ("linear", "mlp")  # those that every backend has
+KINDS = ("mlp1", "mlp3", "swiglu")  # those that only the torch backend has, with the depth of an MLP
 
 # Results are compared to the largest entry of each tensor. In float64, rounding (1e-16) summed over some hundreds of
 # operations and divided by the norm's deviation (rarely below 0.1 here) stays below 1e-12; a wrong term is above 1e-3.
@@ -61,6 +63,17 @@ class Case:
     def rows(self) -> int:
         return self.batch if self.lengths is None else len(self.lengths)
 
+    @property
+    def memory_type(self) -> str:
+        return self.memory.rstrip("0123456789")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the fast weights that there are, without rows, by name."""
+        depth = self.memory.removeprefix(self.memory_type)
+        depth = int(depth) if depth else memory_kind(self.memory_type).depth
+        return weight_shapes(self.memory_type, depth, self.heads, self.head_dim, self.hidden, self.bias)
+
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)
 
@@ -82,7 +95,16 @@ GLOBAL_CASES = (
     Case(is_global=True, memory="linear", rule="momentum", norm=False, shard_length=None),
     Case(is_global=True, memory="linear", rule="decay", bias=False, shard_length=None),
 )
-CASES = LOCAL_CASES + GLOBAL_CASES
+KIND_CASES = (
+    Case(memory="mlp3", rule="both", projection="shard"),
+    Case(memory="mlp3", rule="token_scale", norm=False, shard_length=None),
+    Case(memory="mlp1", rule="momentum", projection="chunk"),
+    Case(memory="swiglu", rule="both", projection="shard_normalized"),
+    Case(memory="swiglu", rule="plain", norm=False, bias=False),
+    Case(is_global=True, memory="swiglu", rule="both", shard_length=None),
+    Case(is_global=True, memory="mlp3", rule="decay", bias=False, shard_length=None),
+)
+CASES = LOCAL_CASES + GLOBAL_CASES + KIND_CASES
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:
@@ -112,14 +134,7 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     if case.rule == "token_scale":
         x["token_scale"] = uniform(case.chunk_size, low=0.3, high=1.0)
 
-    M = case.hidden if case.memory == "mlp" else D
-    shapes = {"w1": (H, D, M)}
-    if case.bias:
-        shapes["b1"] = (H, M)
-    if case.memory == "mlp":
-        shapes["w2"] = (H, M, D)
-        if case.bias:
-            shapes["b2"] = (H, D)
+    shapes = case.shapes
     for name, shape in shapes.items():
         x[f"params.{name}"] = normal(*shape, std=scale * shape[-2] ** -0.5)
     if case.norm:
@@ -164,6 +179,7 @@ def call(
         "cu_seqlens": cu_seqlens,
         "initial_state": state,
         "output_final_state": output_final_state,
+        "memory_type": case.memory_type,
         "backend": backend,
     }
     qkv_lr = (x["q"], x["k"], x["v"], x["lr"])

@@ -79,7 +79,7 @@ BAD = {
     "linear b2": (
         {"params": LINEAR._replace(b2=torch.ones(H, D))},
         ValueError,
-        "params.b2 belongs to the second layer; a linear memory (w2=None) must not have it",
+        "params.b2 is the bias of w2, which is not given",
     ),
     "linear M": (
         {"params": MemoryParams(torch.ones(H, D, M))},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from memory_cases import (
     FLOAT64_TOLERANCE,
+    KINDS,
     LOCAL_CASES,
     Case,
     assert_same,
@@ -67,16 +68,23 @@ TILED = [  # several tiles of hidden units, a width that is no power of two
 ]
 
 
+KIND_CASES = [
+    Case(**SMALL, memory=memory, rule=rule, projection="shard", norm=norm, bias=norm)
+    for memory, (rule, norm) in product(KINDS, (("both", True), ("token_scale", True), ("plain", False)))
+] + [Case(**GLOBAL, **SMALL, memory=memory, rule="both") for memory in KINDS]
+
+
 def step_memory(case, x, t):
     """The memory of a case with the gates of token t."""
     params = MemoryParams(**{n.removeprefix("params."): p for n, p in x.items() if n.startswith("params.")})
     gates = {name: x[name][:, t] if name in x else None for name in ("lr", "momentum", "decay")}
     if case.is_global:
-        return StepMemory(params, chunk_size=case.chunk_size, is_global=True, **gates)
+        return StepMemory(params, chunk_size=case.chunk_size, is_global=True, memory_type=case.memory_type, **gates)
     return StepMemory(
         params, chunk_size=case.chunk_size, shard_length=case.shard_length,
         qk_projection=case.projection.removesuffix("_normalized"),
-        normalize_projection=case.projection.endswith("_normalized"), token_scale=x.get("token_scale"), **gates,
+        normalize_projection=case.projection.endswith("_normalized"), token_scale=x.get("token_scale"),
+        memory_type=case.memory_type, **gates,
     )  # fmt: skip
 
 
@@ -105,6 +113,14 @@ BOTH = pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_token_by_token_is_the_reference(case, backend):
     x = make_inputs(case)
     o, (state,) = decode([case], [x], backend)
+    assert_same(named(o, state), named(*call(case, "reference", x)), FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", KIND_CASES, ids=str)
+@torch.no_grad()
+def test_every_kind_token_by_token_is_the_reference(case):
+    x = make_inputs(case)
+    o, (state,) = decode([case], [x], "torch")
     assert_same(named(o, state), named(*call(case, "reference", x)), FLOAT64_TOLERANCE)
 
 

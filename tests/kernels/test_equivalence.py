@@ -13,6 +13,7 @@ from memory_cases import (
     CASES,
     FAST_BACKENDS,
     FLOAT64_TOLERANCE,
+    KINDS,
     LOCAL_CASES,
     MEMORIES,
     PROJECTIONS,
@@ -31,13 +32,14 @@ from memory_cases import (
 )
 
 GRID = [Case(memory=m, rule=r, projection=p) for m, r, p in product(MEMORIES, RULES, PROJECTIONS)]
+GRID += [Case(memory=m, rule=r, projection="shard") for m, r in product(KINDS, RULES)]
 GLOBAL_GRID = [
     Case(is_global=True, memory=m, rule=r, shard_length=None)
-    for m, r in product(MEMORIES, ("plain", "momentum", "decay", "both"))
+    for m, r in product((*MEMORIES, *KINDS), ("plain", "momentum", "decay", "both"))
 ]
 BIASES_AND_NORM = [
     Case(memory=m, rule="both", projection="shard", norm=norm, bias=bias, is_global=is_global)
-    for m, norm, bias, is_global in product(MEMORIES, (True, False), (True, False), (True, False))
+    for m, norm, bias, is_global in product((*MEMORIES, *KINDS), (True, False), (True, False), (True, False))
 ]
 BIASES_AND_NORM = [c.with_(projection="none", shard_length=None) if c.is_global else c for c in BIASES_AND_NORM]
 

@@ -91,13 +91,19 @@ def with_gradients(outputs: dict[str, Tensor], x: dict[str, Tensor]) -> dict[str
 
 
 def fused(case: dict, x: dict[str, Tensor], chunk_size: int = 5) -> dict[str, Tensor]:
-    return with_gradients(named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], chunk_size)), x)
+    return with_gradients(named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], chunk_size)), x)
 
 
 def oracle(case: dict, x: dict[str, Tensor], chunk_size: int = 5) -> dict[str, Tensor]:
     """The torch backend's scan on the same numbers, in float64."""
     x = {name: t.detach().double().requires_grad_() for name, t in x.items()}
-    return with_gradients(named_outputs(scan_chunks(ScanInputs(**x), case["lengths"], chunk_size, False)), x)
+    return with_gradients(named_outputs(plain(case, x, chunk_size)), x)
+
+
+def plain(case: dict, x: dict[str, Tensor], chunk_size: int = 5) -> tuple:
+    """The torch backend's scan."""
+    memory_type = "mlp" if case["mlp"] else "linear"
+    return scan_chunks(ScanInputs.from_tensors(x), memory_type, case["lengths"], chunk_size, False)
 
 
 def doubles(result: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +135,7 @@ def test_float16_with_a_scaled_loss(case: dict):
     x["lr"] = (x["lr"].detach() * 2**-8).requires_grad_()  # tokens have gradients in float16, which must stay finite
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
-    for name, t in named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], 5)).items():
+    for name, t in named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], 5)).items():
         upstream = torch.randint(-8, 9, t.shape, generator=generator) * (2**-6 if name == "o" else 1.0)
         loss = loss + (t.double() * upstream.to(t.device)).sum()
     plain, scaled = (torch.autograd.grad(loss * by, list(x.values()), retain_graph=True) for by in (1, 2**16))
@@ -185,9 +191,9 @@ def test_spans_cover_every_chunk_once_in_packed_order(lengths: list[int], limit:
 def test_upstream_gradient_of_one_output(wanted: str):
     case = CASES[-1] | {"lengths": [2, 1]}
     x = make(case)
-    got = named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], 5))[wanted]
+    got = named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], 5))[wanted]
     doubled = {name: t.detach().double().requires_grad_() for name, t in x.items()}
-    want = named_outputs(scan_chunks(ScanInputs(**doubled), case["lengths"], 5, False))[wanted]
+    want = named_outputs(plain(case, doubled))[wanted]
     results = []
     for t, inputs in ((got, x), (want, doubled)):
         grads = torch.autograd.grad(t.double().square().sum(), list(inputs.values()))
@@ -200,11 +206,13 @@ def test_layout_of_inputs_does_not_matter():
     case = CASES[-1] | {"lengths": [2, 2]}
     x = make(case)
     x = {n: t.detach()[:1].expand(t.shape) if n in ("w1", "b1", "w2", "b2") else t.detach() for n, t in x.items()}
-    want = named_outputs(scan_global_chunks(ScanInputs(**{n: t.contiguous() for n, t in x.items()}), [2, 2], 5))
+    want = named_outputs(
+        scan_global_chunks(ScanInputs.from_tensors({n: t.contiguous() for n, t in x.items()}), [2, 2], 5)
+    )
     joined = torch.cat([x["x"], x["k"], x["v"]], dim=-1)
     x |= dict(zip(("x", "k", "v"), joined.chunk(3, dim=-1), strict=True))
     assert not x["k"].is_contiguous() and not x["w1"].is_contiguous()
-    got = named_outputs(scan_global_chunks(ScanInputs(**x), [2, 2], 5))
+    got = named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), [2, 2], 5))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -220,7 +228,7 @@ def test_states_are_kept_but_no_activations():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        scan_global_chunks(ScanInputs(**x), case["lengths"], chunk_size)
+        scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], chunk_size)
     inputs = sum(t.nbytes for t in x.values())
     states = case["lengths"][0] * sum(x[name].nbytes for name in ("w1", "w2"))
     scalars = 4 * x["lr"].nbytes
@@ -232,18 +240,18 @@ def test_states_are_kept_but_no_activations():
 def test_nothing_is_kept_without_gradients():
     case = CASES[-1] | {"lengths": [2, 1]}
     x = make(case)
-    want = named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], 5))
+    want = named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], 5))
     with torch.no_grad():
-        got = named_outputs(scan_global_chunks(ScanInputs(**x), case["lengths"], 5))
+        got = named_outputs(scan_global_chunks(ScanInputs.from_tensors(x), case["lengths"], 5))
     assert all(torch.equal(got[name], want[name]) and not got[name].requires_grad for name in want)
 
 
 def test_token_dtypes():
     x = make(CASES[0])
     with pytest.raises(TypeError, match="x, k, v must share one dtype of float32, bfloat16, float16"):
-        scan_global_chunks(ScanInputs(**(x | {"k": x["k"].half()})), [2, 2], 5)
+        scan_global_chunks(ScanInputs.from_tensors(x | {"k": x["k"].half()}), [2, 2], 5)
     with pytest.raises(TypeError, match="float64"):
-        scan_global_chunks(ScanInputs(**{name: t.double() for name, t in x.items()}), [2, 2], 5)
+        scan_global_chunks(ScanInputs.from_tensors({name: t.double() for name, t in x.items()}), [2, 2], 5)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=["linear", "mlp"])
@@ -270,7 +278,7 @@ def test_compile_and_checkpoint():
     names, tensors = list(x), list(x.values())
 
     def scan(*tensors: Tensor) -> dict[str, Tensor]:
-        inputs = ScanInputs(**dict(zip(names, tensors, strict=True)))
+        inputs = ScanInputs.from_tensors(dict(zip(names, tensors, strict=True)))
         return named_outputs(scan_global_chunks(inputs, case["lengths"], 2))
 
     want = with_gradients(scan(*tensors), x)
@@ -292,9 +300,9 @@ def test_against_the_reference(case: Case, packed: bool, monkeypatch):
     want = summarize(*call(case, "reference", doubled), doubled)
     ran = []
 
-    def scan(inputs: ScanInputs, lengths: list[int], chunk_size: int, intra: bool) -> tuple:
+    def scan(inputs: ScanInputs, memory_type: str, lengths: list[int], chunk_size: int, intra: bool) -> tuple:
         ran.append(lengths)
-        inputs = ScanInputs(**{n: t if t is None else t.to(DEVICE) for n, t in inputs._asdict().items()})
+        inputs = ScanInputs.from_tensors({n: t.to(DEVICE) for n, t in inputs.tensors().items()})
         o, *state = scan_global_chunks(inputs, lengths, chunk_size)
         return o.cpu(), *(None if group is None else group.map(Tensor.cpu) for group in state)
 

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from modeling_tnt.kernels import MemoryParams
+from modeling_tnt.kernels.memories.kinds import memory_kind
 from modeling_tnt.kernels.reference import inner_gradient, memory
 
 TINY = Case(batch=1, heads=2, head_dim=3, hidden=2, chunk_size=2, shard_length=4, length=3, start=(3,))
@@ -23,6 +24,8 @@ GRADCHECK_CASES = [
     TINY.with_(rule="both", batch=1, lengths=(2, 0, 2), length=4, start=(1, 3, 2)),
     TINY.with_(is_global=True, rule="both"),
     TINY.with_(is_global=True, memory="linear", norm=False),
+    TINY.with_(memory="swiglu", rule="both", projection="shard"),
+    TINY.with_(memory="mlp3", rule="momentum"),
 ]
 
 
@@ -61,10 +64,11 @@ def test_one_token_gradient_is_the_formula(hidden: int | None, norm: bool, bias:
     """Against PyTorch's own layer norm and gelu for the value, and the chain rule by hand for the gradient."""
     params = _params(hidden, norm, bias)
     k, v = torch.randn(2, 2, 5, dtype=torch.float64)
-    gradient = inner_gradient(params, params.fast_weights, k, v)
-    value = memory(params, params.fast_weights, k)
+    kind = memory_kind("mlp" if hidden else "linear")
+    gradient = inner_gradient(kind, params, params.fast_weights, k, v)
+    value = memory(kind, params, params.fast_weights, k)
     for h in range(2):
-        w1, b1, w2, b2, g, beta = (None if x is None else x[h] for x in params)
+        w1, b1, w2, b2, g, beta = (None if x is None else x[h] for x in params[:6])
         z1 = k[h] @ w1 + (b1 if bias else 0)
         a, y = k[h], z1
         if hidden:

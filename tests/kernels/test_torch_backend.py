@@ -4,7 +4,19 @@ import random
 
 import pytest
 import torch
-from memory_cases import CASES, PROJECTIONS, RULES, Case, assert_same, call, make_inputs, reference_result, run
+from memory_cases import (
+    CASES,
+    KINDS,
+    MEMORIES,
+    PROJECTIONS,
+    RULES,
+    Case,
+    assert_same,
+    call,
+    make_inputs,
+    reference_result,
+    run,
+)
 
 from modeling_tnt.kernels.torch_backend import projection, scan
 
@@ -64,7 +76,7 @@ def random_case(seed: int) -> Case:
     is_global = rng.random() < 0.25
     length, rows = rng.randint(1, 30), rng.randint(1, 4)
     case = Case(
-        memory=rng.choice(("linear", "mlp")),
+        memory=rng.choice((*MEMORIES, *KINDS)),
         rule=rng.choice(RULES[:4] if is_global else RULES),
         projection="none" if is_global else rng.choice(PROJECTIONS),
         norm=rng.random() < 0.5,

@@ -26,8 +26,8 @@ def test_flat_tensors_round_trip(rule: str, memory: str, projection: str):
 
 def test_unknown_and_missing_names_are_named():
     flat = a_state().tensors()
-    with pytest.raises(ValueError, match=r"unknown \['weights.w3'\], missing \[\]"):
-        MemoryState.from_tensors(flat | {"weights.w3": flat["weights.w1"]})
+    with pytest.raises(ValueError, match=r"unknown \['weights.w9'\], missing \[\]"):
+        MemoryState.from_tensors(flat | {"weights.w9": flat["weights.w1"]})
     with pytest.raises(ValueError, match=r"missing \['position'\]"):
         MemoryState.from_tensors({name: t for name, t in flat.items() if name != "position"})
 
