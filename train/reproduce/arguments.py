@@ -39,7 +39,7 @@ class Table3Arguments:
         None, "running", "seconds after which runs are stopped and what is finished is reported; the same command goes "
         "on from there",
     )  # fmt: skip
-    speed: bool = option(True, "running", "time the training steps of all rows at the end, one after the other")
+    speed: bool = option(True, "output", "give each row's tokens/s, as its runs timed themselves")
     output_dir: Path | None = option(
         None, "output", "folder for table3.md, table3.png, table3.json and the runs; none: runs/table3-SCALE. What is "
         "finished there is not run again",

@@ -22,13 +22,13 @@ from .results import (
     STANDARD_ERRORS,
     UNKNOWN,
     RowResult,
+    Speed,
     Verdict,
     difference_to_base,
     nats_per_token,
     to_json,
 )
 from .scales import SCALES
-from .speed import Speed
 
 NOTHING = "–"
 MEANINGS = {
@@ -47,8 +47,6 @@ class Table:
     jobs: list[Job]
     results: list[RowResult]
     verdicts: list[Verdict]
-    speeds: dict[str, Speed]
-    speed_machine: str
     description: str
     machine: str
     validation_tokens: int
@@ -74,6 +72,9 @@ class Table:
     def nats(self, result: RowResult) -> Estimate | None:
         mean = result.mean
         return None if mean is None or self.bytes_per_token is None else nats_per_token(mean, self.bytes_per_token)
+
+    def speed(self, result: RowResult) -> Speed | None:
+        return result.speed if self.arguments.speed else None
 
     def job_of(self, key: str) -> Job:
         """The run of the first seed that has the row."""
@@ -137,7 +138,7 @@ def _main_table(table: Table) -> str:
         row, nats = ROWS[result.key], table.nats(result)
         paper = NOTHING if row.c4_perplexity is None else f"{row.c4_perplexity:.2f}"
         lines.append([
-            row.title, _chunks(result.local_chunk_sizes), _number(result.parameters), _speed(table, result.key),
+            row.title, _chunks(result.local_chunk_sizes), _number(result.parameters), _speed(table.speed(result)),
             _mean(result, table.arguments.seeds), _signed(difference_to_base(result, table.results)),
             _estimate(nats), NOTHING if nats is None else f"{nats.exp().value:.3f}", paper,
         ])  # fmt: skip
@@ -152,11 +153,12 @@ def _main_notes(table: Table) -> str:
         "compare the order of the rows, not the numbers.",
         f"Paper: {SOURCE}.",
     ]  # fmt: skip
-    if table.speeds:
-        some = next(iter(table.speeds.values()))
+    if any(map(table.speed, table.results)):
+        threads = ", of one thread each," if table.arguments.device == "cpu" else ""
         notes.append(
-            f"Tokens/s: median (lowest-highest) of {some.steps} training steps of the row's last stage, the models "
-            f"alternating in one process on {table.speed_machine}. Rows with more memories compute more for a token."
+            f"Tokens/s: of the row's last stage, as its runs{threads} timed themselves (metrics.json): median "
+            "(lowest-highest) over seeds. Whatever ran at the same time slowed them down: to compare speeds, train "
+            "with --workers 1 on an idle machine. Rows with more memories compute more for a token."
         )
     return "\n\n".join(notes)
 
@@ -265,7 +267,7 @@ def _problems(table: Table) -> str:
 def write_json(table: Table, path: Path) -> None:
     rows = {}
     for result in table.results:
-        speed, nats = table.speeds.get(result.key), table.nats(result)
+        speed, nats = table.speed(result), table.nats(result)
         rows[result.key] = {
             "title": ROWS[result.key].title, "parameters": result.parameters, "tokens": result.tokens,
             "local_chunk_sizes": result.local_chunk_sizes,
@@ -311,8 +313,7 @@ def _number(value: int | None) -> str:
     return NOTHING if value is None else f"{value:,}"
 
 
-def _speed(table: Table, key: str) -> str:
-    speed = table.speeds.get(key)
+def _speed(speed: Speed | None) -> str:
     return NOTHING if speed is None else f"{speed.median:,.0f} ({speed.lowest:,.0f}-{speed.highest:,.0f})"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,22 +23,38 @@ STANDARD_ERRORS = 2.0
 
 
 class RunScore(NamedTuple):
-    """Of one run: validation bits per byte, how many tokens were scored, and what the model was and had read."""
+    """Of one run: validation bits per byte, how many tokens were scored, what the model was and had read, and how many
+    steps its last stage took, at how many tokens per second."""
 
     bits_per_byte: float
     validation_tokens: int
     parameters: int
     tokens: int
     local_chunk_sizes: list[int]
+    steps: int
+    tokens_per_second: float
+
+
+class Speed(NamedTuple):
+    """Tokens per second of a row's last stage: the median run's, the slowest's and the fastest's, of `steps` steps in
+    all."""
+
+    median: float
+    lowest: float
+    highest: float
+    steps: int
 
 
 @dataclass
 class RowResult:
-    """A row of the table. `losses`: validation bits per byte by seed; `failures`: reasons by seed."""
+    """A row of the table. `losses`: validation bits per byte by seed; `failures`: reasons by seed; `tokens_per_second`:
+    of the last stage's training by seed, which took `timed_steps` in all."""
 
     key: str
     losses: dict[int, float] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    tokens_per_second: dict[int, float] = field(default_factory=dict)
+    timed_steps: int = 0
     parameters: int | None = None
     tokens: int | None = None
     local_chunk_sizes: list[int] = field(default_factory=list)
@@ -45,6 +62,11 @@ class RowResult:
     @property
     def mean(self) -> Estimate | None:
         return mean_of(list(self.losses.values()))
+
+    @property
+    def speed(self) -> Speed | None:
+        speeds = list(self.tokens_per_second.values())
+        return Speed(statistics.median(speeds), min(speeds), max(speeds), self.timed_steps) if speeds else None
 
 
 class Verdict(NamedTuple):
@@ -72,6 +94,8 @@ def read_score(job: Job, *, swapped: bool = False) -> RunScore:
         parameters=metrics["parameters"],
         tokens=sum(stage["tokens"] for stage in (stages[:1] if swapped else stages)),
         local_chunk_sizes=stages[-1]["local_chunk_sizes"],
+        steps=stages[-1]["steps"],
+        tokens_per_second=stages[-1]["tokens_per_second"],
     )
 
 
@@ -88,6 +112,9 @@ def collect(rows: Sequence[str], jobs: Sequence[Job], failures: dict[str, str]) 
                 score = read_score(job, swapped=source != key)
                 result.losses[job.seed] = score.bits_per_byte
                 result.parameters, result.tokens = score.parameters, score.tokens
+                if source == key:
+                    result.tokens_per_second[job.seed] = score.tokens_per_second
+                    result.timed_steps += score.steps
                 if job.recipe.model.architecture == "tnt":
                     result.local_chunk_sizes = score.local_chunk_sizes
             elif job.name in failures:

@@ -20,10 +20,9 @@ from .report import Table, describe, write_json, write_markdown
 from .results import bytes_per_token, collect, judge, read_score
 from .runner import Runner
 from .scales import SCALES
-from .speed import has_speeds, measure_speeds, read_speeds
 
 COMMAND = "reproduce table3"
-RUNS, SPEED = "runs", "speed.json"
+RUNS = "runs"
 MARKDOWN, PICTURE, JSON = "table3.md", "table3.png", "table3.json"
 
 
@@ -66,7 +65,7 @@ def _prepare(arguments: Table3Arguments) -> Reproduction:
 
 
 class Reproduction:
-    """All runs, then the speed of their steps, then the reports."""
+    """All runs, then the reports."""
 
     def __init__(self, arguments: Table3Arguments, jobs: list[Job], data: TokenizedData):
         self.arguments, self.jobs, self.data = arguments, jobs, data
@@ -81,11 +80,7 @@ class Reproduction:
                 deadline=self.deadline,
             )  # fmt: skip
             runner.run()
-        self._report(runner.failures)
-        if stopper.signal is None and self.arguments.speed and any(job.finished for job in self.jobs):
-            self._measure_speed()
-            self._report(runner.failures)
-        table = self._make_table(runner.failures)
+        table = self._report(runner.failures)
         print(f"\n{describe(table)}\n\nresults  {self.folder}: {MARKDOWN}, {PICTURE}, {JSON}", flush=True)
         return self._status(table, runner.failures, stopper.signal)
 
@@ -112,30 +107,21 @@ class Reproduction:
             flush=True,
         )
 
-    def _measure_speed(self) -> None:
-        """Once for all rows that are here; what was measured is kept when the command is run again."""
-        first = [job for job in self.jobs if job.seed == 0]
-        path = self.folder / SPEED
-        if has_speeds(path, [job.row for job in first]):
-            return
-        rounds = SCALES[self.arguments.scale].speed_rounds
-        measure_speeds(first, rounds=rounds, device=self.arguments.device, path=path, deadline=self.deadline)
-
-    def _report(self, failures: dict[str, str]) -> None:
+    def _report(self, failures: dict[str, str]) -> Table:
         table = self._make_table(failures)
         write_json(table, self.folder / JSON)
         write_markdown(table, self.folder / MARKDOWN)
         draw_table(self.folder / PICTURE, describe_lines(table.results), scale=self.arguments.scale)
+        return table
 
     def _make_table(self, failures: dict[str, str]) -> Table:
         results = collect(self.arguments.rows, self.jobs, failures)
-        speed_machine, speeds = read_speeds(self.folder / SPEED)
         some = next((job for job in self.jobs if job.finished), None)
         scored = 0 if some is None else read_score(some).validation_tokens
         return Table(
-            arguments=self.arguments, jobs=self.jobs, results=results, verdicts=judge(results), speeds=speeds,
-            speed_machine=speed_machine, description=self.data.description,
-            machine=describe_machine(torch.device(self.arguments.device)), validation_tokens=scored,
+            arguments=self.arguments, jobs=self.jobs, results=results, verdicts=judge(results),
+            description=self.data.description, machine=describe_machine(torch.device(self.arguments.device)),
+            validation_tokens=scored,
             bytes_per_token=None if some is None else bytes_per_token(self.data, some.recipe, scored),
         )  # fmt: skip
 
@@ -145,7 +131,7 @@ def _take_folder(folder: OutputFolder, jobs: list[Job], *, overwrite: bool) -> N
 
     Raises ValueError for a user's files in the way, and for a run in progress, which one that was killed may leave.
     """
-    names = [MARKDOWN, PICTURE, JSON, SPEED]
+    names = [MARKDOWN, PICTURE, JSON]
     names += [f"{RUNS}/{job.name}.{kind}" for job in jobs for kind in ("yaml", "log")]
     runs = {job.folder.root for job in jobs}
     runs |= {(folder.root / name).with_suffix("") for name in folder.listed() if name.startswith(f"{RUNS}/")}

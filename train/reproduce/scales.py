@@ -19,14 +19,12 @@ class Scale:
     rows            recipe fields by row, laid over the common ones; a `recipe` names a shipped one to begin with.
     width_step      None: feed-forward widths are as the recipes say. Otherwise every TNT, Titans and TTT model gets the
                     multiple of it that brings its number of parameters nearest to that of the row `tnt-1`.
-    speed_rounds    how often each model's training step is timed, the models alternating.
     """
 
     help: str
     rows: dict[str, dict[str, Any]]
     common: dict[str, Any] = field(default_factory=dict)
     width_step: int | None = None
-    speed_rounds: int = 5
 
 
 def _rows(
@@ -89,7 +87,6 @@ _SMOKE = Scale(
         stage2=[2],
     ),
     width_step=8,
-    speed_rounds=2,
 )  # fmt: skip
 
 _SMALL = Scale(
@@ -159,7 +156,6 @@ _PAPER = Scale(
     help="models of 150M parameters on 10 billion tokens of C4: the shipped recipes as they are; for many GPU hours; "
     "not run yet",
     rows=_PAPER_ROWS,
-    speed_rounds=3,
 )
 
 SCALES = {"smoke": _SMOKE, "small": _SMALL, "medium": _MEDIUM, "paper": _PAPER}

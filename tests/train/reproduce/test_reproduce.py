@@ -209,7 +209,7 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / "began").write_text(str(time.monotonic()))
 time.sleep(0.1)
 last = recipe["stages"][-1]["name"]
-stage = {"name": last, "tokens": 1, "local_chunk_sizes": []}
+stage = {"name": last, "tokens": 1, "local_chunk_sizes": [], "steps": 6, "tokens_per_second": 100.0}
 metrics = {"validation_bits_per_byte": {"after_" + last: 2.0}, "validation_tokens": 64, "parameters": 1,
            "stages": [stage]}
 (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -323,17 +323,22 @@ def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):
     report = json.loads((folder / "table3.json").read_text())
     assert report["complete"] and list(report["rows"]) == ["llama", BASE]
     for row in report["rows"].values():
-        assert len(row["bits_per_byte_by_seed"]) == 1 and row["tokens_per_second"]["median"] > 0
+        assert len(row["bits_per_byte_by_seed"]) == 1
         # ByT5's tokens are bytes, so the two differ by ln 2 where no document ends.
         nats = math.log(2) * row["bits_per_byte"]["value"]
         assert 0.95 * nats < row["nats_per_token"]["value"] <= nats * (1 + 1e-9)
+    (stage,) = json.loads((folder / f"runs/{BASE}-seed0/metrics.json").read_text())["stages"]
+    speed, steps = stage["tokens_per_second"], stage["steps"]
+    assert report["rows"][BASE]["tokens_per_second"] == dict(median=speed, lowest=speed, highest=speed, steps=steps)
     text = (folder / "table3.md").read_text()
+    assert f"| {speed:,.0f} (" in text and "of one thread each, timed themselves" in text
     assert "TNT, 1 local memory" in text and "| 21.04 |" in text and "compared here: 1; no verdict: 1." in text
     assert (folder / "table3.png").read_bytes().startswith(b"\x89PNG")
 
     times = {path: path.stat().st_mtime for path in folder.glob("runs/*/metrics.json")}
     assert main([*flags, "--no-speed"]) == 0
     assert {path: path.stat().st_mtime for path in folder.glob("runs/*/metrics.json")} == times
+    assert json.loads((folder / "table3.json").read_text())["rows"][BASE]["tokens_per_second"] is None
     assert "2 are finished" in capsys.readouterr().out
 
 
