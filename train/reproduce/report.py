@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from modeling_tnt import TNTConfig
 
 from ..common.files import atomic_file
 from ..common.machine import describe_versions
 from ..common.models import make_llama_config
 from ..evaluation.estimates import Estimate
 from .arguments import Table3Arguments
-from .jobs import Job
 from .paper import BASE, REMARKS, ROWS, SOURCE
 from .results import (
     HOLDS,
@@ -25,9 +27,9 @@ from .results import (
     Speed,
     Verdict,
     difference_to_base,
-    nats_per_token,
-    to_json,
+    judge,
 )
+from .runs import Job
 from .scales import SCALES
 
 NOTHING = "–"
@@ -41,16 +43,20 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Table:
-    """All that the reports say. `bytes_per_token`: of the validation tokens; None before a run is finished."""
+    """All that the reports say. `description`: of the data; `bytes_per_token`: of the validation tokens, None before a
+    run is finished."""
 
     arguments: Table3Arguments
     jobs: list[Job]
     results: list[RowResult]
-    verdicts: list[Verdict]
     description: str
     machine: str
     validation_tokens: int
     bytes_per_token: float | None
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return judge(self.results)
 
     @property
     def missing(self) -> list[Job]:
@@ -70,8 +76,11 @@ class Table:
         return " ".join(words)
 
     def nats(self, result: RowResult) -> Estimate | None:
-        mean = result.mean
-        return None if mean is None or self.bytes_per_token is None else nats_per_token(mean, self.bytes_per_token)
+        """Per token: `ln 2 · bits per byte · bytes per token`."""
+        if result.mean is None or self.bytes_per_token is None:
+            return None
+        factor = math.log(2) * self.bytes_per_token
+        return Estimate(factor * result.mean.value, factor * result.mean.standard_error)
 
     def speed(self, result: RowResult) -> Speed | None:
         return result.speed if self.arguments.speed else None
@@ -88,9 +97,7 @@ def write_markdown(table: Table, path: Path) -> None:
 
 def describe(table: Table) -> str:
     """What is printed at the end: the table and the verdicts in short. table3.md has it all."""
-    parts = [_main_table(table), summarize(table.verdicts)]
-    problems = _problems(table)
-    return "\n\n".join(parts + ([problems] if problems else []))
+    return "\n\n".join(filter(None, [_main_table(table), summarize(table.verdicts), _problems(table)]))
 
 
 def to_markdown(table: Table) -> str:
@@ -108,26 +115,24 @@ def to_markdown(table: Table) -> str:
         _settings_table(table),
         "\n".join(f"- {remark}" for remark in REMARKS),
     ]
-    problems = _problems(table)
-    return "\n\n".join(parts + (["## Not finished", problems] if problems else [])) + "\n"
+    if problems := _problems(table):
+        parts += ["## Not finished", problems]
+    return "\n\n".join(parts) + "\n"
 
 
 def _introduction(table: Table) -> str:
     job = table.job_of(table.results[0].key)
     training, stage = job.recipe.training, job.stages[0]
     tokens = stage.steps * training.batch_size * stage.seq_len
+    later_steps = max(sum(stage.steps for stage in job.stages[1:]) for job in table.jobs)
     return (
         f"Written by `{table.command}` on {table.machine}; {describe_versions()}.\n\n"
         f"Every row is trained on {tokens:,} tokens ({stage.steps} steps of {training.batch_size} x {stage.seq_len}) "
         f"of {table.description}, in the same order for one seed, with the same optimizer; stage 2 and its control "
-        f"take {_later_steps(table)} steps more. Scored on {table.validation_tokens:,} tokens of documents held out. "
+        f"take {later_steps} steps more. Scored on {table.validation_tokens:,} tokens of documents held out. "
         f"Means and standard errors over {table.arguments.seeds} seeds, which draw the initial weights and the order "
         "of the data."
     )
-
-
-def _later_steps(table: Table) -> int:
-    return max(sum(stage.steps for stage in job.stages[1:]) for job in table.jobs)
 
 
 def _main_table(table: Table) -> str:
@@ -139,7 +144,7 @@ def _main_table(table: Table) -> str:
         paper = NOTHING if row.c4_perplexity is None else f"{row.c4_perplexity:.2f}"
         lines.append([
             row.title, _chunks(result.local_chunk_sizes), _number(result.parameters), _speed(table.speed(result)),
-            _mean(result, table.arguments.seeds), _signed(difference_to_base(result, table.results)),
+            _mean(result, table.arguments.seeds), _estimate(difference_to_base(result, table.results), sign="+"),
             _estimate(nats), NOTHING if nats is None else f"{nats.exp().value:.3f}", paper,
         ])  # fmt: skip
     return _markdown_table(head, lines)
@@ -172,7 +177,7 @@ def _verdict_table(table: Table) -> str:
             paper = f"{claim.paper[0]:.2f} < {claim.paper[1]:.2f}"
         lines.append([
             ROWS[claim.better].title, ROWS[claim.worse].title, paper,
-            _signed(verdict.difference), str(verdict.seeds), verdict.verdict,
+            _estimate(verdict.difference, sign="+"), str(verdict.seeds), verdict.verdict,
         ])  # fmt: skip
     return _markdown_table(
         ["lower loss", "higher loss", "paper", "bits per byte gained here", "seeds", "verdict"], lines, texts=2
@@ -237,7 +242,7 @@ def _settings_table(table: Table) -> str:
     )
 
 
-def _projection(config: object) -> str:
+def _projection(config: TNTConfig) -> str:
     normalised = " normalised" if config.normalize_projection and config.qk_projection != "none" else ""
     return config.qk_projection + normalised
 
@@ -249,13 +254,9 @@ def _resets(lengths: Sequence[int | None]) -> str:
 def _problems(table: Table) -> str:
     """Runs that failed, each with its reason, and how many are not finished for no such reason."""
     reasons = {(r.key, seed): reason for r in table.results for seed, reason in r.failures.items()}
-    lines, left = [], []
-    for job in table.missing:
-        reason = reasons.get((job.row, job.seed))
-        if reason is None:
-            left.append(job.name)
-        else:
-            lines.append(f"- {job.name} failed: {reason}")
+    failed = {job.name: reasons.get((job.row, job.seed)) for job in table.missing}
+    lines = [f"- {name} failed: {reason}" for name, reason in failed.items() if reason is not None]
+    left = [name for name, reason in failed.items() if reason is None]
     if left:
         lines.append(f"- not finished: {len(left)} of {len(table.jobs)} runs ({', '.join(left)})")
     return "\n".join(lines)
@@ -265,26 +266,14 @@ def _problems(table: Table) -> str:
 
 
 def write_json(table: Table, path: Path) -> None:
-    rows = {}
-    for result in table.results:
-        speed, nats = table.speed(result), table.nats(result)
-        rows[result.key] = {
-            "title": ROWS[result.key].title, "parameters": result.parameters, "tokens": result.tokens,
-            "local_chunk_sizes": result.local_chunk_sizes,
-            "bits_per_byte": to_json(result.mean),
-            "bits_per_byte_by_seed": {seed: _finite(loss) for seed, loss in result.losses.items()},
-            "bits_per_byte_less_base": to_json(difference_to_base(result, table.results)),
-            "nats_per_token": to_json(nats),
-            "tokens_per_second": None if speed is None else speed._asdict(),
-            "failures": result.failures, "paper_c4_perplexity": ROWS[result.key].c4_perplexity,
-        }  # fmt: skip
     record = {
         "command": table.command, "scale": table.arguments.scale, "seeds": table.arguments.seeds,
         "machine": table.machine, "versions": describe_versions(), "data": table.description,
-        "validation_tokens": table.validation_tokens, "complete": not table.missing, "paper": SOURCE, "rows": rows,
+        "validation_tokens": table.validation_tokens, "complete": not table.missing, "paper": SOURCE,
+        "rows": {result.key: _row_to_json(table, result) for result in table.results},
         "orderings": [
             {"better": v.claim.better, "worse": v.claim.worse, "paper": v.claim.paper, "seeds": v.seeds,
-             "bits_per_byte_gained": to_json(v.difference), "verdict": v.verdict}
+             "bits_per_byte_gained": _to_json(v.difference), "verdict": v.verdict}
             for v in table.verdicts
         ],
     }  # fmt: skip
@@ -292,8 +281,22 @@ def write_json(table: Table, path: Path) -> None:
         file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _row_to_json(table: Table, result: RowResult) -> dict[str, Any]:
+    speed = table.speed(result)
+    return {
+        "title": ROWS[result.key].title, "parameters": result.parameters, "tokens": result.tokens,
+        "local_chunk_sizes": result.local_chunk_sizes,
+        "bits_per_byte": _to_json(result.mean),
+        "bits_per_byte_by_seed": {seed: x if math.isfinite(x) else None for seed, x in result.losses.items()},
+        "bits_per_byte_less_base": _to_json(difference_to_base(result, table.results)),
+        "nats_per_token": _to_json(table.nats(result)),
+        "tokens_per_second": speed and speed._asdict(),
+        "failures": result.failures, "paper_c4_perplexity": ROWS[result.key].c4_perplexity,
+    }  # fmt: skip
+
+
+def _to_json(estimate: Estimate | None) -> dict[str, float | None] | None:
+    return estimate and estimate.to_json()
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
@@ -325,16 +328,9 @@ def _mean(result: RowResult, seeds: int) -> str:
     return _estimate(result.mean) + some
 
 
-def _estimate(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return NOTHING
-    if not math.isfinite(estimate.standard_error):
-        return f"{estimate.value:.4f}"
-    return f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
-
-
-def _signed(estimate: Estimate | None) -> str:
+def _estimate(estimate: Estimate | None, sign: str = "") -> str:
+    """`sign="+"` for a difference, which always shows its sign."""
     if estimate is None:
         return NOTHING
     error = f" ± {estimate.standard_error:.4f}" if math.isfinite(estimate.standard_error) else ""
-    return f"{estimate.value:+.4f}{error}"
+    return f"{estimate.value:{sign}.4f}{error}"

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..data import TokenizedData
 from ..evaluation.estimates import Estimate, mean
 from ..loop.state import score_key
-from ..recipe import Recipe
-from .jobs import Job
 from .paper import BASE, CLAIMS, ROWS, Claim
+from .runs import Job
 
 HOLDS, NOISE, REVERSED, UNKNOWN = "holds", "within noise", "does not hold", "no verdict"
 STANDARD_ERRORS = 2.0
-
-
-class RunScore(NamedTuple):
-    """Of one run: validation bits per byte, how many tokens were scored, what the model was and had read, and how many
-    steps its last stage took, at how many tokens per second."""
-
-    bits_per_byte: float
-    validation_tokens: int
-    parameters: int
-    tokens: int
-    local_chunk_sizes: list[int]
-    steps: int
-    tokens_per_second: float
 
 
 class Speed(NamedTuple):
@@ -47,17 +32,35 @@ class Speed(NamedTuple):
 
 @dataclass
 class RowResult:
-    """A row of the table. `losses`: validation bits per byte by seed; `failures`: reasons by seed; `tokens_per_second`:
-    of the last stage's training by seed, which took `timed_steps` in all."""
+    """A row of the table, as its finished runs' metrics.json have it.
+
+    losses, tokens_per_second, failures  by seed: validation bits per byte, training speed of the last stage, reason.
+    """
 
     key: str
     losses: dict[int, float] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
-    timed_steps: int = 0
+    failures: dict[int, str] = field(default_factory=dict)
     parameters: int | None = None
     tokens: int | None = None
+    timed_steps: int = 0
     local_chunk_sizes: list[int] = field(default_factory=list)
+
+    def add(self, job: Job) -> None:
+        """Take in a finished run. A row that is read from another one's has the score of the first stage's model at
+        the second one's chunks, and has trained nothing itself."""
+        metrics = job.metrics
+        first, last = metrics["stages"][0], metrics["stages"][-1]
+        trained, key = metrics["stages"], score_key(last["name"])
+        if self.key == job.row:
+            self.tokens_per_second[job.seed] = last["tokens_per_second"]
+            self.timed_steps += last["steps"]
+        else:
+            trained, key = [first], score_key(first["name"], at=last["name"])
+        self.losses[job.seed] = metrics["validation_bits_per_byte"][key]
+        self.parameters, self.tokens = metrics["parameters"], sum(stage["tokens"] for stage in trained)
+        if job.recipe.model.architecture == "tnt":
+            self.local_chunk_sizes = last["local_chunk_sizes"]
 
     @property
     def mean(self) -> Estimate | None:
@@ -79,47 +82,17 @@ class Verdict(NamedTuple):
     verdict: str
 
 
-def read_score(job: Job, *, swapped: bool = False) -> RunScore:
-    """The final score of a finished run; `swapped`: that of its first stage's model, read at the second one's chunks.
-
-    The trainer writes a loss that is not finite as NaN, which stays one here.
-    """
-    metrics = json.loads(job.folder.metrics_file.read_text(encoding="utf-8"))
-    stages = metrics["stages"]
-    first, last = stages[0]["name"], stages[-1]["name"]
-    key = score_key(first, at=last) if swapped else score_key(last)
-    return RunScore(
-        bits_per_byte=metrics["validation_bits_per_byte"][key],
-        validation_tokens=metrics["validation_tokens"],
-        parameters=metrics["parameters"],
-        tokens=sum(stage["tokens"] for stage in (stages[:1] if swapped else stages)),
-        local_chunk_sizes=stages[-1]["local_chunk_sizes"],
-        steps=stages[-1]["steps"],
-        tokens_per_second=stages[-1]["tokens_per_second"],
-    )
-
-
 def collect(rows: Sequence[str], jobs: Sequence[Job], failures: dict[str, str]) -> list[RowResult]:
     """The rows in this order, with what is finished."""
-    results = []
-    for key in rows:
-        result = RowResult(key)
-        source = ROWS[key].read_from or key
+    results = [RowResult(key) for key in rows]
+    for result in results:
         for job in jobs:
-            if job.row != source:
+            if job.row != (ROWS[result.key].read_from or result.key):
                 continue
             if job.finished:
-                score = read_score(job, swapped=source != key)
-                result.losses[job.seed] = score.bits_per_byte
-                result.parameters, result.tokens = score.parameters, score.tokens
-                if source == key:
-                    result.tokens_per_second[job.seed] = score.tokens_per_second
-                    result.timed_steps += score.steps
-                if job.recipe.model.architecture == "tnt":
-                    result.local_chunk_sizes = score.local_chunk_sizes
+                result.add(job)
             elif job.name in failures:
                 result.failures[job.seed] = failures[job.name]
-        results.append(result)
     return results
 
 
@@ -155,23 +128,14 @@ def difference_to_base(result: RowResult, results: Sequence[RowResult]) -> Estim
     return None if result.key == BASE else paired_difference(result.losses, base)[0]
 
 
-def bytes_per_token(data: TokenizedData, recipe: Recipe, validation_tokens: int) -> float:
-    """UTF-8 bytes for each predicted token of the rows that the runs are scored on."""
-    seq_len = recipe.stages[0].seq_len or recipe.training.seq_len
-    rows = data.validation.rows(seq_len, recipe.data.boundaries).head(validation_tokens // seq_len)
+def bytes_per_token(data: TokenizedData, job: Job) -> float:
+    """UTF-8 bytes for each predicted token of the rows that runs are scored on; `job`: any that is finished."""
+    seq_len = job.stages[0].seq_len
+    count = job.metrics["validation_tokens"] // seq_len
+    rows = data.validation.rows(seq_len, job.recipe.data.boundaries).head(count)
     predicted, text_bytes = 0, 0.0
     for i in range(len(rows)):
         scored = rows[i]["labels"][1:] != -100
         predicted += int(scored.sum())
         text_bytes += float((rows.token_bytes(i)[1:] * scored).sum())
     return text_bytes / predicted
-
-
-def nats_per_token(bits_per_byte: Estimate, bytes_per_token: float) -> Estimate:
-    """`ln 2 · bits per byte · bytes per token`."""
-    factor = math.log(2) * bytes_per_token
-    return Estimate(bits_per_byte.value * factor, bits_per_byte.standard_error * factor)
-
-
-def to_json(estimate: Estimate | None) -> dict[str, Any] | None:
-    return None if estimate is None else estimate.to_json()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
-from modeling_tnt.train.bench.timing import Deadline
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.common.files import files_below
 from modeling_tnt.train.common.output_folder import LOCK, MANIFEST, OutputFolder
@@ -25,10 +25,9 @@ from modeling_tnt.train.data import load_data
 from modeling_tnt.train.loop.signals import Stopper
 from modeling_tnt.train.options import to_mapping
 from modeling_tnt.train.reproduce import jobs as jobs_module
-from modeling_tnt.train.reproduce import runner as runner_module
+from modeling_tnt.train.reproduce import runs as runs_module
 from modeling_tnt.train.reproduce.arguments import Table3Arguments
-from modeling_tnt.train.reproduce.branch import begin_from_first_stage
-from modeling_tnt.train.reproduce.jobs import Job, count_parameters, find_other_settings, make_jobs, merge
+from modeling_tnt.train.reproduce.jobs import count_parameters, make_jobs, merge
 from modeling_tnt.train.reproduce.paper import BASE, CLAIMS, ROWS
 from modeling_tnt.train.reproduce.picture import describe_lines, draw_table
 from modeling_tnt.train.reproduce.report import chance_beyond, summarize
@@ -43,8 +42,7 @@ from modeling_tnt.train.reproduce.results import (
     difference_to_base,
     judge,
 )
-from modeling_tnt.train.reproduce.run import _take_folder
-from modeling_tnt.train.reproduce.runner import Runner
+from modeling_tnt.train.reproduce.runs import Job, Runner, begin_from_first_stage, claim_runs, find_other_settings
 from modeling_tnt.train.reproduce.scales import SCALES
 
 
@@ -106,7 +104,7 @@ def test_what_goes_on_from_the_base_row_has_its_first_stage(scale: str, tmp_path
     first = {job.row: job for job in jobs}
     base, swap, control = first[BASE], first["stage2"], first["more-steps"]
     for job in (swap, control):
-        assert job.parent == base.name
+        assert job.parent is base
         own, other = to_mapping(job.recipe), to_mapping(base.recipe)
         assert own["stages"][0] == other["stages"][0] and len(own["stages"]) == 2 > len(other["stages"])
         for mapping in (own, other):
@@ -173,12 +171,12 @@ def test_a_run_that_begins_with_another_ones_first_stage_is_an_ordinary_run(smok
     base, branch = jobs[BASE], jobs["stage2"]
     for job in (base, branch):
         if job.parent is not None:
-            begin_from_first_stage(job, base)
-        recipe = jobs_module.write_recipe(job, tmp_path / "recipes")
+            begin_from_first_stage(job)
+        recipe = tmp_path / f"{job.name}.yaml"
+        recipe.write_text(yaml.safe_dump(to_mapping(job.recipe)))
         assert main(["train", "--config", str(recipe), "--resume"]) == 0
     ordinary = tmp_path / "ordinary"
-    assert main(["train", "--config", str(tmp_path / "recipes" / f"{branch.name}.yaml"),
-                 "--output.dir", str(ordinary)]) == 0  # fmt: skip
+    assert main(["train", "--config", str(recipe), "--output.dir", str(ordinary)]) == 0
 
     weights, wanted = (load_file(r / "stage2" / "model.safetensors") for r in (branch.folder.root, ordinary))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
@@ -221,11 +219,11 @@ def fake_trainer(tmp_path: Path, monkeypatch) -> None:
     """A process that does what `data.split` says: train (in a moment), fail, or wait for SIGTERM."""
     script = tmp_path / "fake_trainer.py"
     script.write_text(FAKE_TRAINER)
-    monkeypatch.setattr(runner_module, "trainer_command", lambda recipe: [sys.executable, str(script), str(recipe)])
+    monkeypatch.setattr(runs_module, "trainer_command", lambda recipe: [sys.executable, str(script), str(recipe)])
 
 
-def _runner(jobs: list[Job], stopper: Stopper, *, time_limit: float | None = None) -> Runner:
-    return Runner(jobs, workers=2, device="cpu", stopper=stopper, deadline=Deadline(time_limit))
+def _runner(jobs: list[Job], stopping: Callable[[], bool] = lambda: False) -> Runner:
+    return Runner(jobs, workers=2, device="cpu", stopping=stopping)
 
 
 def _began(job: Job) -> float:
@@ -234,29 +232,26 @@ def _began(job: Job) -> float:
 
 def test_seeds_follow_each_other_and_finished_runs_are_not_run_again(smoke, fake_trainer, capsys):
     jobs = smoke(rows=[BASE, "tnt-2", "no-global"], seeds=2)
-    _runner(jobs, Stopper()).run()
+    _runner(jobs).run()
     assert all(job.finished for job in jobs)
     began = [_began(job) for job in jobs]
     assert max(began[:2]) < min(began[2:]), "the first two are started together"
     assert max(began[:3]) < max(began[3:])
     assert capsys.readouterr().out.count("2.0000 bits/byte") == 6
-    again = _runner(jobs, Stopper())
-    again.run()
-    assert again.failures == {} and [_began(job) for job in jobs] == began
+    assert _runner(jobs).run() == {} and [_began(job) for job in jobs] == began
 
 
 def test_a_run_that_fails_stops_only_what_begins_with_it(smoke, fake_trainer, capsys):
     jobs = smoke(rows=["stage2", "tnt-2"], seeds=1)
     failing = next(job for job in jobs if job.row == BASE)
     failing.recipe.data.split = "fail"
-    runner = _runner(jobs, Stopper())
-    runner.run()
-    assert runner.failures == {
+    failures = _runner(jobs).run()
+    assert failures == {
         f"{BASE}-seed0": "the loss is nan at step 3 of stage1",
         "stage2-seed0": f"{BASE}-seed0, which it begins with, failed",
     }
     assert next(job for job in jobs if job.row == "tnt-2").finished
-    results = {r.key: r for r in collect([BASE, "tnt-2"], jobs, runner.failures)}
+    results = {r.key: r for r in collect([BASE, "tnt-2"], jobs, failures)}
     assert results[BASE].failures == {0: "the loss is nan at step 3 of stage1"} and results["tnt-2"].losses == {0: 2.0}
 
 
@@ -275,15 +270,16 @@ def test_a_stop_lets_runs_save_and_starts_no_more(cause: str, smoke, fake_traine
     for job in jobs:
         job.recipe.data.split = "wait"
     logs = [job.folder.root.parent / f"{job.name}.log" for job in jobs]
+    began = time.monotonic()
     with Stopper() as stopper:
-        runner = _runner(jobs, stopper, time_limit=3.0 if cause == "time limit" else None)
         if cause == "signal":
             subprocess.Popen([sys.executable, "-c", STOP_WHEN_RUNNING, str(os.getpid()), *map(str, logs[:2])])
-        began = time.monotonic()
-        runner.run()
+            failures = _runner(jobs, lambda: stopper.signal is not None).run()
+        else:
+            failures = _runner(jobs, lambda: time.monotonic() > began + 3.0).run()
     assert time.monotonic() - began < 30
     assert stopper.signal == (signal.SIGTERM if cause == "signal" else None)
-    assert runner.failures == {}
+    assert failures == {}
     assert [(job.folder.root / "saved").exists() for job in jobs] == [True, True, False]
 
 
@@ -305,11 +301,11 @@ def test_a_reproduction_replaces_its_own_files_only(smoke, tmp_path: Path, capsy
     (job,) = (job for job in smoke(seeds=1) if job.row == BASE)
     root = job.folder.root.parents[1]
     folder = OutputFolder(root, "reproduce table3")
-    _take_folder(folder, [job], overwrite=False)
+    claim_runs(folder, [job], ["table3.md"], overwrite=False)
     job.folder.claim(["recipe.yaml"])
     for name in ("table3.md", f"runs/{job.name}.log", f"runs/{job.name}/recipe.yaml", f"runs/{job.name}/notes.txt"):
         (root / name).write_text("")
-    _take_folder(folder, [job], overwrite=True)
+    claim_runs(folder, [job], ["table3.md"], overwrite=True)
     left = {p.relative_to(root).as_posix() for p in files_below(root) if p.name not in (MANIFEST, LOCK)}
     assert left == {f"runs/{job.name}/notes.txt"}
 
@@ -392,7 +388,9 @@ def test_bytes_for_a_token_leave_out_the_ends_of_documents(smoke):
     rows = data.validation.rows(64).head(20)
     ends = sum(int((rows[i]["input_ids"][1:] == 1).sum()) for i in range(20))
     assert ends > 0
-    assert bytes_per_token(data, job.recipe, 20 * 64) == pytest.approx(1 - ends / (20 * 63))
+    job.folder.root.mkdir(parents=True)
+    job.folder.metrics_file.write_text(json.dumps({"validation_tokens": 20 * 64}))
+    assert bytes_per_token(data, job) == pytest.approx(1 - ends / (20 * 63))
 
 
 def test_a_picture_of_rows_that_failed_or_are_missing(tmp_path: Path):
