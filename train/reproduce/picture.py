@@ -29,22 +29,6 @@ class Line(NamedTuple):
     state: str = "not finished"
 
 
-class Point(NamedTuple):
-    """A number of the row at height `place`, with bars of `STANDARD_ERRORS` standard errors where they are known."""
-
-    place: float
-    color: str
-    group: str
-    estimate: Estimate
-    words: str
-    reach: float = -math.inf  # of what else is drawn in the row
-
-    @property
-    def error(self) -> float:
-        known = math.isfinite(self.estimate.standard_error)
-        return STANDARD_ERRORS * self.estimate.standard_error if known else 0.0
-
-
 def describe_lines(results: Sequence[RowResult]) -> list[Line]:
     return [
         Line(
@@ -63,39 +47,40 @@ def draw_table(path: Path, lines: Sequence[Line], *, scale: str) -> None:
     compared with (the dashed line), which is what the verdicts go by; the paper's perplexity.
     """
     title = f"Table 3 at scale {scale}; bars: ± {STANDARD_ERRORS:g} standard errors over seeds. Further left is better"
+    places = _find_places(lines)
+    means = {line.key: line.mean for line in lines}
+    papers = {line.key: _exactly(ROWS[line.key].c4_perplexity) for line in lines}
     with picture(path, title, height=2 + 0.26 * len(lines)) as figure:
         losses, differences, paper = figure.subplots(1, 3, sharey=True, width_ratios=[5, 5, 4])
-        places = _find_places(lines)
         losses.set_yticks(list(places.values()), [ROWS[key].title for key in places])
         losses.set_ylim(max(places.values()) + 0.6, -0.6)
-        points: dict[Axes, list[Point]] = {losses: [], differences: [], paper: []}
-        for line in lines:
-            row, place = ROWS[line.key], places[line.key]
-            color = COLORS[row.group]
-            losses.get_yticklabels()[list(places).index(line.key)].set_color(color)
-            if line.mean is None or not math.isfinite(line.mean.value):
-                where = {"transform": losses.get_yaxis_transform(), "va": "center", "color": color}
-                losses.text(0.03, place, line.state, **where)
-            else:
-                reach = max(line.losses, default=-math.inf)
-                points[losses].append(Point(place, color, row.group, line.mean, f"{line.mean.value:.3f}", reach))
-                for loss in line.losses:
-                    losses.plot(loss, place, "x", color="0.6", label="a seed", zorder=1)
-            if line.difference is not None and math.isfinite(line.difference.value):
-                words = f"{line.difference.value:+.3f}"
-                points[differences].append(Point(place, color, row.group, line.difference, words))
-            if row.c4_perplexity is not None:
-                alone = Estimate(row.c4_perplexity, math.nan)
-                points[paper].append(Point(place, color, row.group, alone, f"{row.c4_perplexity:.2f}"))
-        base = next((line.mean.value for line in lines if line.key == BASE and line.mean is not None), None)
-        for axes, reference in ((losses, base), (differences, 0.0), (paper, ROWS[BASE].c4_perplexity)):
-            _draw_points(axes, points[axes], reference)
+        for line, tick in zip(lines, losses.get_yticklabels(), strict=True):
+            tick.set_color(_color(line.key))
+            if not _is_known(line.mean):
+                where = {"transform": losses.get_yaxis_transform(), "va": "center", "color": _color(line.key)}
+                losses.text(0.03, places[line.key], line.state, **where)
+        seeds = {line.key: line.losses for line in lines if _is_known(line.mean)}
+        _draw_panel(losses, places, means, "{:.3f}", means.get(BASE), seeds)
+        _draw_panel(differences, places, {line.key: line.difference for line in lines}, "{:+.3f}", _exactly(0.0), {})
+        _draw_panel(paper, places, papers, "{:.2f}", _exactly(ROWS[BASE].c4_perplexity), {})
         losses.set_title("here")
         losses.set_xlabel("validation bits per byte")
         differences.set_title(f"here, less {ROWS[BASE].title},\npaired by seed")
         differences.set_xlabel("bits per byte")
         paper.set_title("paper, 150M parameters\n(arXiv 2511.07343)")
         paper.set_xlabel("perplexity on C4")
+
+
+def _exactly(value: float | None) -> Estimate | None:
+    return None if value is None else Estimate(value, math.nan)
+
+
+def _is_known(estimate: Estimate | None) -> bool:
+    return estimate is not None and math.isfinite(estimate.value)
+
+
+def _color(key: str) -> str:
+    return COLORS[ROWS[key].group]
 
 
 def _find_places(lines: Iterable[Line]) -> dict[str, float]:
@@ -110,34 +95,41 @@ def _find_places(lines: Iterable[Line]) -> dict[str, float]:
     return places
 
 
-def _draw_points(axes: Axes, points: Sequence[Point], reference: float | None) -> None:
-    """The points of a panel; an outlier, which would squeeze the others, is an arrow at the edge with its number."""
-    kept = sorted(without_outliers([point.estimate.value for point in points]))
-    ends = [] if reference is None or not math.isfinite(reference) else [reference]
-    for point in points:
-        value = point.estimate.value
-        if not kept[0] <= value <= kept[-1]:
-            right = value > kept[-1]
+def _draw_panel(
+    axes: Axes, places: dict[str, float], estimates: dict[str, Estimate | None], form: str, reference: Estimate | None,
+    seeds: dict[str, Sequence[float]],
+) -> None:  # fmt: skip
+    """Each row's estimate with its number and a bar of `STANDARD_ERRORS` standard errors where they are known, over the
+    losses of its seeds. An outlier, which would squeeze the others, is an arrow at the edge."""
+    known = {key: estimate for key, estimate in estimates.items() if _is_known(estimate)}
+    kept = without_outliers([estimate.value for estimate in known.values()])
+    ends = [reference.value] if _is_known(reference) else []
+    for key, losses in seeds.items():
+        for loss in losses:
+            axes.plot(loss, places[key], "x", color="0.6", label="a seed", zorder=1)
+    for key, (value, error) in known.items():
+        place, words = places[key], form.format(value)
+        style = {"color": _color(key), "va": "center", "fontsize": 8}
+        if value not in kept:
+            right, at_edge = value > max(kept), axes.get_yaxis_transform()
             axes.plot(
-                0.97 if right else 0.03, point.place, ">" if right else "<", color=point.color, clip_on=False,
-                transform=axes.get_yaxis_transform(), label="beyond the axis, with its number", linestyle="none",
+                0.97 if right else 0.03, place, ">" if right else "<", color=_color(key), clip_on=False,
+                transform=at_edge, label="beyond the axis, with its number", linestyle="none",
             )  # fmt: skip
-            axes.text(
-                0.92 if right else 0.08, point.place, point.words, transform=axes.get_yaxis_transform(), va="center",
-                ha="right" if right else "left", color=point.color, fontsize=8,
-            )  # fmt: skip
+            side = {"ha": "right" if right else "left", "transform": at_edge}
+            axes.text(0.92 if right else 0.08, place, words, **style, **side)
             continue
-        axes.errorbar(value, point.place, xerr=point.error or None, fmt="o", color=point.color, label=point.group)
-        ends += [value - point.error, value + point.error, max(value, point.reach)]
-        axes.annotate(
-            point.words, (max(point.reach, value + point.error), point.place), (5, 0), textcoords="offset points",
-            va="center", color=point.color, fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )  # fmt: skip
+        bar = STANDARD_ERRORS * error if math.isfinite(error) else 0.0
+        axes.errorbar(value, place, xerr=bar or None, fmt="o", color=_color(key), label=ROWS[key].group)
+        right = max([value + bar, *seeds.get(key, ())])
+        ends += [value - bar, right]
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.annotate(words, (right, place), (5, 0), textcoords="offset points", bbox=white, **style)
     if ends:
         span = max(ends) - min(ends) or 1.0
         axes.set_xlim(min(ends) - 0.08 * span, max(ends) + 0.35 * span)  # with room for the last number
-    if reference is not None and math.isfinite(reference):
-        axes.axvline(reference, color="black", linestyle="--", linewidth=0.8, zorder=0, label=ROWS[BASE].title)
+    if _is_known(reference):
+        axes.axvline(reference.value, color="black", linestyle="--", linewidth=0.8, zorder=0, label=ROWS[BASE].title)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(axis="y", length=0)
