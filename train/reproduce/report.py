@@ -161,9 +161,9 @@ def _main_notes(table: Table) -> str:
     if any(map(table.speed, table.results)):
         threads = ", of one thread each," if table.arguments.device == "cpu" else ""
         notes.append(
-            f"Tokens/s: of the row's last stage, as its runs{threads} timed themselves (metrics.json): median "
-            "(lowest-highest) over seeds. Whatever ran at the same time slowed them down: to compare speeds, train "
-            "with --workers 1 on an idle machine. Rows with more memories compute more for a token."
+            f"Tokens/s: of all steps of the row's last stage, as its runs{threads} timed themselves (metrics.json): "
+            "median (lowest-highest) over seeds. Whatever ran at the same time slowed them down: to compare speeds, "
+            "train with --workers 1 on an idle machine. Rows with more memories compute more for a token."
         )
     return "\n\n".join(notes)
 

@@ -1,7 +1,7 @@
-"""A list of training runs: each is `tnt train --resume` in a process of its own, a few of them at once.
+"""A list of resumable training runs: each is `tnt train --resume` in a process of its own, a few of them at once.
 
-Whoever makes the list says what is trained; here it is claimed (`claim_runs`) and run (`Runner.run`). The same list
-again goes on where it was stopped: a run that is finished is not started, and any other resumes from its checkpoint.
+An experiment makes a list of `Job`s, claims its output folder for them (`claim_runs`) and runs them (`Runner.run`). The
+same list again skips what is finished and resumes what is not.
 """
 
 from __future__ import annotations
@@ -163,11 +163,11 @@ class Process(NamedTuple):
 
 
 class Runner:
-    """Runs jobs, at most `workers` at once, in their order, each once its parent is finished.
+    """Runs jobs, at most `workers` at once, in their order, each once its parent, a job before it, is finished.
 
-    stopping  becomes true when no more runs are to be started, and those in progress are to save and end.
-    failures  the reason of each run that failed, by its name. A failure stops no other run but those that begin with
-              it; the next start tries again.
+    stopping  returns true when no more runs are to be started, and those in progress are to save and end.
+    failures  the reason of each run that failed, by its name. A failure stops only the runs that begin with it; the
+              next start tries again.
     """
 
     def __init__(self, jobs: Sequence[Job], *, workers: int, device: str, stopping: Callable[[], bool]):
@@ -195,12 +195,14 @@ class Runner:
         for job in list(self.waiting):
             if len(self.running) == self.workers:
                 return
-            if job.parent is not None and job.parent.name in self.failures:
-                self._fail(job, f"{job.parent.name}, which it begins with, failed")
-            elif job.parent is None or job.parent.finished:
+            if job.parent is None or job.parent.finished or job.parent.name in self.failures:
+                self.waiting.remove(job)
                 self._start(job)
 
     def _start(self, job: Job) -> None:
+        if job.parent is not None and not job.parent.finished:
+            self._fail(job, f"{job.parent.name}, which it begins with, failed")
+            return
         try:
             if job.parent is not None:
                 begin_from_first_stage(job)
@@ -208,7 +210,6 @@ class Runner:
         except (OSError, ValueError) as error:
             self._fail(job, str(error))
             return
-        self.waiting.remove(job)
         with job.beside("log").open("ab") as log:
             log_start = log.tell()
             handle = subprocess.Popen(
@@ -246,8 +247,6 @@ class Runner:
             self._reap()
 
     def _fail(self, job: Job, reason: str) -> None:
-        if job in self.waiting:
-            self.waiting.remove(job)
         self.failures[job.name] = reason
         self._report(job, f"failed: {reason}")
 

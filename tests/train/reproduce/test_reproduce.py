@@ -192,10 +192,10 @@ def test_a_run_that_begins_with_another_ones_first_stage_is_an_ordinary_run(smok
 
 
 FAKE_TRAINER = """
-import json, pathlib, signal, sys, time, yaml
+import json, os, pathlib, signal, sys, time, yaml
 recipe = yaml.safe_load(open(sys.argv[1]))
 folder = pathlib.Path(recipe["output"]["dir"])
-mode = recipe["data"]["split"]
+mode = os.environ.get("FAKE_TRAINER", recipe["data"]["split"])
 if mode == "wait":
     signal.signal(signal.SIGTERM, lambda *_: (folder.mkdir(parents=True), (folder / "saved").touch(), sys.exit(143)))
     print("waiting", flush=True)
@@ -216,7 +216,7 @@ metrics = {"validation_bits_per_byte": {"after_" + last: 2.0}, "validation_token
 
 @pytest.fixture
 def fake_trainer(tmp_path: Path, monkeypatch) -> None:
-    """A process that does what `data.split` says: train (in a moment), fail, or wait for SIGTERM."""
+    """A process that does what `data.split`, or FAKE_TRAINER, says: train (in a moment), fail, or wait for SIGTERM."""
     script = tmp_path / "fake_trainer.py"
     script.write_text(FAKE_TRAINER)
     monkeypatch.setattr(runs_module, "trainer_command", lambda recipe: [sys.executable, str(script), str(recipe)])
@@ -256,12 +256,18 @@ def test_a_run_that_fails_stops_only_what_begins_with_it(smoke, fake_trainer, ca
 
 
 STOP_WHEN_RUNNING = """
-import os, pathlib, signal, sys, time
-logs = [pathlib.Path(name) for name in sys.argv[2:]]
+import os, pathlib, sys, time
+logs = [pathlib.Path(name) for name in sys.argv[3:]]
 while not all(log.exists() and log.read_text() for log in logs):
     time.sleep(0.05)
-os.kill(int(sys.argv[1]), signal.SIGTERM)
+os.kill(int(sys.argv[1]), int(sys.argv[2]))
 """
+
+
+def _stop_when_running(number: signal.Signals, logs: list[Path]) -> None:
+    """Send this process a signal once all logs have a line."""
+    words = [str(os.getpid()), str(int(number)), *map(str, logs)]
+    subprocess.Popen([sys.executable, "-c", STOP_WHEN_RUNNING, *words])
 
 
 @pytest.mark.parametrize("cause", ["signal", "time limit"])
@@ -273,7 +279,7 @@ def test_a_stop_lets_runs_save_and_starts_no_more(cause: str, smoke, fake_traine
     began = time.monotonic()
     with Stopper() as stopper:
         if cause == "signal":
-            subprocess.Popen([sys.executable, "-c", STOP_WHEN_RUNNING, str(os.getpid()), *map(str, logs[:2])])
+            _stop_when_running(signal.SIGTERM, logs[:2])
             failures = _runner(jobs, lambda: stopper.signal is not None).run()
         else:
             failures = _runner(jobs, lambda: time.monotonic() > began + 3.0).run()
@@ -281,6 +287,26 @@ def test_a_stop_lets_runs_save_and_starts_no_more(cause: str, smoke, fake_traine
     assert stopper.signal == (signal.SIGTERM if cause == "signal" else None)
     assert failures == {}
     assert [(job.folder.root / "saved").exists() for job in jobs] == [True, True, False]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_and_the_same_command_goes_on(
+    number: signal.Signals, status: int, overrides, fake_trainer, tmp_path: Path, capsys, monkeypatch
+):
+    folder = tmp_path / "table3"
+    flags = ["--rows", BASE, "--workers", "1", "--device", "cpu", "--override", *_as_flags(overrides)]
+    _stop_when_running(number, [folder / f"runs/{BASE}-seed0.log"])
+    monkeypatch.setenv("FAKE_TRAINER", "wait")
+    assert _table3(folder, *flags) == status
+    assert "1 of 1 runs are left; the same command goes on" in capsys.readouterr().err
+    assert not json.loads((folder / "table3.json").read_text())["complete"]
+    monkeypatch.delenv("FAKE_TRAINER")
+    assert _table3(folder, *flags) == 0
+    assert json.loads((folder / "table3.json").read_text())["rows"][BASE]["bits_per_byte"]["value"] == 2.0
+
+
+def _as_flags(overrides: dict[str, object]) -> list[str]:
+    return [f"{path}={json.dumps(value)}" for path, value in overrides.items()]
 
 
 def _table3(folder: Path, *more: str) -> int:
@@ -312,10 +338,10 @@ def test_a_reproduction_replaces_its_own_files_only(smoke, tmp_path: Path, capsy
 
 def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):
     folder = tmp_path / "table3"
-    flags = ["reproduce", "table3", "--scale", "smoke", "--seeds", "1", "--rows", BASE, "llama", "--device", "cpu",
-             "--workers", "2", "--output-dir", str(folder), "--override",
-             *(f"{k}={json.dumps(v)}" for k, v in overrides.items())]  # fmt: skip
-    assert main(flags) == 0
+    flags = ["--rows", BASE, "llama", "--device", "cpu", "--workers", "2", "--override", *_as_flags(overrides)]
+    assert _table3(folder, *flags, "--time-limit", "1e-9") == 0
+    assert "2 of 2 runs are left; the same command goes on" in capsys.readouterr().out
+    assert _table3(folder, *flags) == 0
     report = json.loads((folder / "table3.json").read_text())
     assert report["complete"] and list(report["rows"]) == ["llama", BASE]
     for row in report["rows"].values():
@@ -332,7 +358,7 @@ def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):
     assert (folder / "table3.png").read_bytes().startswith(b"\x89PNG")
 
     times = {path: path.stat().st_mtime for path in folder.glob("runs/*/metrics.json")}
-    assert main([*flags, "--no-speed"]) == 0
+    assert _table3(folder, *flags, "--no-speed") == 0
     assert {path: path.stat().st_mtime for path in folder.glob("runs/*/metrics.json")} == times
     assert json.loads((folder / "table3.json").read_text())["rows"][BASE]["tokens_per_second"] is None
     assert "2 are finished" in capsys.readouterr().out
