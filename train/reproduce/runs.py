@@ -25,7 +25,6 @@ from modeling_tnt import TNTConfig
 
 from ..common.files import atomic_folder, files_below
 from ..common.output_folder import OutputFolder
-from ..loop.checkpoint import read_state
 from ..loop.run_folder import RunFolder
 from ..loop.state import score_key
 from ..options import to_mapping
@@ -93,6 +92,15 @@ def claim_runs(folder: OutputFolder, jobs: Sequence[Job], results: Sequence[str]
     Raises ValueError for a user's files in the way, for a run in progress, which a command that was killed may have
     left, and for runs that were made with other settings.
     """
+    _take_folder(folder, jobs, results, overwrite=overwrite)
+    others = find_other_settings(jobs)
+    if others:
+        more = [f"and {len(others) - SHOWN} more"] if len(others) > SHOWN else []
+        head = f"--output-dir {folder.root} holds other runs; give another folder, or --overwrite:"
+        raise ValueError("\n  ".join([head, *others[:SHOWN], *more]))
+
+
+def _take_folder(folder: OutputFolder, jobs: Sequence[Job], results: Sequence[str], *, overwrite: bool) -> None:
     names = [*results, *(f"{RUNS}/{job.name}.{kind}" for job in jobs for kind in ("yaml", "log"))]
     roots = {job.folder.root for job in jobs}
     roots |= {(folder.root / name).with_suffix("") for name in folder.listed() if name.startswith(f"{RUNS}/")}
@@ -107,11 +115,6 @@ def claim_runs(folder: OutputFolder, jobs: Sequence[Job], results: Sequence[str]
             RunFolder(root).clear()
         folder.clear()
     folder.claim(names)
-    others = find_other_settings(jobs)
-    if others:
-        more = [f"and {len(others) - SHOWN} more"] if len(others) > SHOWN else []
-        head = f"--output-dir {folder.root} holds other runs; give another folder, or --overwrite:"
-        raise ValueError("\n  ".join([head, *others[:SHOWN], *more]))
 
 
 def find_other_settings(jobs: Sequence[Job]) -> list[str]:
@@ -139,8 +142,7 @@ def begin_from_first_stage(job: Job) -> None:
     with atomic_folder(job.folder.root) as path:
         fresh = RunFolder(path)
         shutil.copytree(checkpoint, fresh.checkpoint(stage.name, stage.steps))
-        # The log up to the checkpoint, without what the parent wrote after it.
-        fresh.log_file.write_bytes(parent.log_file.read_bytes()[: read_state(checkpoint)["state"]["log_bytes"]])
+        shutil.copyfile(parent.log_file, fresh.log_file)  # the trainer cuts off what came after the checkpoint
         _write_recipe(job, fresh.recipe_file)
         fresh.claim(file.relative_to(path).as_posix() for file in files_below(path))
 

@@ -22,6 +22,7 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.common.files import files_below
 from modeling_tnt.train.common.output_folder import LOCK, MANIFEST, OutputFolder
 from modeling_tnt.train.data import load_data
+from modeling_tnt.train.loop.report import read_log
 from modeling_tnt.train.loop.signals import Stopper
 from modeling_tnt.train.options import to_mapping
 from modeling_tnt.train.reproduce import jobs as jobs_module
@@ -180,6 +181,11 @@ def test_a_run_that_begins_with_another_ones_first_stage_is_an_ordinary_run(smok
 
     weights, wanted = (load_file(r / "stage2" / "model.safetensors") for r in (branch.folder.root, ordinary))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    losses, wanted = (
+        [record.get("loss_nats_per_token") for record in read_log(r / "log.jsonl")]
+        for r in (branch.folder.root, ordinary)
+    )
+    assert losses == wanted and len(losses) > branch.steps
     metrics, expected = (json.loads((r / "metrics.json").read_text()) for r in (branch.folder.root, ordinary))
     assert metrics["validation_bits_per_byte"] == expected["validation_bits_per_byte"]
 
