@@ -110,24 +110,15 @@ _SMALL = Scale(
     width_step=8,
 )  # fmt: skip
 
-_PAPER_ROWS: dict[str, dict[str, Any]] = {
-    "llama": {"recipe": "llama-150m"},
-    "titans-large": {"recipe": "titans-150m-c256"},
-    "titans-small": {"recipe": "titans-150m-c8"},
-    "ttt-linear": {"recipe": "ttt-linear-125m"},
-    "ttt-mlp": {"recipe": "ttt-mlp-125m"},
-    "tnt-0": {"recipe": "table3-0-memories"},
-    "tnt-1": {"recipe": "table3-1-memory"},
-    "tnt-2": {"recipe": "table3-2-memories"},
-    "tnt-3": {"recipe": "table3-3-memories"},
-    "tnt-4": {"recipe": "table3-4-memories"},
-    "no-global": {"recipe": "table3-no-global"},
-    "no-projection": {"recipe": "table3-no-projection"},
-    "more-steps": {
-        "recipe": "tnt-150m", "stages": [{"name": "stage1", "tokens": 10e9}, {"name": "stage2", "share": 0.05}],
-    },
-    "stage2": {"recipe": "tnt-150m"},
+_PAPER_RECIPES = {
+    "llama": "llama-150m", "titans-large": "titans-150m-c256", "titans-small": "titans-150m-c8",
+    "ttt-linear": "ttt-linear-125m", "ttt-mlp": "ttt-mlp-125m", "tnt-0": "table3-0-memories",
+    "tnt-1": "table3-1-memory", "tnt-2": "table3-2-memories", "tnt-3": "table3-3-memories",
+    "tnt-4": "table3-4-memories", "no-global": "table3-no-global", "no-projection": "table3-no-projection",
+    "more-steps": "tnt-150m", "stage2": "tnt-150m",
 }  # fmt: skip
+_PAPER_ROWS: dict[str, dict[str, Any]] = {row: {"recipe": name} for row, name in _PAPER_RECIPES.items()}
+_PAPER_ROWS["more-steps"]["stages"] = [{"name": "stage1", "tokens": 10e9}, {"name": "stage2", "share": 0.05}]
 
 _MEDIUM_STAGES = [{"name": "stage1", "tokens": 200e6}, {"name": "stage2", "share": 0.05}]
 
