@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .checks import MemoryProblem
 from .stack import MemoryStack
-from .torch_backend.step import StepOptions
-from .types import MemoryParams, initial_memory_state
+from .types import MemoryOptions, MemoryParams, initial_memory_state
 
 if TYPE_CHECKING:
     from .step import StepMemory
@@ -99,7 +98,7 @@ class StepConfiguration(NamedTuple):
     sizes: tuple[int, int, int]
     params: tuple[bool, ...]
     gates: tuple[bool, bool]
-    options: tuple[StepOptions, ...]
+    options: tuple[MemoryOptions, ...]
     has_active: bool
 
     @classmethod

@@ -27,8 +27,8 @@ from .backends import BACKENDS, BackendChoice, missing, warn_of_fallback
 from .checks import check_global, check_local
 from .memories.kinds import inferred_type
 from .stack import MemoryStack
-from .torch_backend.step import StepGates, StepOptions, TorchStep
-from .types import MemoryParams, MemoryState, is_of
+from .torch_backend.step import TorchStep
+from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState, is_of
 
 HIDDEN_MULTIPLE = 16
 
@@ -52,8 +52,8 @@ class StepMemory(NamedTuple):
     memory_type: str | None = None
 
     @property
-    def step_options(self) -> StepOptions:
-        return StepOptions(
+    def step_options(self) -> MemoryOptions:
+        return MemoryOptions(
             self.chunk_size, self.shard_length, self.is_global, self.qk_projection, self.normalize_projection,
             self.token_scale is not None, self.memory_type,
         )  # fmt: skip
@@ -102,7 +102,7 @@ def step_memories(
         return launch_step(q, k, v, memories, stack, active)
     if choice.name == "reference":
         return _one_by_one(q, k, v, memories, stack, active)
-    gates = StepGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in StepGates._fields))
+    gates = MemoryGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in MemoryGates._fields))
     return step_checked(
         q, k, v, gates, tuple(m.step_options for m in memories), [m.params for m in memories],
         [m.token_scale for m in memories], stack, active,
@@ -113,8 +113,8 @@ def step_checked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: StepGates,
-    options: tuple[StepOptions, ...],
+    gates: MemoryGates,
+    options: tuple[MemoryOptions, ...],
     params: Sequence[MemoryParams],
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
@@ -132,7 +132,7 @@ def step_checked(
     o, rows = torch.zeros_like(q), active.nonzero().squeeze(1)
     if rows.shape[0] > 0:
         part = stack.select(rows)
-        some = StepGates(*(None if g is None else g.index_select(1, rows) for g in gates))
+        some = gates.map(lambda g: g.index_select(1, rows))
         q, k, v = (t.index_select(0, rows) for t in (q, k, v))
         o.index_copy_(0, rows, step_checked(q, k, v, some, options, params, token_scales, part, None))
         stack.put(rows, part)

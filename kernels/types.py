@@ -89,6 +89,32 @@ class MemoryParams(NamedTuple):
         return self.norm_weight, self.norm_bias
 
 
+class MemoryOptions(NamedTuple):
+    """How a memory reads; the fields are those of `local_memory`. A global memory has a chunk_size and a memory_type
+    only. memory_type None: "linear" for one linear map, "mlp" for more."""
+
+    chunk_size: int
+    shard_length: int | None = None
+    is_global: bool = False
+    qk_projection: str = "none"
+    normalize_projection: bool = False
+    has_token_scale: bool = False
+    memory_type: str | None = None
+
+
+class MemoryGates(NamedTuple):
+    """What a memory's inner optimiser does at each token: [B, T, H], or of all memories of a layer for one token of
+    every row [memories, rows, H]. Momentum and decay are None where they are not enabled."""
+
+    lr: Tensor
+    momentum: Tensor | None = None
+    decay: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> MemoryGates:
+        """Apply `fn` to every gate that is there."""
+        return MemoryGates(*(None if t is None else fn(t) for t in self))
+
+
 class MemoryState(NamedTuple):
     """What one memory knows after reading: everything that is needed to read on, its size independent of the length.
 

@@ -10,7 +10,7 @@ from .kernels import FastWeights, MemoryParams, MemoryState
 from .kernels.memories.kind import MemoryKind
 from .kernels.memories.kinds import memory_kind
 from .kernels.torch_backend.chunk import Norm, chunk_gradients
-from .kernels.torch_backend.step import StepOptions
+from .kernels.types import MemoryOptions
 from .memory_layer import MemoryInputs, TNTMemoryLayer, read_memory
 from .modeling import TNTPreTrainedModel
 
@@ -56,7 +56,7 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
 
 
 def _look_at_memory(
-    layer: TNTMemoryLayer, inputs: MemoryInputs, options: StepOptions, x: Tensor, state: MemoryState
+    layer: TNTMemoryLayer, inputs: MemoryInputs, options: MemoryOptions, x: Tensor, state: MemoryState
 ) -> dict[str, float]:
     """What `memory_health` reports of one memory, which has read x [B, T, hidden_size] and is now in `state`."""
     q, k, v, _ = layer.project(x)
@@ -67,7 +67,7 @@ def _look_at_memory(
     begin = max(0, length - options.chunk_size)
     before = initial
     if begin > 0 and not (options.shard_length and begin % options.shard_length == 0):
-        first = type(gates)(*(None if gate is None else gate[:, :begin] for gate in gates))
+        first = gates.map(lambda gate: gate[:, :begin])
         read = read_memory(inputs, first, options, q[:, :begin], k[:, :begin], v[:, :begin], output_final_state=True)
         before = read[1].weights
     last_k, last_v = k[:, begin:], v[:, begin:]

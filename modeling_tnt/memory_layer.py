@@ -23,21 +23,13 @@ from .kernels import (
 )
 from .kernels.checks import MemoryProblem
 from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
-from .kernels.torch_backend.step import StepGates, StepOptions
+from .kernels.types import MemoryGates, MemoryOptions
 from .packing import Packing, TokenStep
 
 # Initial gates: half of the earlier surprise stays in the momentum; a token's trace halves after about 280 tokens.
 # The step size starts at half of its base.
 _MOMENTUM_LOGIT = 0.0
 _DECAY_LOGIT = -6.0
-
-
-class MemoryGates(NamedTuple):
-    """What a memory's inner optimiser does at each token; [B, T, H] in float32, or None where it is not enabled."""
-
-    lr: Tensor
-    momentum: Tensor | None
-    decay: Tensor | None
 
 
 class MemoryInputs(NamedTuple):
@@ -59,14 +51,14 @@ class MemoryInputs(NamedTuple):
         return MemoryGates(self.base_lr * lr, momentum, decay)
 
 
-def step_options(config: TNTConfig) -> tuple[StepOptions, ...]:
+def step_options(config: TNTConfig) -> tuple[MemoryOptions, ...]:
     """How the memories of any layer read, in their order. Read from the config at each call: sizes may change."""
     options, kind = [], config.memory_type
     if config.global_chunk_size is not None:
-        options.append(StepOptions(config.global_chunk_size, is_global=True, memory_type=kind))
+        options.append(MemoryOptions(config.global_chunk_size, is_global=True, memory_type=kind))
     projection = (config.qk_projection, config.normalize_projection, config.token_scale, kind)
     for chunk_size, shard_length in zip(config.local_chunk_sizes, config.shard_lengths, strict=True):
-        options.append(StepOptions(chunk_size, shard_length, False, *projection))
+        options.append(MemoryOptions(chunk_size, shard_length, False, *projection))
     return tuple(options)
 
 
@@ -131,7 +123,7 @@ class TNTMemory(nn.Module):
 
 
 def read_memory(
-    inputs: MemoryInputs, gates: MemoryGates, options: StepOptions, q: Tensor, k: Tensor, v: Tensor, **given: Any
+    inputs: MemoryInputs, gates: MemoryGates, options: MemoryOptions, q: Tensor, k: Tensor, v: Tensor, **given: Any
 ) -> tuple[Tensor, MemoryState | None]:
     """`global_memory` or `local_memory`, as the options say; `given` are the keywords that both have."""
     given |= {
@@ -147,7 +139,7 @@ def read_memory(
 
 
 def reads_by_triton(
-    backend: str, inputs: MemoryInputs, gates: MemoryGates, options: StepOptions, q: Tensor, k: Tensor, v: Tensor
+    backend: str, inputs: MemoryInputs, gates: MemoryGates, options: MemoryOptions, q: Tensor, k: Tensor, v: Tensor
 ) -> bool:
     """Whether Triton's kernels run `read_memory` from the learned start; the arguments are checked there."""
     if backend != "auto":
@@ -258,10 +250,10 @@ class TNTMemoryLayer(nn.Module):
         backend = self.config.kernel_backend
         for name, memory, options in self.operations():
 
-            def use(inputs: MemoryInputs, name: str = name, options: StepOptions = options) -> tuple:
+            def use(inputs: MemoryInputs, name: str = name, options: MemoryOptions = options) -> tuple:
                 gates = inputs.gates()
                 if packing is not None:
-                    gates = MemoryGates(*(None if gate is None else packing.gather(gate) for gate in gates))
+                    gates = gates.map(packing.gather)
                 # Triton's kernels are operators that torch.compile sees; boundaries and positions are read by the host.
                 on_device = packing is None and not states
                 in_graph = on_device and reads_by_triton(backend, inputs, gates, options, q, k, v)
@@ -347,7 +339,7 @@ class TNTMemoryLayer(nn.Module):
                 f"{len(self.local_memories)} local memories"
             )
 
-    def operations(self) -> Iterator[tuple[str, TNTMemory, StepOptions]]:
+    def operations(self) -> Iterator[tuple[str, TNTMemory, MemoryOptions]]:
         """Name, module and options of each memory."""
         self._check_count()
         for (name, memory), options in zip(self.memories().items(), step_options(self.config), strict=True):
@@ -355,7 +347,7 @@ class TNTMemoryLayer(nn.Module):
 
 
 def _inside(
-    reads: Sequence[tuple[TNTMemory, StepOptions]],
+    reads: Sequence[tuple[TNTMemory, MemoryOptions]],
     x: Tensor,
     use: Callable[[list[MemoryInputs]], Any],
     inputs: Sequence[MemoryInputs] = (),
@@ -367,7 +359,7 @@ def _inside(
     return memory(x, options.chunk_size, lambda one: _inside(others, x, use, [*inputs, one]))
 
 
-def _stack_gates(inputs: list[MemoryInputs]) -> StepGates:
+def _stack_gates(inputs: list[MemoryInputs]) -> MemoryGates:
     """`MemoryInputs.gates` of all memories for one token a row, [memories, B, H]: one sigmoid for all."""
     kinds = [[given.gate_logits[i] for given in inputs] for i in range(len(MemoryGates._fields))]
     enabled = [kind for kind in kinds if kind[0] is not None]
@@ -375,7 +367,7 @@ def _stack_gates(inputs: list[MemoryInputs]) -> StepGates:
     lr, momentum, decay = (None if kind[0] is None else next(gates) for kind in kinds)
     for one, given in zip(lr, inputs, strict=True):
         one.mul_(given.base_lr)
-    return StepGates(lr, momentum, decay)
+    return MemoryGates(lr, momentum, decay)
 
 
 def _each(gates: Tensor | None, memories: int) -> Sequence[Tensor | None]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.torch_backend.step import StepOptions
 from .kernels.transfer import to_device, to_host
+from .kernels.types import MemoryOptions
 
 
 class Packing(NamedTuple):
@@ -82,7 +82,7 @@ class TokenStep(NamedTuple):
 
     active: Tensor | None
     backend: str
-    options: tuple[StepOptions, ...]
+    options: tuple[MemoryOptions, ...]
 
     def hide(self, x: Tensor) -> Tensor:
         """x [B, 1, ...] with zeros where there is no token."""
@@ -97,7 +97,7 @@ def plan_step(
     batch_shape: tuple[int, int],
     device: torch.device,
     backend: str,
-    options: tuple[StepOptions, ...],
+    options: tuple[MemoryOptions, ...],
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,

@@ -19,29 +19,8 @@ from torch import Tensor
 
 from ..memories.kinds import inferred_type, memory_kind
 from ..stack import MemoryStack
-from ..types import MemoryParams
+from ..types import MemoryGates, MemoryOptions, MemoryParams
 from .chunk import NORM_EPS, sum_products
-
-
-class StepOptions(NamedTuple):
-    """How one memory reads; the fields are those of `local_memory`. A global memory has a chunk_size only."""
-
-    chunk_size: int
-    shard_length: int | None = None
-    is_global: bool = False
-    qk_projection: str = "none"
-    normalize_projection: bool = False
-    has_token_scale: bool = False
-    memory_type: str | None = None
-
-
-class StepGates(NamedTuple):
-    """The gates of one token of every row, for all memories: [memories, rows, H]; momentum and decay may be None."""
-
-    lr: Tensor
-    momentum: Tensor | None
-    decay: Tensor | None
-
 
 Matrices = tuple[Tensor, ...]
 """Of each linear map [N, inputs (+ 1), outputs], the bias as last row, where N = memories · rows · H."""
@@ -64,7 +43,7 @@ class _Run(NamedTuple):
     """Neighbouring memories that read alike: which ones, their options, M, and views for reading at their weights."""
 
     memories: slice
-    options: StepOptions
+    options: MemoryOptions
     projection: Tensor | None
     query: _Lines
     matrices: Matrices
@@ -76,7 +55,7 @@ class TorchStep:
     The anchors of a stack are brought in line with the chunk sizes at the first token after `MemoryStack.fill`.
     """
 
-    def __init__(self, stack: MemoryStack, options: Sequence[StepOptions]) -> None:
+    def __init__(self, stack: MemoryStack, options: Sequence[MemoryOptions]) -> None:
         self.stack, self.options = stack, tuple(options)
         memory_type = options[0].memory_type or inferred_type(stack.states[0].weights)
         self._chunk_sizes = tuple(o.chunk_size for o in options)
@@ -138,7 +117,7 @@ class TorchStep:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gates: StepGates,
+        gates: MemoryGates,
         params: Sequence[MemoryParams],
         token_scales: Sequence[Tensor | None],
     ) -> Tensor:
@@ -234,7 +213,7 @@ class TorchStep:
         stacked = stacked.to(self._inputs[0].dtype).view(2, len(params), 1, -1, 1, self._dim)
         return stacked[0], stacked[1]
 
-    def _learn(self, v: Tensor, gates: StepGates, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _learn(self, v: Tensor, gates: MemoryGates, norm: tuple[Tensor, Tensor] | None) -> Tensor:
         """One gradient step of every memory; returns f(W_anchor, ·) [memories, rows, H, lines, D], keys before queries.
 
         With the norm, f = k + γ n + β with n = LN(y), and δ = r (g − mean g − n mean(g n)) with g = lr γ (f − v).
@@ -255,7 +234,7 @@ class TorchStep:
         self._advance(ys, delta.view(-1, 1, self._dim), gates)
         return f
 
-    def _advance(self, ys: list[list[Tensor]], delta: Tensor, gates: StepGates) -> None:
+    def _advance(self, ys: list[list[Tensor]], delta: Tensor, gates: MemoryGates) -> None:
         """S = momentum S − lr G, W = (1 − decay) W + S; ys: each stage's outputs [N, lines, width]; delta [N, 1, D]."""
         stack, target = self.stack, self._weights
         if gates.decay is not None:
