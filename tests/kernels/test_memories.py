@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from memory_cases import KINDS, MEMORIES, Case, make_inputs
+from memory_cases import KINDS, MEMORIES, Case, assert_same, make_inputs, run
 from torch import Tensor
 
 from modeling_tnt.kernels import MemoryParams, local_memory
+from modeling_tnt.kernels.memories import kinds
 from modeling_tnt.kernels.memories.kind import MemoryKind, Stage
 from modeling_tnt.kernels.memories.kinds import memory_kind, memory_types, register_memory
 from modeling_tnt.kernels.memories.mlp import Gelu
@@ -88,6 +92,24 @@ def test_parameters_that_fit_no_kind(shapes: dict, memory_type: str | None, mess
     with pytest.raises(ValueError) as error:
         call(params, memory_type)
     assert message in str(error.value)
+
+
+def test_the_readmes_memory_equals_the_reference_and_decodes(tmp_path, monkeypatch):
+    """The worked example of kernels/README.md: a kind that the package does not know, trained, saved and read back."""
+    readme = (Path(kinds.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    source = re.search(r"## Add a memory\n.*?```python\n(.*?)```", readme, flags=re.DOTALL)[1]
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(source, "kernels/README.md", "exec"), names)
+    case = Case(memory="relu", rule="both", projection="shard")
+    kinds._KINDS["relu"] = names["SquaredReluMemory"]()  # a case reads a number at the end of a name as a depth
+    assert_same(run(case, "torch"), run(case, "reference"))
+    trained, again, text = names["model"].eval(), names["again"], names["text"]
+    with torch.no_grad():
+        assert torch.equal(trained(text).logits, again(text).logits)
+        assert torch.equal(again(text).logits[:, -9:-1].argmax(-1), text[:, -8:])
 
 
 def test_a_name_is_registered_once():
