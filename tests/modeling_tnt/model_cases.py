@@ -22,8 +22,12 @@ VARIANTS = {
         "global_memory_base_lr": 0.1, "conv_kernel_size": 0, "use_output_gate": False, "local_chunk_sizes": [2, 4],
         "local_shard_lengths": [8, None], "use_forget_gate": True,
     },
+    "swiglu-forget": {"memory_type": "swiglu", "use_forget_gate": True, "memory_base_lr": 0.2},
+    "mlp-three-maps-momentum": {"memory_depth": 3, "use_momentum": True, "memory_base_lr": 0.2},
     "global-only": {"local_chunk_sizes": [], "qk_projection": "none", "tie_word_embeddings": True},
 }  # fmt: skip
+
+TORCH_ONLY = ("swiglu-forget", "mlp-three-maps-momentum")  # kinds of memory that Triton's kernels do not run
 
 
 def make_model(variant: str = "mlp", dtype: torch.dtype = torch.float64, **overrides) -> TNTForCausalLM:

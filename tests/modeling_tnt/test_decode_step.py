@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from model_cases import VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
+from model_cases import TORCH_ONLY, VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -62,8 +62,10 @@ def read(model, cache, tokens, **columns):
     return torch.cat(logits, 1)
 
 
-@BOTH
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "backend"),
+    [*((v, "torch") for v in VARIANTS), *((v, "triton") for v in VARIANTS if v not in TORCH_ONLY)],
+)
 @torch.no_grad()
 def test_steps_give_what_the_whole_sequence_gives(variant, backend):
     """A batch padded on the left and in mid-row, over chunk and shard boundaries, one row with nothing but padding."""
@@ -388,3 +390,14 @@ def test_a_captured_model_decodes():
             graph.replay()
             got.append(out.argmax(-1))
         assert torch.equal(torch.cat(got, 1), torch.cat(want, 1))
+
+
+@pytest.mark.parametrize("variant", TORCH_ONLY)
+@torch.no_grad()
+def test_triton_refuses_other_kinds_of_memory(variant):
+    with pytest.raises(ValueError, match="memory_type=.* with 3 linear maps; use memory_type='mlp'") as error:
+        make_model(variant, torch.float32, kernel_backend="triton")(make_tokens(1, 4))
+    assert "triton" in str(error.value)
+    model, cache = prompt_read(variant, make_tokens(1, 4), "torch", **ONE_LAYER)
+    with pytest.raises(ValueError, match="with 3 linear maps"):
+        stepping(model, "triton")(make_tokens(1, 1), cache=cache)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
 from modeling_tnt.health import memory_health
 from modeling_tnt.kernels import local_memory
+from modeling_tnt.kernels.memories.kinds import memory_kind
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64; the same sums in another order
 
@@ -276,10 +277,12 @@ def test_health_reports_what_the_inner_loop_does(variant):
     name, memory = next(iter(layer.memory.memories().items()))
     weights = memory.params.fast_weights.map(lambda t: t.detach().requires_grad_())
     norms = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.einsum("hd,hdm->hm", x, weight) + (0 if bias is None else bias)
+
     for token_k, token_v in zip(k.detach().flatten(0, 1), v.detach().flatten(0, 1), strict=True):
-        y = torch.einsum("hd,hdm->hm", token_k, weights.w1) + (0 if weights.b1 is None else weights.b1)
-        if weights.w2 is not None:
-            y = torch.einsum("hm,hmd->hd", torch.nn.functional.gelu(y, approximate="tanh"), weights.w2) + weights.b2
+        y = memory_kind(model.config.memory_type).forward(weights, token_k, linear)
         if memory.norm_weight is not None:
             y = token_k + torch.nn.functional.layer_norm(y, (16,), eps=1e-6) * memory.norm_weight + memory.norm_bias
         loss = 0.5 * (y - token_v).square().sum()
