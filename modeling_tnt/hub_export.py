@@ -6,8 +6,11 @@ installed: `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +31,8 @@ AUTO_MAP = {
 
 COPY_MARK = "# Copied from modeling-tnt "
 """How the first line of every copied file begins."""
+
+CARD_FILE = "README.md"
 
 # Every file of a model's weights, as patterns.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -110,9 +115,10 @@ class HubExportMixin:
             self._write_card(folder, repo_id if push_to_hub else None)
         super().save_pretrained(save_directory, is_main_process, state_dict, **options)
         if push_to_hub and is_main_process:
-            self._upload(
-                folder, repo_id or folder.resolve().name, private=private, token=token, create_pr=create_pr,
-                commit_message=commit_message, only=[n for n, at in _written_at(folder).items() if before.get(n) != at],
+            written = [name for name, at in _written_at(folder).items() if before.get(name) != at]
+            upload_model(
+                HfApi(token=token), folder, repo_id or folder.resolve().name, files={*written, CARD_FILE},
+                private=private, create_pr=create_pr, message=commit_message or f"Upload {type(self).__name__}",
             )  # fmt: skip
 
     def _write_card(self, folder: Path, repo_id: str | None = None) -> None:
@@ -121,7 +127,7 @@ class HubExportMixin:
         Args:
             repo_id: that the model will have on the Hub, whose owner may be left out.
         """
-        if _IS_COPY or (folder / "README.md").exists():
+        if _IS_COPY or (folder / CARD_FILE).exists():
             return
         from .hub_cards import CardFacts, write_card  # package only
 
@@ -188,46 +194,60 @@ class HubExportMixin:
         Raises:
             huggingface_hub.errors.HfHubHTTPError: what the Hub answers if it refuses; the model itself is unharmed.
         """
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
             if not getattr(self, "_hf_peft_config_loaded", False):
-                self._write_card(Path(folder), repo_id)  # which save_pretrained would name after this folder
+                self._write_card(folder, repo_id)  # which save_pretrained would name after this folder
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return self._upload(
-                Path(folder), repo_id, private=private, token=token, create_pr=create_pr, revision=revision, tags=tags,
-                commit_message=commit_message, commit_description=commit_description,
+            if tags and (folder / CARD_FILE).exists():
+                _add_tags(folder / CARD_FILE, tags)
+            return upload_model(
+                HfApi(token=token), folder, repo_id, files=_written_at(folder), revision=revision, private=private,
+                create_pr=create_pr, message=commit_message or f"Upload {type(self).__name__}",
+                description=commit_description,
             )  # fmt: skip
 
-    def _upload(
-        self,
-        folder: Path,
-        repo_id: str,
-        *,
-        private: bool | None,
-        token: bool | str | None,
-        create_pr: bool,
-        commit_message: str | None,
-        commit_description: str | None = None,
-        revision: str | None = None,
-        tags: list[str] | None = None,
-        only: list[str] | None = None,
-    ) -> CommitInfo:
-        """Upload the files of a folder (None: all), without the card if the repository has one; see `push_to_hub`."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        card = folder / "README.md"
-        keep_card = api.file_exists(repo_id, card.name, revision=revision)
-        if tags and card.exists() and not keep_card:
-            _add_tags(card, tags)
-        # Weights of an earlier model in other files; transformers would prefer an old model.safetensors to new shards.
-        whole = any(folder.glob("model*.safetensors"))
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
-            commit_message=commit_message or f"Upload {type(self).__name__}", commit_description=commit_description,
-            allow_patterns=None if only is None else [*only, card.name],
-            ignore_patterns=[card.name] if keep_card else None, delete_patterns=list(WEIGHTS) if whole else None,
-        )  # fmt: skip
+
+def upload_model(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    *,
+    files: Iterable[str],
+    message: str,
+    description: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    keep_card: bool | None = None,
+) -> CommitInfo:
+    """Send files of a model's folder to the Hub, and make the repository and the branch if they do not exist.
+
+    `HfApi.upload_folder` tries again where a connection fails, and sends nothing that has arrived before. Where new
+    weights go, those of an earlier model in other files are removed: transformers would prefer an old
+    model.safetensors to new shards.
+
+    Args:
+        files: their paths from `folder`.
+        private: of a new repository. None: as the owner's settings say.
+        create_pr: open a pull request instead of a commit to the branch.
+        keep_card: whether a model card that is there stays. None: it stays, and without one that of `folder` is sent.
+
+    Raises:
+        OSError, RuntimeError: what huggingface_hub raises; HfHubHTTPError if the Hub refuses.
+    """
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if keep_card is None:
+        keep_card = api.file_exists(repo_id, CARD_FILE, revision=revision)
+    sent = [file for file in files if not (keep_card and file == CARD_FILE)]
+    has_weights = any(fnmatchcase(file, pattern) for file in sent for pattern in WEIGHTS)
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=message,
+        commit_description=description, allow_patterns=list(map(glob.escape, sent)),
+        delete_patterns=list(WEIGHTS) if has_weights else None,
+    )  # fmt: skip
 
 
 def _written_at(folder: Path) -> dict[str, int]:

@@ -1,20 +1,17 @@
-"""Uploading a model's folder to the Hub with huggingface_hub, and words for what can go wrong there."""
+"""Pushing a model's folder to the Hub: what is checked before, and words for what can go wrong there."""
 
 from __future__ import annotations
 
-import glob
 import json
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, ModelInfo, get_session
+from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -23,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_NAME
 
 from modeling_tnt.hub_cards import CARD_FILE, is_own_card, load_facts, name_card
-from modeling_tnt.hub_export import WEIGHTS
+from modeling_tnt.hub_export import upload_model
 
 from ..common.model_facts import bare_facts, read_config
 from .push_files import ModelFolder
@@ -59,9 +56,7 @@ class Pushed:
 
     def describe(self) -> str:
         kept = "card     the repository's README.md was written or edited by somebody else, and stays\n"
-        return (
-            kept if self.kept_card else ""
-        ) + f"commit   {self.url}{'' if self.changed else ' (nothing had changed)'}"
+        return f"{kept if self.kept_card else ''}commit   {self.url}{'' if self.changed else ' (nothing had changed)'}"
 
 
 def find_wrong_target(target: Target, flag: str = "REPO") -> Iterator[str]:
@@ -88,13 +83,21 @@ def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, Mode
     owners = [me["name"], *(org["name"] for org in me.get("orgs") or [])]
     repo = target.repo if "/" in target.repo else f"{me['name']}/{target.repo}"
     with _explained(api, f"{me['name']} asked for {repo}"):
-        found = _find_repo(api, repo, target.revision)
-        if found is None and target.revision is not None:
-            found = _find_repo(api, repo, None)  # where a new branch begins
-        if found is not None:
-            _check_existing(api, found, model_type, target)
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
+        # A new branch begins at main.
+        found = _find_repo(api, repo, target.revision) or _find_repo(api, repo, None)
+        config = None if found is None or target.overwrite else _download(api, found, CONFIG_NAME)
+    if found is not None and target.private and not found.private:
+        raise ValueError(
+            f"{repo} exists and is public, so that --private cannot hold; push to another name, or make it private "
+            "on the Hub first"
+        )
+    held = model_type if config is None else _read_type(config)
+    if held != model_type:
+        raise ValueError(
+            f"{repo} holds a model of type {held}, and this one is of type {model_type}; push to another name, or use "
+            "tnt push --overwrite to replace it by a new commit"
+        )
+    if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise ValueError(
             f"the access token of {me['name']} may only read from {api.endpoint}; use one that may write to {repo}"
         )
@@ -119,17 +122,13 @@ def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str
     repo, before = check_target(api, target, folder.model_type)
     doing = f"{folder.path} was pushed to {repo}"
     with _explained(api, doing):
-        repo = api.create_repo(repo, private=target.private or None, exist_ok=True).repo_id
-        if target.revision is not None and not target.revision.startswith("refs/"):
-            api.create_branch(repo, branch=target.revision, exist_ok=True)
-        keep_card = before is not None and _has_edited_card(api, before)
+        card = None if before is None else _download(api, before, CARD_FILE)
+    keep_card = card is not None and not is_own_card(card)
     _name_card(folder.path, repo)
     with _explained(api, doing):
-        files = [file for file in folder.files if not (keep_card and file == CARD_FILE)]
-        done: CommitInfo = api.upload_folder(
-            repo_id=repo, folder_path=folder.path, revision=target.revision, delete_patterns=list(WEIGHTS),
-            allow_patterns=list(map(glob.escape, files)),
-            commit_message=message or f"Upload {folder.model_type} model",
+        done = upload_model(
+            api, folder.path, repo, files=folder.files, message=message or f"Upload {folder.model_type} model",
+            revision=target.revision, private=target.private or None, keep_card=keep_card,
         )  # fmt: skip
     return Pushed(str(done.commit_url), before is None or done.oid != before.sha, keep_card)
 
@@ -141,36 +140,18 @@ def _find_repo(api: HfApi, repo: str, revision: str | None) -> ModelInfo | None:
         return None
 
 
-def _check_existing(api: HfApi, repo: ModelInfo, model_type: str, target: Target) -> None:
-    """Raise ValueError where a push would harm what is there."""
-    if target.private and not repo.private:
-        raise ValueError(
-            f"{repo.id} exists and is public, so that --private cannot hold; push to another name, or make it private "
-            "on the Hub first"
-        )
-    text = None if target.overwrite else _read_file(api, repo, CONFIG_NAME)
-    if text is None:
-        return
+def _download(api: HfApi, repo: ModelInfo, name: str) -> Path | None:
+    """A file of a repository, or None if it has none of that name."""
+    if not any(file.rfilename == name for file in repo.siblings or []):
+        return None
+    return Path(api.hf_hub_download(repo.id, name, revision=repo.sha))
+
+
+def _read_type(config: Path) -> str:
     try:
-        held = json.loads(text).get("model_type")
-    except (ValueError, AttributeError):
-        held = "unknown"
-    if held != model_type:
-        raise ValueError(
-            f"{repo.id} holds a model of type {held}, and this one is of type {model_type}; push to another name, or "
-            "use tnt push --overwrite to replace it by a new commit"
-        )
-
-
-def _has_edited_card(api: HfApi, repo: ModelInfo) -> bool:
-    """Whether the repository has a card that `write_card` did not write, or that was changed since."""
-    text = _read_file(api, repo, CARD_FILE)
-    if text is None:
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / CARD_FILE
-        path.write_bytes(text)
-        return not is_own_card(path)
+        return json.loads(config.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def _name_card(folder: Path, repo: str) -> None:
@@ -178,30 +159,18 @@ def _name_card(folder: Path, repo: str) -> None:
     config = read_config(folder)
     if config is None:
         return
-    facts = load_facts(folder, config)
-    if facts is None:  # the card of save_pretrained, which knows of no tokenizer
-        facts = replace(bare_facts(folder, config), tokenizer=None)
+    # Without saved facts it is the card of save_pretrained, which knows of no tokenizer.
+    facts = load_facts(folder, config) or replace(bare_facts(folder, config), tokenizer=None)
     if facts.repo_id != repo:
         name_card(folder, facts, repo)
-
-
-def _read_file(api: HfApi, repo: ModelInfo, name: str) -> bytes | None:
-    """A file of a repository, or None if it has none of that name."""
-    if not any(file.rfilename == name for file in repo.siblings or []):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(api.hf_hub_download(repo.id, name, revision=repo.sha, local_dir=folder)).read_bytes()
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
 
 
 @contextmanager
 def _explained(api: HfApi, doing: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into ValueError for what its user has to change, and PushError for the rest.
 
-    Only calls of the Hub stand in such a block: with some versions a connection that breaks raises OSError or
-    RuntimeError, so that all of them count as that.
+    Only calls of the Hub stand in such a block: a connection that breaks raises OSError or RuntimeError with some
+    versions, so that all of them count as that.
 
     Args:
         doing: what fails, as a sentence.
@@ -210,12 +179,14 @@ def _explained(api: HfApi, doing: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise ValueError("there is no access token of the Hub; run hf auth login, or set HF_TOKEN") from error
-    except (HfHubHTTPError, OSError, RuntimeError, _transport_error()) as error:
-        answer = _find_answer(error)
-        status = (
-            403 if answer is None and isinstance(error, PermissionError) else answer and answer.response.status_code
-        )
-        said = _first_line(_root_cause(error) if answer is None else answer)
+    except (HTTPError, OSError, RuntimeError) as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        answer = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
+        status = answer.response.status_code if answer else 403 if isinstance(error, PermissionError) else None
+        words = getattr(answer, "server_message", None) or str(answer or causes[-1]).strip()
+        said = words.partition("\n")[0] or type(causes[-1]).__name__
         if status == 401:
             raise ValueError(
                 f"{api.endpoint} does not accept the access token ({said}); run hf auth login, or correct HF_TOKEN, "
@@ -226,30 +197,3 @@ def _explained(api: HfApi, doing: str) -> Iterator[None]:
         if status is None:
             raise PushError(f"{api.endpoint} could not be reached when {doing} ({said})") from error
         raise PushError(f"{api.endpoint} answered with the error {status} when {doing} ({said})") from error
-
-
-def _find_answer(error: BaseException | None) -> HfHubHTTPError | None:
-    """The Hub's answer behind an error, if there was one."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
-            return error
-        error = error.__cause__
-    return None
-
-
-def _transport_error() -> type[BaseException]:
-    """What the HTTP client of huggingface_hub raises; it is httpx, or a later package of another name."""
-    package = type(get_session()).__module__.partition(".")[0]
-    return sys.modules[package].HTTPError
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    """What it says: of a Hub's answer the server's own words, where it has any."""
-    words = getattr(error, "server_message", None) or str(error).strip()
-    return words.partition("\n")[0] or type(error).__name__

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Blob, HubServer
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.hub_cards import CardFacts, is_own_card, write_card
-from modeling_tnt.hub_export import code_files
+from modeling_tnt.hub_export import code_files, upload_model
 from modeling_tnt.train.cli import main
 
 HERE = Path(__file__).parent
@@ -121,6 +121,12 @@ def test_a_second_push_is_a_new_commit_without_what_is_old(hub, model, tmp_path,
     assert "tokenizer_config.json" in files
     assert push(model) == 0  # transformers would prefer the single file to the shards
     assert "model.safetensors" not in hub.repos["user/name"].files()
+
+
+def test_weights_stay_where_none_are_sent(hub, model):
+    assert push(model) == 0
+    upload_model(HfApi(), model, "user/name", files=["README.md", "config.json"], message="Config")
+    assert set(shards(model)) < set(hub.repos["user/name"].files())
 
 
 def test_a_branch_is_made_and_main_stays(hub, model):
