@@ -150,7 +150,7 @@ class HubExportMixin:
         folder = _local_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if folder is not None and kwargs.get("config") is None:
             _check_config_is_there(folder)
-        shards = [] if folder is None else _named_shards(folder)
+        shards = [] if folder is None else sorted(read_weight_index(folder))
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
@@ -274,20 +274,26 @@ def _check_config_is_there(folder: Path) -> None:
         )
 
 
-def _named_shards(folder: Path) -> list[str]:
-    """The files of weights that a folder's index names, if it is what is read. Raises OSError for a broken one."""
+def read_weight_index(folder: Path) -> dict[str, set[str]]:
+    """File of weights → names of its tensors, as the index of a sharded model says; empty where none is read.
+
+    Raises OSError for a broken index.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():
-        return []
+        return {}
+    files: dict[str, set[str]] = {}
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         if not isinstance(content["metadata"], dict):
             raise TypeError("its metadata are no object")
-        return sorted(set(map(os.fspath, content["weight_map"].values())))
+        for tensor, file in content["weight_map"].items():
+            files.setdefault(os.fspath(file), set()).add(tensor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OSError(
             f"{index} is no index of a model's weights ({error!r}); copy it again, or save the model again"
         ) from error
+    return files
 
 
 def _describe_damage(name: Any, folder: Path | None, error: SafetensorError) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 from transformers import CONFIG_NAME
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import (
     ADDED_TOKENS_FILE,
     FULL_TOKENIZER_FILE,
@@ -30,7 +31,7 @@ from transformers.utils import (
 
 from modeling_tnt import TNTConfig
 from modeling_tnt.hub_cards import CARD_FILE, FACTS_FILE, find_problems
-from modeling_tnt.hub_export import WEIGHTS
+from modeling_tnt.hub_export import WEIGHTS, read_weight_index
 
 from ..integrations.lora import BASE_CONFIG_FILE
 from ..loop.checkpoint import TENSORS_FILE
@@ -85,13 +86,12 @@ def check_folder(path: Path, include: list[str] | None = None) -> ModelFolder:
     """
     _check_holds_model(path)
     problems: list[str] = []
-    config, code = _read_json(path / CONFIG_NAME, problems), set()
+    tokenizer = path / TOKENIZER_CONFIG_FILE
+    config = _read_json(path / CONFIG_NAME, problems)
+    configs = [config, _read_json(tokenizer, problems) if tokenizer.is_file() else None]
     if config is not None:
         problems += _find_wrong_config(path, config)
-        tokenizer = path / TOKENIZER_CONFIG_FILE
-        configs = [config, _read_json(tokenizer, problems) if tokenizer.is_file() else None]
-        code, missing = _trace_code(path, [given["auto_map"] for given in configs if given and "auto_map" in given])
-        problems += [f"{name} is missing, which the model's code needs; {SAVE_AGAIN}" for name in sorted(missing)]
+    code = _trace_code(path, list(filter(None, configs)), problems)
     problems += _find_wrong_weights(path)
     card = path / CARD_FILE
     if card.is_file():
@@ -99,7 +99,7 @@ def check_folder(path: Path, include: list[str] | None = None) -> ModelFolder:
         problems += [f"{CARD_FILE}: {problem}; tnt card writes a new one" for problem in find_problems(text)]
     files, left_out = _choose(path, code, include or [], problems)
     others = [file for file in files if file.endswith(".safetensors") and not _matches_any(file, WEIGHTS)]
-    problems += [problem for file in others for problem in _find_damage(path, file, None)]
+    problems += [problem for file in others for problem in _find_damage(path, file, set())]
     if problems:
         raise ValueError("\n  ".join([f"{path} cannot be pushed, and nothing was sent:", *problems]))
     return ModelFolder(path, config["model_type"], files, left_out, list(_warn(path, files)))
@@ -155,54 +155,41 @@ def _find_wrong_config(path: Path, config: dict[str, Any]) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------- code, weights
 
 
-def _trace_code(path: Path, maps: list[Any]) -> tuple[set[str], set[str]]:
-    """The files of code that transformers loads for these `auto_map`s, and those of them that are missing."""
-    values = [value for found in maps if isinstance(found, dict) for value in found.values()]
+def _trace_code(path: Path, configs: list[dict[str, Any]], problems: list[str]) -> set[str]:
+    """The files of code that transformers loads for the `auto_map`s of configs."""
+    maps = [config["auto_map"] for config in configs if isinstance(config.get("auto_map"), dict)]
+    values = [value for found in maps for value in found.values()]
     references = [r for value in values for r in (value if isinstance(value, list) else [value])]
-    waiting = [r.rpartition("--")[2].split(".")[0] for r in references if r and "--" not in r]
-    found: set[str] = set()
-    missing: set[str] = set()
-    while waiting:
-        name = f"{waiting.pop()}.py"
-        if name in found | missing:
-            continue
-        if (path / name).is_file():
-            found.add(name)
-            waiting += get_relative_imports(path / name)
-        else:
-            missing.add(name)
-    return found, missing
+    entries = {path / f"{r.split('.')[0]}.py" for r in references if r and "--" not in r}  # --: in another repository
+    try:
+        imported = [Path(file) for entry in sorted(entries) for file in get_relative_import_files(entry)]
+    except FileNotFoundError as error:
+        problems.append(f"{Path(error.filename).name} is missing, which the model's code needs; {SAVE_AGAIN}")
+        return set()
+    return {file.name for file in (*entries, *imported)}
 
 
 def _find_wrong_weights(path: Path) -> Iterator[str]:
     whole, index = path / SAFE_WEIGHTS_NAME, path / SAFE_WEIGHTS_INDEX_NAME
-    if whole.is_file():
-        yield from _find_damage(path, whole.name, None)
-        if index.is_file():
-            yield f"{whole.name} and {index.name} are both there; remove those of the older model"
-        return
-    if not index.is_file():
+    if whole.is_file() and index.is_file():
+        yield f"{whole.name} and {index.name} are both there; remove those of the older model"
+    if not whole.is_file() and not index.is_file():
         yield f"it has neither {whole.name} nor {index.name}; {SAVE_AGAIN}"
+    try:
+        files = {whole.name: set()} if whole.is_file() else read_weight_index(path)
+    except OSError as error:
+        yield str(error)
         return
-    problems: list[str] = []
-    content = _read_json(index, problems)
-    yield from problems
-    if content is None:
-        return
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        yield f"{index.name} has no weight_map; {SAVE_AGAIN}"
-        return
-    for name in sorted(set(map(str, places.values()))):
+    for name, tensors in sorted(files.items()):
         if not _matches_any(name, WEIGHTS):
             yield f"{index.name} names the file {name!r}, which holds no weights; {SAVE_AGAIN}"
         elif (path / name).is_file():
-            yield from _find_damage(path, name, {key for key, place in places.items() if place == name})
+            yield from _find_damage(path, name, tensors)
         else:
             yield f"{name} is missing, which {index.name} names; copy it again, or {SAVE_AGAIN}"
 
 
-def _find_damage(path: Path, name: str, expected: set[str] | None) -> Iterator[str]:
+def _find_damage(path: Path, name: str, expected: set[str]) -> Iterator[str]:
     """What is wrong with a file of weights, which is read a tensor at a time; one that was cut off does not open."""
     try:
         with safe_open(path / name, framework="pt") as file:
@@ -211,7 +198,7 @@ def _find_damage(path: Path, name: str, expected: set[str] | None) -> Iterator[s
     except SafetensorError as error:
         yield f"{name} cannot be read ({error}): it was cut off or damaged; copy it again, or {SAVE_AGAIN}"
         return
-    missing = sorted((expected or set()) - keys)
+    missing = sorted(expected - keys)
     if missing:
         yield f"{name} lacks {len(missing)} tensors that the index names, e.g. {missing[0]}; {SAVE_AGAIN}"
     if wrong:
@@ -295,10 +282,6 @@ def show_folder(folder: ModelFolder, repo: str, revision: str | None, *, every_f
         print(f"warning  {warning}")
 
 
-def _format_bytes(number: float) -> str:
+def _format_bytes(number: int) -> str:
     """In decimal units, as the Hub shows sizes."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
+    return tqdm.format_sizeof(number, "B")

@@ -309,7 +309,7 @@ def _link(folder: Path, target: str) -> None:
 
 
 def _write_index(folder: Path, places: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _nest(folder: Path) -> None:
@@ -331,8 +331,8 @@ BROKEN = {
     "cut shard": (lambda f: _cut(f / "model-00002-of-00003.safetensors"), "model-00002-of-00003.safetensors cannot"),
     "lost shard": (lambda f: (f / "model-00001-of-00003.safetensors").unlink(), "model-00001-of-00003.safetensors is"),
     "lost tensor": (_lose_a_tensor, "lacks 1 tensors that the index names, e.g. more.weight"),
-    "other places": (lambda f: _write_index(f, {"a": ["b"]}), "index.json names the file \"['b']\", which holds no w"),
-    "no places": (lambda f: _write_index(f, []), "model.safetensors.index.json has no weight_map"),
+    "other places": (lambda f: _write_index(f, {"a": ["b"]}), "model.safetensors.index.json is no index"),
+    "no places": (lambda f: _write_index(f, []), "model.safetensors.index.json is no index"),
     "outside": (lambda f: _write_index(f, {"a": "../../x.safetensors"}), "names the file '../../x.safetensors'"),
     "NaN": (_spoil, "model-00002-of-00003.safetensors holds numbers that are not finite in 1 tensors, e.g. "),
     "link": (lambda f: _link(f, "../id_rsa"), "vocab.txt is a link out of the folder"),
