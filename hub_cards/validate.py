@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -31,9 +31,58 @@ LICENSES = frozenset(
     osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
     """.split()
 )
-SPECIAL_LANGUAGES = ("code", "multilingual")
-# What the Hub asks of a dataset in a model-index, which need not be one of its own.
-DATASET_TYPE = re.compile(r"(?:[\w-]+/)?[\w.-]+")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_repo(value: Any) -> bool:
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+# What a value must be, in words, and whether it is.
+_TEXT = ("text", _is_text)
+_WORD = ("one word, such as transformers or text-generation", _matches(r"[A-Za-z0-9_.-]+"))
+_VALUE = ("a number or text", lambda value: isinstance(value, int | float | str) and not isinstance(value, bool))
+_REPO = ("a name on the Hub, 'user/name'", _is_repo)
+# YAML reads the code of Norwegian, no, as false.
+_LANGUAGE = (
+    "an ISO 639 code of two or three letters, or code or multilingual", _matches("[a-z]{2,3}|code|multilingual")
+)  # fmt: skip
+_DATASET = ("a dataset's name, 'user/name' or one word", _matches(r"(?:[\w-]+/)?[\w.-]+"))  # need not be on the Hub
+
+# The form of each field that has one: a list has one of its own for all of its entries.
+# https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+FIELDS = {
+    "license_name": _TEXT,
+    "license_link": _TEXT,
+    "library_name": _WORD,
+    "pipeline_tag": _WORD,
+    "tags": [_TEXT],
+    "metrics": [_TEXT],
+    "model-index": [
+        {
+            "name": _TEXT,
+            "results": [
+                {
+                    "task": {"type": _TEXT},
+                    "dataset": {"type": _DATASET, "name": _TEXT},
+                    "metrics": [{"type": _TEXT, "value": _VALUE}],
+                }
+            ],
+        }
+    ],
+}
+ONE_OR_MORE = {"language": [_LANGUAGE], "datasets": [_REPO], "base_model": [_REPO]}
 
 
 def validate_card(card: str | ModelCard) -> None:
@@ -58,14 +107,14 @@ def find_problems(card: str | ModelCard) -> list[str]:
         return [f"the metadata must be valid YAML: {error}"]
     if not isinstance(data, dict):
         return [f"the metadata must be a mapping of fields, got {data!r}"]
-    return [
-        *_find_empty(data, ""),
-        *_find_wrong_license(data),
-        *_find_wrong_lists(data),
-        *_find_wrong_languages(data.get("language")),
-        *_find_wrong_names(data),
-        *_find_wrong_index(data.get("model-index")),
-    ]
+    problems = [*_find_empty(data, ""), *_find_wrong_license(data)]
+    for name, form in (FIELDS | ONE_OR_MORE).items():
+        value = data.get(name)
+        if name in ONE_OR_MORE and not isinstance(value, list):
+            value = [value]
+        if value not in (None, "", [], [None], [""]):  # which _find_empty tells of
+            problems += _find_wrong_form(value, form, name)
+    return problems
 
 
 def _find_empty(value: Any, at: str) -> Iterator[str]:
@@ -81,6 +130,26 @@ def _find_empty(value: Any, at: str) -> Iterator[str]:
         yield f"{at} must be a finite number, got {value}; leave it out"
 
 
+def _find_wrong_form(value: Any, form: Any, at: str) -> Iterator[str]:
+    """What in a value has not the form that it must have; `at` is its place in the metadata."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            yield f"{at} must be a mapping with {', '.join(form)}, got {value!r}"
+            return
+        for name, inner in form.items():
+            yield from _find_wrong_form(value.get(name), inner, f"{at}.{name}")
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            yield f"{at} must be a list, got {value!r}"
+            return
+        for i, inner in enumerate(value):
+            yield from _find_wrong_form(inner, form[0], f"{at}[{i}]")
+    else:
+        rule, holds = form
+        if not holds(value):
+            yield f"{at} must be {rule}, got {value!r}"
+
+
 def _find_wrong_license(data: dict[str, Any]) -> Iterator[str]:
     licenses = data.get("license")
     licenses = licenses if isinstance(licenses, list) else [] if licenses is None else [licenses]
@@ -94,9 +163,6 @@ def _find_wrong_license(data: dict[str, Any]) -> Iterator[str]:
             )
     if "other" in licenses and not data.get("license_name"):
         yield "license other needs license_name, the name of the licence"
-    for name in ("license_name", "license_link"):
-        if data.get(name) is not None and not isinstance(data[name], str):
-            yield f"{name} must be text, got {data[name]!r}"
 
 
 def _nearest_license(value: str) -> str | None:
@@ -107,96 +173,3 @@ def _nearest_license(value: str) -> str | None:
     whole = [known for known in (name, f"{name}.0") if known in LICENSES]
     near = whole or difflib.get_close_matches(name, sorted(LICENSES), n=1)
     return near[0] if near else None
-
-
-def _find_wrong_lists(data: dict[str, Any]) -> Iterator[str]:
-    for name in ("tags", "metrics"):
-        value = data.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, list):
-            yield f"{name} must be a list of texts, got {value!r}"
-            continue
-        yield from (f"{name}[{i}] must be text, got {x!r}" for i, x in enumerate(value) if not isinstance(x, str))
-    for name in ("datasets", "base_model"):
-        value = data.get(name)
-        for i, item in enumerate(value if isinstance(value, list) else [] if value is None else [value]):
-            try:
-                validate_repo_id(item)
-            except (HFValidationError, TypeError) as error:
-                yield f"{name}[{i}] must be a name on the Hub, 'user/name', got {item!r}: {error}"
-
-
-def _find_wrong_languages(value: Any) -> Iterator[str]:
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
-        # YAML reads the code of Norwegian, no, as false.
-        if not isinstance(item, str) or not (re.fullmatch("[a-z]{2,3}", item) or item in SPECIAL_LANGUAGES):
-            yield (
-                f"language must be an ISO 639 code of two or three letters, or {' or '.join(SPECIAL_LANGUAGES)}, got "
-                f"{item!r}"
-            )
-
-
-def _find_wrong_names(data: dict[str, Any]) -> Iterator[str]:
-    for name in ("library_name", "pipeline_tag"):
-        value = data.get(name)
-        if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", value)):
-            yield f"{name} must be one word, such as transformers or text-generation, got {value!r}"
-
-
-# --------------------------------------------------------------------------------------------------------- model-index
-
-
-def _find_wrong_index(index: Any) -> Iterator[str]:
-    """https://github.com/huggingface/hub-docs/blob/main/modelcard.md"""
-    if index is None:
-        return
-    if not isinstance(index, list):
-        yield f"model-index must be a list, got {index!r}"
-        return
-    for i, model in enumerate(index):
-        at = f"model-index[{i}]"
-        if not isinstance(model, dict):
-            yield f"{at} must be a mapping, got {model!r}"
-            continue
-        yield from _find_missing_text(model, ("name",), at)
-        results = model.get("results")
-        if not isinstance(results, list) or not results:
-            yield f"{at}.results must be a list of at least one result, got {results!r}"
-            continue
-        for j, result in enumerate(results):
-            yield from _find_wrong_result(result, f"{at}.results[{j}]")
-
-
-def _find_wrong_result(result: Any, at: str) -> Iterator[str]:
-    if not isinstance(result, dict):
-        yield f"{at} must be a mapping, got {result!r}"
-        return
-    for name, required in (("task", ("type",)), ("dataset", ("type", "name"))):
-        part = result.get(name)
-        if isinstance(part, dict):
-            yield from _find_missing_text(part, required, f"{at}.{name}")
-        else:
-            yield f"{at}.{name} must be a mapping with {' and '.join(required)}, got {part!r}"
-    dataset = result.get("dataset")
-    kind = dataset.get("type") if isinstance(dataset, dict) else None
-    if isinstance(kind, str) and kind and not DATASET_TYPE.fullmatch(kind):
-        yield f"{at}.dataset.type must be a dataset's name, 'user/name' or one word, got {kind!r}"
-    metrics = result.get("metrics")
-    if not isinstance(metrics, list) or not metrics:
-        yield f"{at}.metrics must be a list of at least one metric, got {metrics!r}"
-        return
-    for k, metric in enumerate(metrics):
-        if not isinstance(metric, dict):
-            yield f"{at}.metrics[{k}] must be a mapping, got {metric!r}"
-            continue
-        yield from _find_missing_text(metric, ("type",), f"{at}.metrics[{k}]")
-        value = metric.get("value")
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            yield f"{at}.metrics[{k}].value must be a number or text, got {value!r}"
-
-
-def _find_missing_text(mapping: dict[str, Any], names: tuple[str, ...], at: str) -> Iterator[str]:
-    for name in names:
-        if not isinstance(mapping.get(name), str) or not mapping[name]:
-            yield f"{at}.{name} must be text, got {mapping.get(name)!r}"

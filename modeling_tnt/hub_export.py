@@ -289,6 +289,8 @@ def read_weight_index(folder: Path) -> dict[str, set[str]]:
             raise TypeError("its metadata are no object")
         for tensor, file in content["weight_map"].items():
             files.setdefault(os.fspath(file), set()).add(tensor)
+        if not files:
+            raise ValueError("it names no tensor")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OSError(
             f"{index} is no index of a model's weights ({error!r}); copy it again, or save the model again"

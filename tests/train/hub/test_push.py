@@ -332,6 +332,7 @@ BROKEN = {
     "lost shard": (lambda f: (f / "model-00001-of-00003.safetensors").unlink(), "model-00001-of-00003.safetensors is"),
     "lost tensor": (_lose_a_tensor, "lacks 1 tensors that the index names, e.g. more.weight"),
     "other places": (lambda f: _write_index(f, {"a": ["b"]}), "model.safetensors.index.json is no index"),
+    "empty index": (lambda f: _write_index(f, {}), "it names no tensor"),
     "no places": (lambda f: _write_index(f, []), "model.safetensors.index.json is no index"),
     "outside": (lambda f: _write_index(f, {"a": "../../x.safetensors"}), "names the file '../../x.safetensors'"),
     "NaN": (_spoil, "model-00002-of-00003.safetensors holds numbers that are not finite in 1 tensors, e.g. "),
