@@ -35,6 +35,13 @@ class DataOrigin:
     config: str | None = None
     split: str | None = None
 
+    def held_out(self) -> dict[str, str | None]:
+        """The fields of `ResultFacts` that say what was measured on."""
+        return {
+            "dataset": f"held-out documents of {self.words}", "dataset_type": self.kind,
+            "dataset_config": self.config, "dataset_split": self.split,
+        }  # fmt: skip
+
 
 def find_origin(data: DataOptions) -> DataOrigin:
     if not data.sources:

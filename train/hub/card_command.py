@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from transformers import CONFIG_NAME
 from modeling_tnt.hub_cards import CardFacts, ResultFacts, find_path, load_facts, save_facts, write_card
 
 from ..common.model_facts import bare_facts, has_code, read_config
-from ..common.provenance import DataOrigin, eval_command, find_origin
+from ..common.provenance import eval_command, find_origin
 from ..evaluation.arguments import EvalArguments
 from ..options import from_mapping, option
 
-TASKS = ("perplexity", "chunks", "retrieval")
+# Task of tnt eval → what of its results a card takes.
+TASKS = {"perplexity": ("perplexity", "bits_per_byte"), "chunks": ("bits_per_byte",), "retrieval": ("exact_match",)}
 
 
 @dataclass
@@ -106,63 +106,40 @@ def read_results(path: Path, facts: CardFacts, folder: Path, repo_id: str | None
             "paths from the folder that it ran in"
         )
     given = from_mapping(EvalArguments, arguments, f"--eval {path}", [])
-    command = eval_command(task, given)
-    chunks = facts.config.get("local_chunk_sizes") or None
-    return list(_READERS[task](models[label], find_origin(given.data), command, chunks))
+    text, command = find_origin(given.data).held_out(), eval_command(task, given)
+    own_chunks = facts.config.get("local_chunk_sizes") or None
+    return [
+        ResultFacts(
+            metric=metric,
+            value=at[metric]["value"],
+            standard_error=at[metric]["standard_error"],
+            local_chunk_sizes=at.get("local_chunk_sizes", own_chunks),
+            tokens=at.get("tokens"),
+            command=command,
+            own=task == "perplexity",
+            **(_describe_keys(at["length"]) if task == "retrieval" else text),
+        )
+        for at in _points(models[label])
+        for metric in TASKS[task]
+        if at[metric]["value"] is not None  # which is no finite number
+    ]
+
+
+def _points(measured: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where a task measured: at one point, along a curve, or at each length."""
+    return measured if isinstance(measured, list) else measured.get("curve", [measured])
+
+
+def _describe_keys(length: int) -> dict[str, str]:
+    return {
+        "dataset": f"KEY = VALUE lines of random letters and digits, {length:,} tokens",
+        "dataset_type": "key-value-lines",
+    }
 
 
 def _is_same(source: str, folder: Path) -> bool:
     path = Path(source).expanduser()
     return path.exists() and path.resolve() == folder.resolve()
-
-
-def _read_perplexity(
-    model: dict[str, Any], origin: DataOrigin, command: str, chunks: list[int] | None
-) -> Iterator[ResultFacts]:
-    for metric in ("perplexity", "bits_per_byte"):
-        yield from _result(metric, model[metric], origin, command, chunks, tokens=model["tokens"], own=True)
-
-
-def _read_chunks(
-    model: dict[str, Any], origin: DataOrigin, command: str, chunks: list[int] | None
-) -> Iterator[ResultFacts]:
-    for point in model["curve"]:
-        sizes = point["local_chunk_sizes"]
-        yield from _result("bits_per_byte", point["bits_per_byte"], origin, command, sizes, tokens=point["tokens"])
-
-
-def _read_retrieval(
-    model: list[dict[str, Any]], origin: DataOrigin, command: str, chunks: list[int] | None
-) -> Iterator[ResultFacts]:
-    for at in model:
-        text = DataOrigin(f"KEY = VALUE lines of random letters and digits, {at['length']:,} tokens", "key-value-lines")
-        yield from _result("exact_match", at["exact_match"], text, command, chunks)
-
-
-def _result(
-    metric: str, estimate: dict[str, Any], origin: DataOrigin, command: str, chunks: list[int] | None,
-    tokens: int | None = None, own: bool = False,
-) -> Iterator[ResultFacts]:  # fmt: skip
-    """One result, or none where the evaluation got no finite number."""
-    if estimate["value"] is None:
-        return
-    held_out = tokens is not None
-    yield ResultFacts(
-        metric=metric,
-        value=estimate["value"],
-        standard_error=estimate["standard_error"],
-        local_chunk_sizes=chunks,
-        dataset=f"held-out documents of {origin.words}" if held_out else origin.words,
-        dataset_type=origin.kind,
-        dataset_config=origin.config,
-        dataset_split=origin.split,
-        tokens=tokens,
-        command=command,
-        own=own,
-    )
-
-
-_READERS = {"perplexity": _read_perplexity, "chunks": _read_chunks, "retrieval": _read_retrieval}
 
 
 def _merge(known: list[ResultFacts], added: list[ResultFacts]) -> list[ResultFacts]:

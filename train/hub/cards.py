@@ -56,13 +56,10 @@ def write_run_card(folder: Path, place: Path, run: Run, state: State, score: Sco
             facts.repo_id = _pushed_to(run)
         facts.remote_code = has_code(folder)
         facts.adapter = ADAPTER if (folder / ADAPTER).is_dir() else None
-        save_facts(folder, facts)
         earlier = place / CARD_FILE
         if earlier.is_file() and not is_own_card(earlier):
             shutil.copyfile(earlier, folder / CARD_FILE)
-            _say_it_is_kept(earlier)
-        else:
-            write_card(folder, facts, overwrite=True)  # the folder is new, and all in it the trainer's
+        _write(folder, facts, place)
     except ValueError as error:
         print(f"{place.name} gets no model card: {error}", flush=True)
 
@@ -93,15 +90,16 @@ def finish_cards(run: Run, state: State, *, seconds: float) -> None:
                 shutil.copyfile(plot, fresh)
             facts = replace(facts, plot=plot.name)
         facts = replace(facts, path=find_path(path), seconds=seconds if index == last else None)
-        save_facts(path, facts)
-        try:
-            write_card(path, facts)
-        except FileExistsError:
-            _say_it_is_kept(path / CARD_FILE)
+        _write(path, facts, path)
 
 
-def _say_it_is_kept(card: Path) -> None:
-    print(f"{card} was edited, and is kept; tnt card --overwrite writes it again", flush=True)
+def _write(folder: Path, facts: CardFacts, place: Path) -> None:
+    """Write the facts, and the card unless somebody edited it; `place` is what the folder will be called."""
+    save_facts(folder, facts)
+    try:
+        write_card(folder, facts)
+    except FileExistsError:
+        print(f"{place / CARD_FILE} was edited, and is kept; tnt card --overwrite writes it again", flush=True)
 
 
 def collect_facts(run: Run, state: State, score: Score, config: dict[str, Any], accelerator: Accelerator) -> CardFacts:
@@ -179,10 +177,7 @@ def _results(run: Run, state: State, index: int, own: Score | None) -> list[Resu
             standard_error=score.standard_error,
             label=score.label.partition(", local chunks")[0],
             local_chunk_sizes=chunks[score.key],
-            dataset=f"held-out documents of {origin.words}",
-            dataset_type=origin.kind,
-            dataset_config=origin.config,
-            dataset_split=origin.split,
+            **origin.held_out(),
             tokens=len(run.validation) * run.validation.seq_len,
             command=command,
             own=score == own,
