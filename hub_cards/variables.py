@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -17,10 +17,6 @@ HEADS = {
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "Model": ("feature-extraction", "AutoModel"),
 }
-TASK_NAMES = {
-    "text-generation": "Text Generation", "text-classification": "Text Classification",
-    "feature-extraction": "Feature Extraction",
-}  # fmt: skip
 TRAINED = {"all": "all weights", "local": "the local memories", "lora": "LoRA adapters and the local memories, merged"}
 
 
@@ -51,9 +47,9 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
         "pipeline_tag": tag,
         "auto_class": auto_class,
         "model_id": model_id,
-        "model_table": _table([{"": k, "Value": v} for k, v in _model_rows(facts)]),
-        "data_table": _table([{"": k, "Value": v} for k, v in _training_rows(facts)]),
-        "stage_table": _transposed_table([_stage_row(stage) for stage in facts.stages]),
+        "model_table": _pair_table(_model_rows(facts)),
+        "data_table": _pair_table(_training_rows(facts)),
+        "stage_table": _table([_stage_row(stage) for stage in facts.stages], transposed=True),
         "result_groups": _group_results(facts.results, model_id),
         "local_chunk_sizes": chunks,
         "smaller_chunks": [1] * len(chunks),
@@ -66,8 +62,8 @@ def template_variables(facts: CardFacts) -> dict[str, Any]:
 
 def make_card_data(facts: CardFacts, title: str, pipeline_tag: str) -> ModelCardData:
     """The metadata of the card, as huggingface_hub writes them."""
-    family = describe_family(facts.config).lower()
-    tags = ["tnt", "test-time-training", *([family.split("-")[0]] if family.split("-")[0] != "tnt" else [])]
+    paper = describe_family(facts.config).lower().split("-")[0]
+    tags = ["tnt", "test-time-training", *([paper] if paper != "tnt" else [])]
     if facts.remote_code:
         tags.append("custom_code")
     results = [_eval_result(r, pipeline_tag) for r in facts.results if r.own and _is_known(r.value)]
@@ -94,7 +90,7 @@ def _head(class_name: str | None) -> tuple[str, str]:
 def _eval_result(result: ResultFacts, task: str) -> EvalResult:
     return EvalResult(
         task_type=task,
-        task_name=TASK_NAMES[task],
+        task_name=task.replace("-", " ").title(),
         dataset_type=result.dataset_type,
         dataset_name=result.dataset or result.dataset_type,
         dataset_config=result.dataset_config,
@@ -225,25 +221,22 @@ def _metric_words(result: ResultFacts) -> str:
     return result.metric.replace("_", " ")
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of the columns that hold something; of two-column rows, those that do."""
-    if rows and "" in rows[0]:
-        rows = [row for row in rows if _cell(row["Value"])]
-    columns = [name for name in (rows[0] if rows else ()) if any(_cell(row[name]) for row in rows)]
-    if not columns:
-        return ""
-    lines = [columns if "" not in columns else ["", ""], ["---"] * len(columns)]
-    lines += [[_cell(row[name]) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(rows: list[dict[str, Any]], transposed: bool = False) -> str:
+    """A Markdown table of the columns that hold something; transposed where many columns would not fit a page."""
+    names = [name for name in (rows[0] if rows else ()) if any(_cell(row[name]) for row in rows)]
+    grid = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    return _markdown(list(zip(*grid, strict=True)) if transposed else grid) if names else ""
 
 
-def _transposed_table(rows: list[dict[str, Any]]) -> str:
-    """Many columns would not fit a page: each row becomes a column, and what holds nothing is left out."""
-    if not rows:
-        return ""
-    names = [name for name in rows[0] if any(_cell(row[name]) for row in rows)]
-    head, *lines = ([name, *(_cell(row[name]) for row in rows)] for name in names)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+def _pair_table(pairs: Iterable[tuple[str, Any]]) -> str:
+    """A table of names and values, of those that are known."""
+    known = [(name, _cell(value)) for name, value in pairs if _cell(value)]
+    return _markdown([("", ""), *known]) if known else ""
+
+
+def _markdown(grid: list[Sequence[str]]) -> str:
+    head, *rows = grid
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def _cell(value: Any) -> str:
