@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import CONFIG_NAME, AutoTokenizer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from modeling_tnt import TNTConfig
+import modeling_tnt
+from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.hub_cards import CardFacts, find_path
 
 
@@ -29,8 +29,10 @@ def has_code(folder: Path) -> bool:
 
 
 def count_parameters(config: dict[str, Any]) -> int:
+    """Of a model of the class that `config` names, or of a causal one where it names none of ours."""
+    (name, *_) = config.get("architectures") or ["TNTForCausalLM"]
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(TNTConfig.from_dict(config)).num_parameters()
+        return getattr(modeling_tnt, name, TNTForCausalLM)(TNTConfig.from_dict(config)).num_parameters()
 
 
 def bare_facts(folder: Path, config: dict[str, Any]) -> CardFacts:

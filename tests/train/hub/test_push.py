@@ -18,7 +18,7 @@ from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt import TNTConfig, TNTForCausalLM, TNTForSequenceClassification, TNTModel
 from modeling_tnt.hub_cards import CardFacts, is_own_card, write_card
 from modeling_tnt.hub_export import code_files, upload_model
 from modeling_tnt.train.cli import main
@@ -121,6 +121,13 @@ def test_a_second_push_is_a_new_commit_without_what_is_old(hub, model, tmp_path,
     assert "tokenizer_config.json" in files
     assert push(model) == 0  # transformers would prefer the single file to the shards
     assert "model.safetensors" not in hub.repos["user/name"].files()
+
+
+@pytest.mark.parametrize("kind", [TNTModel, TNTForSequenceClassification])
+def test_the_card_of_another_kind_of_model_gets_its_name_too(hub, tmp_path, kind):
+    kind(TNTConfig(**SMALL)).save_pretrained(tmp_path / "model")
+    assert push(tmp_path / "model") == 0
+    assert b'from_pretrained("user/name")' in hub.repos["user/name"].files()["README.md"]
 
 
 def test_weights_stay_where_none_are_sent(hub, model):
