@@ -503,7 +503,7 @@ def test_the_example_shares_a_model_and_loads_it_back(used_hub):
 
 
 def test_what_was_pushed_loads_by_its_own_code(hub, saved, tmp_path):
-    """In a process that cannot import the package, from a branch of a private repository."""
+    """In a process that cannot import the package, from a branch of a private repository; and is pushed from there."""
     assert push(saved, "--private", "--revision", "v2") == 0
     with torch.no_grad():
         expected = TNTForCausalLM.from_pretrained(saved).eval()(IDS).logits
@@ -513,6 +513,11 @@ def test_what_was_pushed_loads_by_its_own_code(hub, saved, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("transformers_modules.user.name.")
+    again = hub.repos["user/again"]
+    assert set(again.files()) == {".gitattributes", "config.json", "generation_config.json", "model.safetensors"} | set(
+        code_files()
+    )
+    assert again.titles() == ["initial commit", "Upload TNTForCausalLM"]
 
 
 LOAD_BY_ITS_OWN_CODE = """
@@ -528,5 +533,6 @@ with torch.no_grad():
     logits = model(torch.arange(3, 27)[None]).logits
     model(ids)
 torch.testing.assert_close(logits, torch.load({expected!r}), rtol=1e-4, atol=1e-5)
+model.push_to_hub("user/again")
 print(type(model).__module__)
 """
