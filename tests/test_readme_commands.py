@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 from modeling_tnt.train.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "hub_cards" / "README.md", ROOT / "kernels" / "README.md"]
 
 MODEL = (
     "--model.override num_hidden_layers=1 hidden_size=32 num_heads=2 head_dim=16 intermediate_size=64 "
@@ -52,6 +52,7 @@ SHORT = {
     "tnt bench": NO_TIME,
     "tnt bench decode": "--device cpu --contexts 16 --read 16 --case-seconds 0.01",
     "tnt bench decode --preset tnt-150m": f"{NO_TIME} --contexts 16 --overwrite",
+    "python train/examples/share_model.py": "",
     "python train/examples/use_model.py": "--new-tokens 2 --device cpu",
     "python train/examples/memorize_document.py": "--tokens 600 --new-tokens 2",
     "python train/examples/finetune_stage2.py": "--steps 2 --context 64 --batch-size 1",
