@@ -15,19 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CONFIG_NAME
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.tokenization_utils_base import (
-    ADDED_TOKENS_FILE,
-    FULL_TOKENIZER_FILE,
-    SPECIAL_TOKENS_MAP_FILE,
-    TOKENIZER_CONFIG_FILE,
-)
-from transformers.utils import (
-    CHAT_TEMPLATE_DIR,
-    CHAT_TEMPLATE_FILE,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-)
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_tnt import TNTConfig
 from modeling_tnt.hub_cards import CARD_FILE, FACTS_FILE, find_problems
@@ -39,11 +28,11 @@ from ..loop.checkpoint import TENSORS_FILE
 # What a model's folder may hold beside its code: names that this package, transformers and PEFT write, and no others,
 # so that nothing is published that only happens to lie there. Patterns of the path from the folder.
 SENT = (
-    CONFIG_NAME, GENERATION_CONFIG_NAME, *WEIGHTS, CARD_FILE, FACTS_FILE, "loss.png", "metrics.json",
+    CONFIG_NAME, "generation_config.json", *WEIGHTS, CARD_FILE, FACTS_FILE, "loss.png", "metrics.json",
     "LICENSE", "LICENSE.md", "LICENSE.txt",
-    TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    CHAT_TEMPLATE_FILE, "chat_template.json", f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", f"adapter/{BASE_CONFIG_FILE}",
     f"adapter/{CARD_FILE}",
 )  # fmt: skip
