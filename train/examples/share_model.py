@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.hub.card_command import CardArguments, make_card
-from modeling_tnt.train.hub.push import Target, push_folder
-from modeling_tnt.train.hub.push_files import check_folder, show_folder
+from modeling_tnt.train.hub.push import Target, push_model
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--model", help="folder or Hub name of a model with its tokenizer; none: an untrained tiny one")
@@ -37,11 +36,10 @@ model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
 tokenizer.save_pretrained(args.output)
 make_card(CardArguments(model=args.output, repo_id=args.repo, license=args.license))
 
-folder = check_folder(args.output)  # raises ValueError with all that is wrong
-show_folder(folder, args.repo, None, every_file=args.dry_run)
+# With HF_TOKEN or after `hf auth login`. Raises ValueError with all that is wrong; after a broken connection the same
+# call goes on.
+push_model(HfApi(), args.output, Target(args.repo, private=args.private), dry_run=args.dry_run)
 if not args.dry_run:
-    # With HF_TOKEN or after `hf auth login`. The same call goes on where a connection broke.
-    print("pushed", push_folder(HfApi(), folder, Target(args.repo, private=args.private)).url)
     loaded = AutoModelForCausalLM.from_pretrained(args.repo)
     ids = tokenizer("The memory reads", add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():

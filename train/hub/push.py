@@ -23,7 +23,7 @@ from modeling_tnt.hub_cards import CARD_FILE, is_own_card, load_facts, name_card
 from modeling_tnt.hub_export import upload_model
 
 from ..common.model_facts import bare_facts, read_config
-from .push_files import ModelFolder
+from .push_files import check_folder, show_folder
 
 
 class PushError(OSError):
@@ -44,19 +44,6 @@ class Target:
     private: bool = False
     revision: str | None = None
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """url: of the commit, or of the newest one where nothing had changed."""
-
-    url: str
-    changed: bool
-    kept_card: bool
-
-    def describe(self) -> str:
-        kept = "card     the repository's README.md was written or edited by somebody else, and stays\n"
-        return f"{kept if self.kept_card else ''}commit   {self.url}{'' if self.changed else ' (nothing had changed)'}"
 
 
 def find_wrong_target(target: Target, flag: str = "REPO") -> Iterator[str]:
@@ -109,28 +96,49 @@ def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, Mode
     return repo, found
 
 
-def push_folder(api: HfApi, folder: ModelFolder, target: Target, *, message: str | None = None) -> Pushed:
-    """Send a model's folder as a commit to the Hub.
+def push_model(
+    api: HfApi,
+    path: Path,
+    target: Target,
+    *,
+    include: list[str] | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Check a model's folder, print what goes where, and send it unless `dry_run`.
 
     Large files that have arrived are not sent again when the same call is repeated. A model card that somebody wrote or
     edited there stays, and one of ours is replaced. In the folder a card of ours gets the name on the Hub.
 
+    Args:
+        include: patterns of further files to send, as for `check_folder`.
+        message: title of the commit.
+
     Raises:
-        ValueError: as `check_target`, and for a token that may not write there.
+        ValueError: as `check_folder` and `check_target`, and for a token that may not write there.
         PushError: the Hub could not be reached, or the connection broke.
+        OSError: for files that cannot be read.
     """
+    folder = check_folder(path, include)
+    show_folder(folder, target.repo, target.revision, every_file=dry_run)
+    if dry_run:
+        print("dry run  nothing was sent", flush=True)
+        return
     repo, before = check_target(api, target, folder.model_type)
-    doing = f"{folder.path} was pushed to {repo}"
+    doing = f"{path} was pushed to {repo}"
     with _explained(api, doing):
         card = None if before is None else _download(api, before, CARD_FILE)
     keep_card = card is not None and not is_own_card(card)
-    _name_card(folder.path, repo)
+    _name_card(path, repo)
     with _explained(api, doing):
         done = upload_model(
-            api, folder.path, repo, files=folder.files, message=message or f"Upload {folder.model_type} model",
+            api, path, repo, files=folder.files, message=message or f"Upload {folder.model_type} model",
             revision=target.revision, private=target.private or None, keep_card=keep_card,
         )  # fmt: skip
-    return Pushed(str(done.commit_url), before is None or done.oid != before.sha, keep_card)
+    if keep_card:
+        print("card     the repository's README.md was written or edited by somebody else, and stays")
+    is_new = before is None or done.oid != before.sha
+    print(f"commit   {done.commit_url}{'' if is_new else ' (nothing had changed)'}", flush=True)
 
 
 def _find_repo(api: HfApi, repo: str, revision: str | None) -> ModelInfo | None:

@@ -10,8 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import enable_progress_bars
 
 from ..options import option
-from .push import PushError, Target, find_wrong_target, push_folder
-from .push_files import check_folder, show_folder
+from .push import PushError, Target, find_wrong_target, push_model
 
 
 @dataclass
@@ -27,9 +26,6 @@ class PushArguments:
     overwrite: bool = option(False, "push", "also push to a repository that holds another type of model")
     dry_run: bool = option(False, "push", "list what would be sent, and send nothing; needs no network and no token")
 
-    def target(self) -> Target:
-        return Target(self.repo, self.private, self.revision, self.overwrite)
-
 
 def run_push(arguments: PushArguments) -> int:
     """The command `tnt push`: returns its exit status, and prints errors to stderr.
@@ -38,17 +34,15 @@ def run_push(arguments: PushArguments) -> int:
     cannot be used; 130: interrupted.
     """
     try:
-        target = arguments.target()
+        target = Target(arguments.repo, arguments.private, arguments.revision, arguments.overwrite)
         for problem in find_wrong_target(target):
             raise ValueError(problem)
-        folder = check_folder(arguments.model, arguments.include)
-        show_folder(folder, arguments.repo, arguments.revision, every_file=arguments.dry_run)
-        if arguments.dry_run:
-            print("dry run  nothing was sent")
-            return 0
         if sys.stderr.isatty():
             enable_progress_bars()  # which the command turns off for the reading of models
-        pushed = push_folder(HfApi(), folder, target, message=arguments.message)
+        push_model(
+            HfApi(), arguments.model, target, include=arguments.include, message=arguments.message,
+            dry_run=arguments.dry_run,
+        )  # fmt: skip
     except PushError as error:
         kept = f"{arguments.model} is kept; the same command goes on, without what has arrived"
         print(f"\ntnt push: error: {error}; {kept}", file=sys.stderr)
@@ -59,5 +53,4 @@ def run_push(arguments: PushArguments) -> int:
     except KeyboardInterrupt:
         print("\ntnt push: interrupted; the same command goes on, without what has arrived", file=sys.stderr)
         return 130
-    print(pushed.describe())
     return 0

@@ -13,8 +13,7 @@ from transformers import CONFIG_NAME
 
 from ..options import flag_of
 from ..recipe import OutputOptions
-from .push import PushError, Target, check_target, find_wrong_target, push_folder
-from .push_files import check_folder, show_folder
+from .push import PushError, Target, check_target, find_wrong_target, push_model
 
 
 def find_wrong_push(output: OutputOptions, model_type: str, accelerator: Accelerator) -> Iterator[str]:
@@ -79,14 +78,7 @@ class RunPusher:
             ) from error
 
     def _push(self, folder: Path, message: str) -> None:
-        target = _target(self.output)
-        checked = check_folder(folder)
-        show_folder(checked, target.repo, target.revision, every_file=self.output.push_dry_run)
-        if self.output.push_dry_run:
-            print("dry run  nothing was sent", flush=True)
-            return
-        pushed = push_folder(self.api, checked, target, message=message)
-        print(pushed.describe(), flush=True)
+        push_model(self.api, folder, _target(self.output), message=message, dry_run=self.output.push_dry_run)
 
     def _command(self, folder: Path) -> str:
         flags = ["--private"] if self.output.push_private else []

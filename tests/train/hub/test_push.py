@@ -499,7 +499,7 @@ def test_the_example_shares_a_model_and_loads_it_back(used_hub):
     assert "license: apache-2.0" in card and 'from_pretrained("user/shared"' in card
     dry, real = used_hub.printed.split(" to user/shared: ")[1:]
     assert "  config.json\n" in dry and "  config.json\n" not in real
-    assert f"pushed {used_hub.url}/user/shared/commit/" in real and "and computes the same" in real
+    assert f"commit   {used_hub.url}/user/shared/commit/" in real and "and computes the same" in real
 
 
 def test_what_was_pushed_loads_by_its_own_code(hub, saved, tmp_path):
