@@ -94,6 +94,7 @@ class CardFacts:
         hardware: that it was trained on.
         results: what was measured.
         versions: package → version.
+        tags: beside those that every card has.
     """
 
     config: dict[str, Any]
@@ -124,6 +125,7 @@ class CardFacts:
     hardware: str | None = None
     results: list[ResultFacts] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, dict):

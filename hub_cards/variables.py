@@ -76,7 +76,7 @@ def make_card_data(facts: CardFacts, title: str, pipeline_tag: str) -> ModelCard
         language=facts.languages or None,
         datasets=facts.datasets or None,
         base_model=facts.base_model,
-        tags=tags,
+        tags=[*tags, *facts.tags],
         model_name=title if results else None,
         eval_results=results or None,
     )

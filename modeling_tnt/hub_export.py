@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -121,11 +121,12 @@ class HubExportMixin:
                 private=private, create_pr=create_pr, message=commit_message or f"Upload {type(self).__name__}",
             )  # fmt: skip
 
-    def _write_card(self, folder: Path, repo_id: str | None = None) -> None:
+    def _write_card(self, folder: Path, repo_id: str | None = None, tags: list[str] | None = None) -> None:
         """A card that says what a config tells; a copy of this code has no template.
 
         Args:
             repo_id: that the model will have on the Hub, whose owner may be left out.
+            tags: added to its metadata.
         """
         if _IS_COPY or (folder / CARD_FILE).exists():
             return
@@ -135,7 +136,7 @@ class HubExportMixin:
         whole = repo_id is not None and "/" in repo_id
         facts = CardFacts(
             config=self.config.to_dict(), parameters=parameters, class_name=type(self).__name__,
-            name=None if whole else repo_id, repo_id=repo_id if whole else None,
+            name=None if whole else repo_id, repo_id=repo_id if whole else None, tags=tags or [],
         )  # fmt: skip
         write_card(folder, facts)
 
@@ -197,10 +198,8 @@ class HubExportMixin:
         with TemporaryDirectory() as name:
             folder = Path(name)
             if not getattr(self, "_hf_peft_config_loaded", False):
-                self._write_card(folder, repo_id)  # which save_pretrained would name after this folder
+                self._write_card(folder, repo_id, tags)  # which save_pretrained would name after this folder
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tags and (folder / CARD_FILE).exists():
-                _add_tags(folder / CARD_FILE, tags)
             return upload_model(
                 HfApi(token=token), folder, repo_id, files=_written_at(folder), revision=revision, private=private,
                 create_pr=create_pr, message=commit_message or f"Upload {type(self).__name__}",
@@ -253,12 +252,6 @@ def upload_model(
 def _written_at(folder: Path) -> dict[str, int]:
     """When each file of a folder was last written, in nanoseconds; empty if there is no folder."""
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
-
-
-def _add_tags(path: Path, tags: list[str]) -> None:
-    card = ModelCard.load(path)
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
-    card.save(path)
 
 
 def _local_folder(name: Any, subfolder: str) -> Path | None:

@@ -41,7 +41,7 @@ def run(folder: Path, work: Path) -> None:
     assert main(["push", str(folder), "user/command", "--revision", "v2"]) == 0
     check_same("user/command", expected, revision="v2")
 
-    model.push_to_hub("user/method", max_shard_size="60KB")
+    model.push_to_hub("user/method", max_shard_size="60KB", tags=["tnt", "mine"])
     model.push_to_hub("user/method")  # and the shards are gone
     tokenizer.push_to_hub("user/method")
     check_same("user/method", expected)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Blob, HubServer
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
@@ -483,6 +483,13 @@ def test_models_that_were_pushed_in_every_way_load_with_equal_logits(used_hub):
 def test_push_to_hub_brings_a_card_of_the_model_with_its_name(used_hub, name, commit):
     card = used_hub.repos[f"user/{name}"].commits[commit].files["README.md"].content.decode()
     assert f"# {name}\n" in card and f'from_pretrained("user/{name}"' in card and "TNT language model" in card
+
+
+def test_the_card_with_tags_is_still_ours(used_hub, tmp_path):
+    """So that tnt push writes it again, and does not take it for an edited one."""
+    (tmp_path / "README.md").write_bytes(used_hub.repos["user/method"].files()["README.md"])
+    assert is_own_card(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["tnt", "test-time-training", "custom_code", "mine"]
 
 
 def test_push_to_hub_keeps_the_card_that_is_there(used_hub):
