@@ -38,6 +38,8 @@ class Target:
     private: a new repository is private, and an existing one must be.
     revision: the branch, made from main if it does not exist. None: main.
     overwrite: a repository with another type of model may be replaced.
+
+    Raises ValueError for what is no name of a repository.
     """
 
     repo: str
@@ -45,13 +47,13 @@ class Target:
     revision: str | None = None
     overwrite: bool = False
 
-
-def find_wrong_target(target: Target, flag: str = "REPO") -> Iterator[str]:
-    """The rule that a repository's name breaks."""
-    try:
-        validate_repo_id(target.repo)
-    except HFValidationError as error:
-        yield f"{flag} {target.repo!r} is no name of a repository ({error}); use e.g. your-name/your-model"
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{self.repo!r} is no name of a repository ({error}); use e.g. your-name/your-model"
+            ) from error
 
 
 def check_target(api: HfApi, target: Target, model_type: str) -> tuple[str, ModelInfo | None]:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import enable_progress_bars
 
 from ..options import option
-from .push import PushError, Target, find_wrong_target, push_model
+from .push import PushError, Target, push_model
 
 
 @dataclass
@@ -35,8 +35,6 @@ def run_push(arguments: PushArguments) -> int:
     """
     try:
         target = Target(arguments.repo, arguments.private, arguments.revision, arguments.overwrite)
-        for problem in find_wrong_target(target):
-            raise ValueError(problem)
         if sys.stderr.isatty():
             enable_progress_bars()  # which the command turns off for the reading of models
         push_model(

@@ -13,7 +13,7 @@ from transformers import CONFIG_NAME
 
 from ..options import flag_of
 from ..recipe import OutputOptions
-from .push import PushError, Target, check_target, find_wrong_target, push_model
+from .push import PushError, Target, check_target, push_model
 
 
 def find_wrong_push(output: OutputOptions, model_type: str, accelerator: Accelerator) -> Iterator[str]:
@@ -25,17 +25,14 @@ def find_wrong_push(output: OutputOptions, model_type: str, accelerator: Acceler
         for name in given:
             yield f"{flag_of(f'output.{name}')} needs a repository; give --push-to-hub user/name"
         return
-    target = _target(output)
-    wrong = list(find_wrong_target(target, "--push-to-hub"))
-    yield from wrong
-    if wrong or output.push_dry_run:
-        return
     problem = [None]
     if accelerator.is_main_process:
         try:
-            check_target(HfApi(), target, model_type)
+            target = _target(output)
+            if not output.push_dry_run:
+                check_target(HfApi(), target, model_type)
         except (ValueError, OSError) as error:
-            problem = [f"--push-to-hub {target.repo}: {error}"]
+            problem = [f"--push-to-hub {output.push_to_hub}: {error}"]
     (problem,) = broadcast_object_list(problem)
     if problem is not None:
         yield problem

@@ -430,7 +430,7 @@ def test_a_push_at_the_end_that_fails_can_be_finished(hub, run_flags, capsys):
         (None, [], "--push-to-hub user/run: there is no access token of the Hub; run hf auth login, or set HF_TOKEN"),
         ("hf_wrong", [], "--push-to-hub user/run: http://127.0.0.1"),
         (READ_TOKEN, [], "the access token of user may only read"),
-        (WRITE_TOKEN, ["--push-to-hub", "a/b/c"], "--push-to-hub 'a/b/c' is no name of a repository"),
+        (WRITE_TOKEN, ["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: 'a/b/c' is no name of a repository"),
         (WRITE_TOKEN, ["--push-to-hub", "theirs/run"], "theirs/run does not exist, or user may not see it"),
         (WRITE_TOKEN, ["--output.push-every", "step"], "--output.push-every must be one of end, save, got 'step'"),
         (WRITE_TOKEN, ["--push-to-hub", "none", "--output.push-private"], "--output.push-private needs a repository"),
