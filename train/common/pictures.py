@@ -6,7 +6,7 @@ What a picture shows is drawn beside the numbers it shows, between `picture` and
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from ..evaluation.estimates import Estimate
+from ..evaluation.estimates import Estimate, Proportion
 from .files import atomic_file
 
 # Of every picture, in inches: shown 800 pixels wide, letters of 8 points are 11 pixels high.
@@ -66,10 +66,15 @@ def _add_legend(part: FigureBase) -> None:
         part.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
-def draw_curve(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], *, color: str, label: str) -> None:
-    """Points joined by lines, with a bar of one standard error to either side."""
-    errors = [e.standard_error for e in estimates]
-    axes.errorbar(x, [e.value for e in estimates], yerr=errors, color=color, label=label, marker="o")
+def draw_curves(axes: Axes, curves: Mapping[str, Mapping[float, Estimate | Proportion]]) -> None:
+    """For each name points joined by lines, by their place on a logarithmic axis, with bars of one standard error to
+    either side. A name without points keeps its colour and is not drawn."""
+    for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+        if curve:
+            values = np.array([estimate.value for estimate in curve.values()])
+            low, high = np.array([estimate.interval() for estimate in curve.values()]).T
+            x = move_apart(list(curve), i, len(curves))
+            axes.errorbar(x, values, yerr=(values - low, high - values), color=color, label=name, marker="o")
 
 
 def move_apart(x: Sequence[float], index: int, count: int) -> list[float]:

@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.configuration.validation import divisors
 
-from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture
+from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curves, move_apart, picture
 from .estimates import Estimate
-from .perplexity import compare_scores
-from .scores import Scores
+from .perplexity import compare_scores, differences
+from .scores import Scores, join_scores
+from .task import Setup, Task, report_models
+
+if TYPE_CHECKING:
+    from .run import Evaluation
 
 
 @dataclass(frozen=True)
@@ -101,92 +105,113 @@ def measure_chunks(model: TNTForCausalLM, sizes: list[int], score: Callable[[TNT
     return ChunkCurve(own, chunks, scores)
 
 
-def report_chunks(curves: dict[str, ChunkCurve]) -> dict[str, Any]:
-    """What chunks.json holds."""
-    (_, base), *others = curves.items()
+class ChunksTask(Task):
+    """Results are `ChunkCurve`s."""
 
-    def differences(first: Scores, second: Scores) -> dict[str, Any]:
-        return {name: estimate.to_json() for name, estimate in compare_scores(first, second).items()}
+    def prepare(self, setup: Setup) -> str | None:
+        for subject in setup.subjects:
+            if not subject.is_tnt:
+                return f"{subject.source} is a {subject.config.model_type} model, and only TNT models have chunks"
+            if not subject.has_local_memories:
+                return f"{subject.source} has no local memory whose chunks could be changed"
+        for subject in setup.subjects:
+            for size in setup.arguments.chunk_sizes:
+                try:
+                    if size >= 1:  # another is a problem that the arguments report themselves
+                        scale_chunks(subject.config, size)
+                except ValueError as error:
+                    setup.problems.append(f"--chunk-sizes with {subject.source}: {error}")
+        return None
 
-    return {
-        "models": {
-            name: {
-                "own_chunk_size": curve.own,
-                "curve": [
-                    {
-                        "chunk_size": size, "local_chunk_sizes": curve.chunks[size], **curve.scores[size].to_json(),
-                        "minus_own_chunk_size": differences(curve.scores[curve.own], curve.scores[size]),
-                        "minus_first_model_as_configured": differences(base.scores[base.own], curve.scores[size]),
-                    }
-                    for size in curve.chunks
-                ],
-            }
-            for name, curve in curves.items()
-        },
-        "minus_first_model": {
-            name: [
-                {"chunk_size": size, **differences(base.scores[size], curve.scores[size])}
-                for size in curve.scores
-                if size in base.scores
-            ]
-            for name, curve in others
-        },
-    }  # fmt: skip
+    def measure(self, evaluation: Evaluation, label: str) -> ChunkCurve:
+        model, arguments = evaluation.models[label], evaluation.arguments
+        own = list(model.config.local_chunk_sizes)
+
+        def score(model: TNTForCausalLM) -> Scores:
+            chunks = model.config.local_chunk_sizes
+            if chunks == own:
+                return evaluation.read_rows(label)[0]
+            return join_scores([x.sum_rows() for x in evaluation.iterate(label, f"{label}, chunks {chunks}")])
+
+        sizes = arguments.chunk_sizes or default_chunk_sizes(model.config, arguments.seq_len)
+        return measure_chunks(model, sizes, score)
+
+    def report(self, results: dict[str, ChunkCurve]) -> dict[str, Any]:
+        base = next(iter(results.values()))
+
+        def to_json(curve: ChunkCurve) -> dict[str, Any]:
+            own, base_own = curve.scores[curve.own], base.scores[base.own]
+            points = [
+                {
+                    "chunk_size": size, "local_chunk_sizes": curve.chunks[size], **scores.to_json(),
+                    "minus_own_chunk_size": differences(own, scores),
+                    "minus_first_model_as_configured": differences(base_own, scores),
+                }
+                for size, scores in curve.scores.items()
+            ]  # fmt: skip
+            return {"own_chunk_size": curve.own, "curve": points}
+
+        def compare(first: ChunkCurve, second: ChunkCurve) -> list[dict[str, Any]]:
+            shared = [size for size in second.scores if size in first.scores]
+            return [{"chunk_size": n, **differences(first.scores[n], second.scores[n])} for n in shared]
+
+        return report_models(results, to_json, compare)
+
+    def describe(self, results: dict[str, ChunkCurve]) -> list[str]:
+        lines = []
+        for name, curve in results.items():
+            lines.append(f"{name}: perplexity by chunk size; difference to its own chunks in nats per token (paired)")
+            for size, scores in curve.scores.items():
+                remark = "own" if size == curve.own else str(_difference(curve.scores[curve.own], scores))
+                lines.append(f"  {_write(curve.chunks[size]):>12}  {scores.perplexity}   {remark}")
+        return lines
+
+    def draw(self, path: Path, results: dict[str, ChunkCurve]) -> None:
+        """Perplexity by chunk size, and below it what it costs to read a model at chunks other than its own; for
+        several models also how much each loses to the first at the same chunks.
+
+        The errors above are mostly how rows differ from one another, which is the same at each chunk size and for each
+        model; those of the differences are paired, without it.
+        """
+        (first, base), *others = results.items()
+        with picture(path, f"Local chunks at inference; {BARS}, of differences paired by row", height=6.5) as figure:
+            places = [["perplexity"] * 2, ["own", "first"] if others else ["own"] * 2]
+            panels = figure.subplot_mosaic(places)
+            several = any(len(chunks) > 1 for curve in results.values() for chunks in curve.chunks.values())
+            for panel, axes in panels.items():
+                curves = {name: _curve_of(panel, curve, base) for name, curve in results.items()}
+                draw_curves(axes, curves)
+                for i, (color, (name, curve)) in enumerate(zip(COLORS, results.items(), strict=False)):
+                    if curve.own in curves[name]:
+                        axes.plot(
+                            move_apart([curve.own], i, len(curves)), curves[name][curve.own].value, "o", color=color,
+                            markersize=10, markerfacecolor="none", markeredgewidth=1.5,
+                            label=f"{name} as configured, {_write(curve.chunks[curve.own])}",
+                        )  # fmt: skip
+                count_tokens(axes, sorted({size for curve in results.values() for size in curve.scores}))
+                axes.set_xlabel("tokens in a local chunk" + (" (of the smallest; all scaled alike)" if several else ""))
+                if panel == "perplexity":
+                    axes.set_ylabel("perplexity")
+                else:
+                    of = "that at a model's own chunks" if panel == "own" else f"that of {first} at the same chunks"
+                    axes.set_title(f"Loss minus {of}")
+                    axes.axhline(0, label="no difference", **REFERENCE)
+                    axes.set_ylabel("nats per token")
 
 
-def describe_chunks(curves: dict[str, ChunkCurve]) -> list[str]:
-    """Lines for the terminal."""
-    lines = []
-    for name, curve in curves.items():
-        lines.append(f"{name}: perplexity by chunk size; difference to its own chunks in nats per token (paired)")
-        for size, scores in curve.scores.items():
-            difference = compare_scores(curve.scores[curve.own], scores)["nats_per_token"]
-            remark = "own" if size == curve.own else str(difference)
-            lines.append(f"  {'/'.join(map(str, curve.chunks[size])):>12}  {scores.perplexity}   {remark}")
-    return lines
-
-
-def draw_chunks(path: Path, curves: dict[str, ChunkCurve]) -> None:
-    """Perplexity by chunk size, and below it what it costs to read a model at chunks other than its own; for several
-    models also how much each loses to the first at the same chunks.
-
-    The errors above are mostly how rows differ from one another, which is the same at each chunk size and for each
-    model; those of the differences are paired, without it.
-    """
-    (first, base), *others = curves.items()
-    with picture(path, f"Local chunks at inference; {BARS}, of differences paired by row", height=6.5) as figure:
-        places = [["perplexity"] * 2, ["own", "first"] if others else ["own"] * 2]
-        panels = figure.subplot_mosaic(places)
-        for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
-            own, at = curve.scores[curve.own], "/".join(map(str, curve.chunks[curve.own]))
-            shared = {size: s for size, s in curve.scores.items() if size in base.scores}
-            lines = {
-                "perplexity": {size: s.perplexity for size, s in curve.scores.items()},
-                "own": {size: _difference(own, s) for size, s in curve.scores.items()},
-                "first": {size: _difference(base.scores[size], s) for size, s in shared.items()},
-            }
-            for panel in panels.keys() - ({"first"} if curve is base else set()):
-                x = move_apart(lines[panel], i, len(curves))
-                draw_curve(panels[panel], x, list(lines[panel].values()), color=color, label=name)
-                if curve.own in lines[panel]:
-                    place = move_apart([curve.own], i, len(curves)), lines[panel][curve.own].value
-                    panels[panel].plot(
-                        *place, "o", color=color, markersize=10, markerfacecolor="none", markeredgewidth=1.5,
-                        label=f"{name} as configured, {at}",
-                    )  # fmt: skip
-        ticks = sorted({size for curve in curves.values() for size in curve.scores})
-        several = any(len(chunks) > 1 for curve in curves.values() for chunks in curve.chunks.values())
-        for axes in panels.values():
-            count_tokens(axes, ticks)
-            axes.set_xlabel("tokens in a local chunk" + (" (of the smallest; all scaled alike)" if several else ""))
-        panels["perplexity"].set_ylabel("perplexity")
-        panels["own"].set_title("Loss minus that at a model's own chunks")
-        if others:
-            panels["first"].set_title(f"Loss minus that of {first} at the same chunks")
-        for panel in panels.keys() - {"perplexity"}:
-            panels[panel].axhline(0, label="no difference", **REFERENCE)
-            panels[panel].set_ylabel("nats per token")
+def _curve_of(panel: str, curve: ChunkCurve, base: ChunkCurve) -> dict[int, Estimate]:
+    """What a panel shows of a model by chunk size; nothing of the first beside itself."""
+    if panel == "perplexity":
+        return {size: s.perplexity for size, s in curve.scores.items()}
+    if panel == "own":
+        return {size: _difference(curve.scores[curve.own], s) for size, s in curve.scores.items()}
+    shared = {} if curve is base else {size: s for size, s in curve.scores.items() if size in base.scores}
+    return {size: _difference(base.scores[size], s) for size, s in shared.items()}
 
 
 def _difference(first: Scores, second: Scores) -> Estimate:
     return compare_scores(first, second)["nats_per_token"]
+
+
+def _write(chunks: list[int]) -> str:
+    return "/".join(map(str, chunks))

@@ -21,6 +21,10 @@ class Estimate(NamedTuple):
         digits = 3 if self.standard_error == 0 else max(0, 1 - math.floor(math.log10(self.standard_error)))
         return f"{self.value:.{digits}f} ± {self.standard_error:.{digits}f}"
 
+    def interval(self) -> tuple[float, float]:
+        """One standard error to either side."""
+        return self.value - self.standard_error, self.value + self.standard_error
+
     def exp(self) -> Estimate:
         """exp of the value, its error by the delta method: `SE(exp r) = exp(r) SE(r)`."""
         try:

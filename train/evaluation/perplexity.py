@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -14,6 +14,10 @@ from torch import Tensor
 from ..common.pictures import COLORS, REFERENCE, picture
 from .estimates import Estimate, mean_error, ratio_influence
 from .scores import Scores
+from .task import Task, report_models
+
+if TYPE_CHECKING:
+    from .run import Evaluation
 
 
 def compare_scores(first: Scores, second: Scores) -> dict[str, Estimate]:
@@ -29,52 +33,52 @@ def compare_scores(first: Scores, second: Scores) -> dict[str, Estimate]:
     return result
 
 
-def report_perplexity(scores: dict[str, Scores]) -> dict[str, Any]:
-    """What perplexity.json holds of each model, the first being what the others are compared with."""
-    (_, base), *others = scores.items()
-    return {
-        "models": {name: s.to_json() for name, s in scores.items()},
-        "minus_first_model": {
-            name: {k: v.to_json() for k, v in compare_scores(base, s).items()} for name, s in others
-        },
-    }  # fmt: skip
+def differences(first: Scores, second: Scores) -> dict[str, Any]:
+    """`compare_scores` as JSON."""
+    return {name: estimate.to_json() for name, estimate in compare_scores(first, second).items()}
 
 
-def describe_perplexity(scores: dict[str, Scores]) -> list[str]:
-    """Lines for the terminal."""
-    width = max(map(len, scores))
-    lines = []
-    for name, s in scores.items():
-        values = f"{s.perplexity}, {s.nats_per_token} nats per token, {s.bits_per_byte} bits per byte"
-        lines.append(f"{name:<{width}}  perplexity {values}")
-    (base_name, base), *others = scores.items()
-    for name, s in others:
-        lines.append(f"{name} minus {base_name}: {compare_scores(base, s)['bits_per_byte']} bits per byte (paired)")
-    return lines
+class PerplexityTask(Task):
+    """Results are `Scores`."""
 
+    def measure(self, evaluation: Evaluation, label: str) -> Scores:
+        return evaluation.read_rows(label)[0]
 
-def draw_perplexity(path: Path, scores: dict[str, Scores]) -> None:
-    """A histogram of the rows' losses with the mean over all tokens and its standard error; below it, for several
-    models, the same of the rows' differences to the first."""
-    several = len(scores) > 1
-    losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0] for name, s in scores.items()}
-    title = "How well held-out rows are predicted; bands: mean over all tokens ± 1 standard error"
-    with picture(path, title, height=6.5 if several else 4) as figure:
-        parts = figure.subfigures(1 + several, 1, squeeze=False).flat
-        axes = parts[0].subplots()
-        means = {name: s.nats_per_token for name, s in scores.items()}
-        labels = {name: f"{name}: mean {s.nats_per_token}, perplexity {s.perplexity}" for name, s in scores.items()}
-        _draw_histogram(axes, losses, means, labels, COLORS)
-        axes.set_xlabel("nats per token of a row")
-        if several:
-            (first, base), *others = scores.items()
-            axes = parts[1].subplots()
-            means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
-            labels = {name: f"{name}: mean difference {mean}" for name, mean in means.items()}
-            differences = {name: losses[name] - losses[first] for name, _ in others}
-            _draw_histogram(axes, differences, means, labels, COLORS[1:])
-            axes.axvline(0, label=f"as {first}", **REFERENCE)
-            axes.set_xlabel(f"nats per token of a row, minus those of {first} on the same row")
+    def report(self, results: dict[str, Scores]) -> dict[str, Any]:
+        return report_models(results, Scores.to_json, differences)
+
+    def describe(self, results: dict[str, Scores]) -> list[str]:
+        width = max(map(len, results))
+        lines = []
+        for name, s in results.items():
+            values = f"{s.perplexity}, {s.nats_per_token} nats per token, {s.bits_per_byte} bits per byte"
+            lines.append(f"{name:<{width}}  perplexity {values}")
+        (base_name, base), *others = results.items()
+        for name, s in others:
+            lines.append(f"{name} minus {base_name}: {compare_scores(base, s)['bits_per_byte']} bits per byte (paired)")
+        return lines
+
+    def draw(self, path: Path, results: dict[str, Scores]) -> None:
+        """A histogram of the rows' losses with the mean over all tokens and its standard error; below it, for several
+        models, the same of the rows' differences to the first."""
+        (first, base), *others = results.items()
+        losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0] for name, s in results.items()}
+        title = "How well held-out rows are predicted; bands: mean over all tokens ± 1 standard error"
+        with picture(path, title, height=6.5 if others else 4) as figure:
+            parts = figure.subfigures(2 if others else 1, 1, squeeze=False).flat
+            axes = parts[0].subplots()
+            means = {name: s.nats_per_token for name, s in results.items()}
+            labels = {name: f"{name}: mean {means[name]}, perplexity {s.perplexity}" for name, s in results.items()}
+            _draw_histogram(axes, losses, means, labels, COLORS)
+            axes.set_xlabel("nats per token of a row")
+            if others:
+                axes = parts[1].subplots()
+                means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
+                labels = {name: f"{name}: mean difference {mean}" for name, mean in means.items()}
+                shifts = {name: losses[name] - losses[first] for name, _ in others}
+                _draw_histogram(axes, shifts, means, labels, COLORS[1:])
+                axes.axvline(0, label=f"as {first}", **REFERENCE)
+                axes.set_xlabel(f"nats per token of a row, minus those of {first} on the same row")
 
 
 def _draw_histogram(

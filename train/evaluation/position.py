@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..common.pictures import BARS, COLORS, count_tokens, draw_curve, move_apart, picture
+from ..common.pictures import BARS, COLORS, count_tokens, draw_curves, picture
 from .estimates import Estimate, fit_slope, mean_error, ratio_influence
 from .scores import TokenLosses
+from .task import Task, report_models
+
+if TYPE_CHECKING:
+    from .run import Evaluation
 
 BINS_PER_DOUBLING = 2
 SLOPE_BINS = 4  # the last two doublings
@@ -110,67 +114,69 @@ def compare_positions(first: PositionCurve, second: PositionCurve) -> dict[int, 
     return {k: Estimate(b - a, mean_error(ib - ia)) for k, a, ia, b, ib in pairs}
 
 
-def report_positions(curves: dict[str, PositionCurve]) -> dict[str, Any]:
-    """What position.json holds."""
-    (_, base), *others = curves.items()
-    return {
-        "models": {name: curve.to_json() for name, curve in curves.items()},
-        "minus_first_model": {
-            name: [
-                {
-                    "first_position": base.edges[k], "last_position": base.edges[k + 1] - 1,
-                    "nats_per_token": difference.to_json(),
-                }
-                for k, difference in compare_positions(base, curve).items()
-            ]
-            for name, curve in others
-        },
-    }  # fmt: skip
+def _differences(first: PositionCurve, second: PositionCurve) -> list[dict[str, Any]]:
+    return [
+        {
+            "first_position": first.edges[k], "last_position": first.edges[k + 1] - 1,
+            "nats_per_token": difference.to_json(),
+        }
+        for k, difference in compare_positions(first, second).items()
+    ]  # fmt: skip
 
 
-def describe_positions(curves: dict[str, PositionCurve]) -> list[str]:
-    """Lines for the terminal: what the last doublings of context still gain."""
-    lines = []
-    for name, curve in curves.items():
-        slope = curve.slope()
-        if slope is None:
-            lines.append(f"{name}: rows are too short to tell whether more context helps")
-            continue
-        (value, error), first, last = slope
-        helps = (
-            "more context helps" if value < -2 * error else "it gets worse" if value > 2 * error else "no clear gain"
-        )
-        lines.append(
-            f"{name}: {slope[0]} nats per token with each doubling of the context from {first:,} to {last:,} tokens"
-            + (f" ({helps})" if math.isfinite(error) else "")
-        )
-    return lines
+class PositionTask(Task):
+    """Results are `PositionCurve`s."""
 
+    def measure(self, evaluation: Evaluation, label: str) -> PositionCurve:
+        return evaluation.read_rows(label)[1]
 
-def draw_positions(path: Path, curves: dict[str, PositionCurve]) -> None:
-    """The curves with their standard errors; beside them the last four doublings, with the fitted slopes."""
-    longest = max(curve.edges[-1] for curve in curves.values())
-    begin = longest / 16
-    with picture(path, f"Loss by how much was read; {BARS}", height=4.4) as figure:
-        whole, end = figure.subplots(1, 2)
-        for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
-            losses = {curve.centre(k): loss for k, loss in curve.losses().items()}
-            late = {x: loss for x, loss in losses.items() if x >= begin}
-            for axes, shown in ((whole, losses), (end, late)):
-                x = move_apart(shown, i, len(curves))
-                draw_curve(axes, x, list(shown.values()), color=color, label=name)
+    def report(self, results: dict[str, PositionCurve]) -> dict[str, Any]:
+        return report_models(results, PositionCurve.to_json, _differences)
+
+    def describe(self, results: dict[str, PositionCurve]) -> list[str]:
+        """What the last doublings of context still gain."""
+        lines = []
+        for name, curve in results.items():
             slope = curve.slope()
-            if slope is not None:
-                ends = [x for x in losses if slope[1] <= x <= slope[2]]
-                middle = sum(map(math.log2, ends)) / len(ends)
-                level = sum(losses[x].value for x in ends) / len(ends)
-                fitted = [level + slope[0].value * (math.log2(x) - middle) for x in ends]
-                end.plot(ends, fitted, color=color, linewidth=4, alpha=0.3, label=f"{name}: {slope[0]} nats a doubling")
+            if slope is None:
+                lines.append(f"{name}: rows are too short to tell whether more context helps")
+                continue
+            (value, error), first, last = slope
+            words = (
+                "more context helps"
+                if value < -2 * error
+                else "it gets worse"
+                if value > 2 * error
+                else "no clear gain"
+            )
+            lines.append(
+                f"{name}: {slope[0]} nats per token with each doubling of the context from {first:,} to {last:,} tokens"
+                + (f" ({words})" if math.isfinite(error) else "")
+            )
+        return lines
+
+    def draw(self, path: Path, results: dict[str, PositionCurve]) -> None:
+        """The curves with their standard errors; beside them the last four doublings, with the fitted slopes."""
+        longest = max(curve.edges[-1] for curve in results.values())
+        losses = {
+            name: {curve.centre(k): loss for k, loss in curve.losses().items()} for name, curve in results.items()
+        }
         powers = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
-        count_tokens(whole, powers)
-        count_tokens(end, [x for x in powers if x >= begin])
-        whole.set_title("All positions")
-        end.set_title("The last doublings: does more context keep helping?")
-        for axes in (whole, end):
-            axes.set_xlabel("tokens read before the predicted one")
-            axes.set_ylabel("nats per token")
+        with picture(path, f"Loss by how much was read; {BARS}", height=4.4) as figure:
+            whole, end = figure.subplots(1, 2)
+            for axes, begin in ((whole, 0), (end, longest / 16)):
+                shown = {name: {x: loss for x, loss in of.items() if x >= begin} for name, of in losses.items()}
+                draw_curves(axes, shown)
+                count_tokens(axes, [x for x in powers if x >= begin])
+                axes.set_xlabel("tokens read before the predicted one")
+                axes.set_ylabel("nats per token")
+            for color, (name, curve) in zip(COLORS, results.items(), strict=False):
+                slope = curve.slope()
+                if slope is not None:
+                    x = [x for x in losses[name] if slope[1] <= x <= slope[2]]
+                    middle = sum(map(math.log2, x)) / len(x)
+                    level = sum(losses[name][each].value for each in x) / len(x)
+                    y = [level + slope[0].value * (math.log2(each) - middle) for each in x]
+                    end.plot(x, y, color=color, linewidth=4, alpha=0.3, label=f"{name}: {slope[0]} nats a doubling")
+            whole.set_title("All positions")
+            end.set_title("The last doublings: does more context keep helping?")

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
@@ -17,11 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modeling_tnt import TNTForCausalLM
 
-from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curve, move_apart, picture, short_count
+from ..common.pictures import BARS, REFERENCE, count_tokens, draw_curves, picture, short_count
+from ..common.progress import progress_bar
+from .arguments import RETRIEVAL_LENGTHS
 from .estimates import Estimate, Proportion, mean
-from .needles import DEPTH_BINS, Needle, digits_for
+from .needles import DEPTH_BINS, Needle, NeedleFactory, digits_for
+from .scores import evaluation_mode
+from .task import Setup, Task
+
+if TYPE_CHECKING:
+    from .run import Evaluation
 
 PIECE = 1024  # tokens that a TNT model reads at a time
+ANSWER_ROOM = 16  # tokens kept free behind a document for its answer
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,8 @@ def measure_retrieval(
     with the length; other models read it at once.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     exact, nats = [], []
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(needles), batch_size):
             batch = needles[start : start + batch_size]
             context = torch.stack([needle.context for needle in batch])
@@ -111,8 +118,6 @@ def measure_retrieval(
             nats.append(-of_answer.double().sum(1))
             if on_batch is not None:
                 on_batch(len(batch))
-    finally:
-        model.train(was_training)
     depths = torch.tensor([needle.depth for needle in needles], dtype=torch.float64)
     return Retrieval(len(needles[0].context), needles[0].pairs, torch.cat(exact), torch.cat(nats), depths)
 
@@ -129,67 +134,106 @@ def read_to_the_end(model: nn.Module, input_ids: Tensor, keep: int) -> Tensor:
     return model(input_ids=input_ids, use_cache=False, **spared).logits[:, -keep:]
 
 
-def report_retrieval(results: dict[str, list[Retrieval]]) -> dict[str, Any]:
-    """What retrieval.json holds."""
-    return {
-        "format": "KEY = VALUE lines of random letters and digits; KEY = is asked at the end",
-        "standard_errors": "exact_match: Wilson's interval of one standard error; nats_of_answer: of the mean",
-        "models": {name: [result.to_json() for result in lengths] for name, lengths in results.items()},
-    }
+class RetrievalTask(Task):
+    """Results are lists of `Retrieval`, one for each length."""
+
+    def __init__(self) -> None:
+        self.needles: dict[int, list[Needle]] = {}
+
+    def prepare(self, setup: Setup) -> str | None:
+        lengths = _choose_lengths(setup)
+        if not lengths:
+            return "no document is short enough; give --retrieval-lengths"
+        self.longest = max(lengths)
+        if setup.tokenizer is not None:
+            factory = NeedleFactory(setup.tokenizer, max(0, setup.arguments.seed))
+            for length in lengths:
+                try:
+                    self.needles[length] = factory.make(length, setup.arguments.retrieval_documents)
+                except ValueError as error:
+                    setup.problems.append(f"--retrieval-lengths: {error}")
+        return None
+
+    def measure(self, evaluation: Evaluation, label: str) -> list[Retrieval]:
+        model, batch_size, results = evaluation.models[label], evaluation.arguments.batch_size, []
+        for length, needles in self.needles.items():
+            with progress_bar(len(needles), f"{label}, {length} tokens", "document", leave=False) as bar:
+                results.append(measure_retrieval(model, needles, batch_size=batch_size, on_batch=bar.update))
+        return results
+
+    def report(self, results: dict[str, list[Retrieval]]) -> dict[str, Any]:
+        return {
+            "format": "KEY = VALUE lines of random letters and digits; KEY = is asked at the end",
+            "standard_errors": "exact_match: Wilson's interval of one standard error; nats_of_answer: of the mean",
+            "models": {name: [result.to_json() for result in lengths] for name, lengths in results.items()},
+        }
+
+    def describe(self, results: dict[str, list[Retrieval]]) -> list[str]:
+        lines = []
+        for name, lengths in results.items():
+            lines.append(f"{name}: exact answers (one standard error), chance, nats of the answer (chance)")
+            for r in lengths:
+                low, high = r.accuracy.interval()
+                lines.append(
+                    f"  {r.length:>7,} tokens  {r.accuracy.value:6.1%} ({low:.1%} to {high:.1%}), "
+                    f"chance {r.chance:.1%}   {r.answer_nats} ({r.chance_nats:.2f})"
+                )
+        return lines
+
+    def draw(self, path: Path, results: dict[str, list[Retrieval]]) -> None:
+        """Accuracy by length, nats of the answer by length, and for each model accuracy by length and depth."""
+        first = next(iter(results.values()))
+        lengths = [r.length for r in first]
+        with picture(
+            path, f"Values found again in a text of pairs; {BARS} (of shares: Wilson's)", height=7.5
+        ) as figure:
+            upper, lower = figure.subfigures(2, 1)
+            accuracy, nats = upper.subplots(1, 2)
+            draw_curves(accuracy, {name: {r.length: r.accuracy for r in of} for name, of in results.items()})
+            draw_curves(nats, {name: {r.length: r.answer_nats for r in of} for name, of in results.items()})
+            chance = {"label": "chance: any value of the document", "linestyle": "--", **REFERENCE}
+            accuracy.plot(lengths, [r.chance for r in first], **chance)
+            nats.plot(lengths, [r.chance_nats for r in first], **chance)
+            guess = [math.log(10) * digits_for(r.pairs) for r in first]
+            nats.plot(lengths, guess, label="chance: any digits", linestyle=":", **REFERENCE)
+            accuracy.set_ylim(-0.03, 1.03)
+            accuracy.set_ylabel("share of exact answers")
+            nats.set_ylim(bottom=0)
+            nats.set_ylabel("nats of the answer (lower is better)")
+            for axes in (accuracy, nats):
+                count_tokens(axes, lengths)
+                axes.set_xlabel("tokens in the document")
+            maps = lower.subplots(1, len(results), sharey=True, squeeze=False)[0]
+            for axes, (name, of_lengths) in zip(maps, results.items(), strict=True):
+                image = _draw_depths(axes, name, of_lengths)
+            maps[0].set_ylabel("depth of the pair (0%: at the start)")
+            lower.colorbar(image, ax=list(maps), label="share of exact answers")
 
 
-def describe_retrieval(results: dict[str, list[Retrieval]]) -> list[str]:
-    """Lines for the terminal."""
-    lines = []
-    for name, lengths in results.items():
-        lines.append(f"{name}: exact answers (one standard error), chance, nats of the answer (chance)")
-        for r in lengths:
-            low, high = r.accuracy.interval()
-            lines.append(
-                f"  {r.length:>7,} tokens  {r.accuracy.value:6.1%} ({low:.1%} to {high:.1%}), chance {r.chance:.1%}   "
-                f"{r.answer_nats} ({r.chance_nats:.2f})"
-            )
-    return lines
-
-
-def draw_retrieval(path: Path, results: dict[str, list[Retrieval]]) -> None:
-    """Accuracy by length, nats of the answer by length, and for each model accuracy by length and depth."""
-    first = next(iter(results.values()))
-    lengths = [r.length for r in first]
-    with picture(path, f"Values found again in a text of pairs; {BARS} (of shares: Wilson's)", height=7.5) as figure:
-        upper, lower = figure.subfigures(2, 1)
-        accuracy, nats = upper.subplots(1, 2)
-        for i, (color, (name, of_lengths)) in enumerate(zip(COLORS, results.items(), strict=False)):
-            x = move_apart(lengths, i, len(results))
-            shares = [r.accuracy for r in of_lengths]
-            bars = [[p.value - p.interval()[0] for p in shares], [p.interval()[1] - p.value for p in shares]]
-            accuracy.errorbar(x, [p.value for p in shares], yerr=bars, color=color, marker="o", label=name)
-            draw_curve(nats, x, [r.answer_nats for r in of_lengths], color=color, label=name)
-        chance = {"label": "chance: any value of the document", "linestyle": "--", **REFERENCE}
-        accuracy.plot(lengths, [r.chance for r in first], **chance)
-        nats.plot(lengths, [r.chance_nats for r in first], **chance)
-        guess = [math.log(10) * digits_for(r.pairs) for r in first]
-        nats.plot(lengths, guess, label="chance: any digits", linestyle=":", **REFERENCE)
-        accuracy.set_ylim(-0.03, 1.03)
-        accuracy.set_ylabel("share of exact answers")
-        nats.set_ylim(bottom=0)
-        nats.set_ylabel("nats of the answer (lower is better)")
-        for axes in (accuracy, nats):
-            count_tokens(axes, lengths)
-            axes.set_xlabel("tokens in the document")
-        maps = lower.subplots(1, len(results), sharey=True, squeeze=False)[0]
-        for axes, (name, of_lengths) in zip(maps, results.items(), strict=True):
-            image = _draw_depths(axes, name, of_lengths)
-        maps[0].set_ylabel("depth of the pair (0%: at the start)")
-        lower.colorbar(image, ax=list(maps), label="share of exact answers")
+def _choose_lengths(setup: Setup) -> list[int]:
+    """Those that are asked for, or of the usual ones those that every model can read."""
+    asked = setup.arguments.retrieval_lengths
+    lengths = sorted({length for length in asked or RETRIEVAL_LENGTHS if length >= 1})
+    for subject in setup.subjects:
+        too_long = [n for n in lengths if subject.limit is not None and n + ANSWER_ROOM > subject.limit]
+        if not too_long:
+            continue
+        words = f"{', '.join(map(str, too_long))} tokens and an answer are more than the {subject.limit} positions of "
+        words += subject.source
+        if asked:
+            setup.problems.append(f"--retrieval-lengths: {words}; use at most {subject.limit - ANSWER_ROOM}")
+        else:
+            setup.remarks.append(f"retrieval is measured at fewer lengths: {words}")
+            lengths = [n for n in lengths if n not in too_long]
+    return lengths
 
 
 def _draw_depths(axes: Axes, name: str, of_lengths: list[Retrieval]) -> AxesImage:
     """A map of the accuracy, with its numbers."""
     columns = [[math.nan if p is None else p.value for p in r.by_depth()] for r in of_lengths]
-    grid = torch.tensor(columns).T.numpy()
+    grid = np.array(columns).T
     image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in ((index, grid[index]) for index in _indices(grid)):
+    for (row, column), value in np.ndenumerate(grid):
         if not math.isnan(value):
             color = "white" if value < 0.6 else "black"
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
@@ -199,7 +243,3 @@ def _draw_depths(axes: Axes, name: str, of_lengths: list[Retrieval]) -> AxesImag
     axes.set_title(f"{name}: exact answers")
     axes.grid(False)
     return image
-
-
-def _indices(grid: Any) -> list[tuple[int, int]]:
-    return [(row, column) for row in range(grid.shape[0]) for column in range(grid.shape[1])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,9 +132,7 @@ def iterate_losses(
         raise ValueError("there are no rows to score; use a smaller sequence length, or more text")
     device = torch.device(next(model.parameters()).device if device is None else device)
     precision = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             batch = default_collate([rows[i] for i in indices])
@@ -147,6 +145,15 @@ def iterate_losses(
             yield TokenLosses(nats, labels != -100, _context(batch)[:, 1:], token_bytes)
             if on_batch is not None:
                 on_batch(len(indices))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards in the mode that it was in, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
 

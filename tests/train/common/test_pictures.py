@@ -24,11 +24,11 @@ from modeling_tnt.train.bench.rows import DecodeRow, KernelRow, ModelRow
 from modeling_tnt.train.common import pictures
 from modeling_tnt.train.common.pictures import LogTicks, short_count, without_outliers
 from modeling_tnt.train.common.plot import exponential_mean, save_plot
-from modeling_tnt.train.evaluation.chunks import ChunkCurve, draw_chunks
+from modeling_tnt.train.evaluation.chunks import ChunkCurve, ChunksTask
 from modeling_tnt.train.evaluation.estimates import Estimate
-from modeling_tnt.train.evaluation.perplexity import draw_perplexity
-from modeling_tnt.train.evaluation.position import PositionCurve, draw_positions, position_edges
-from modeling_tnt.train.evaluation.retrieval import Retrieval, draw_retrieval
+from modeling_tnt.train.evaluation.perplexity import PerplexityTask
+from modeling_tnt.train.evaluation.position import PositionCurve, PositionTask, position_edges
+from modeling_tnt.train.evaluation.retrieval import Retrieval, RetrievalTask
 from modeling_tnt.train.evaluation.scores import Scores
 from modeling_tnt.train.loop.health import find_idle_memories
 from modeling_tnt.train.loop.state import Score, score_key
@@ -179,18 +179,18 @@ def make_row_scores(seed: int, shift: float = 0.0) -> Scores:
 
 @pytest.mark.parametrize("names", [["stage2"], ["stage2", "stage1", "llama"]], ids=len)
 def test_pictures_of_an_evaluation(drawn, tmp_path: Path, names: list[str]):
-    draw_perplexity(tmp_path / "p.png", {name: make_row_scores(i, 0.3 * i) for i, name in enumerate(names)})
+    PerplexityTask().draw(tmp_path / "p.png", {name: make_row_scores(i, 0.3 * i) for i, name in enumerate(names)})
     edges = position_edges(1024)
     counts = torch.tensor([b - a for a, b in zip(edges[:-1], edges[1:], strict=True)])[None].expand(8, -1)
     fall = torch.linspace(3, 2, len(edges) - 1).double() + torch.rand(8, 1).double()
-    draw_positions(tmp_path / "q.png", {name: PositionCurve(edges, counts * (fall + i), counts) for i, name in
+    PositionTask().draw(tmp_path / "q.png", {name: PositionCurve(edges, counts * (fall + i), counts) for i, name in
                                         enumerate(names)})  # fmt: skip
     sizes = {1: [1], 4: [4], 16: [16]}
     curves = {
         name: ChunkCurve(4, sizes, {size: make_row_scores(0, i + 0.01 * size) for size in sizes})
         for i, name in enumerate(names)
     }
-    draw_chunks(tmp_path / "c.png", curves)
+    ChunksTask().draw(tmp_path / "c.png", curves)
     # On a scale of their own, where a model that is far worse does not squeeze them.
     own = next(axes for axes in drawn[-1].axes if axes.get_title().startswith("Loss minus that at a model's own"))
     assert max(map(abs, own.get_ylim())) < 0.4
@@ -198,7 +198,7 @@ def test_pictures_of_an_evaluation(drawn, tmp_path: Path, names: list[str]):
     found = [
         Retrieval(n, n // 16, exact, torch.rand(40).double(), torch.linspace(0, 0.999, 40).double()) for n in (128, 512)
     ]
-    draw_retrieval(tmp_path / "r.png", dict.fromkeys(names, found))
+    RetrievalTask().draw(tmp_path / "r.png", dict.fromkeys(names, found))
     assert any(axes.get_label() == "<colorbar>" for axes in drawn[-1].axes)
     assert all("± 1 standard error" in figure.get_suptitle() for figure in drawn)
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, GPT2LM
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.common.output_folder import MANIFEST
 from modeling_tnt.train.data import DataOptions, load_data
-from modeling_tnt.train.evaluation import run as run_module
 from modeling_tnt.train.evaluation.arguments import EvalArguments
+from modeling_tnt.train.evaluation.position import PositionTask
 from modeling_tnt.train.evaluation.run import run_eval
 from modeling_tnt.train.evaluation.subjects import shorten
 from modeling_tnt.train.options import Parser, add_flags, to_arguments
@@ -255,7 +255,7 @@ def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(run_module._MEASURES, "position", interrupt)
+    monkeypatch.setattr(PositionTask, "measure", interrupt)
     assert run_eval(arguments()) == 130
     assert "finished tasks are kept" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == [
@@ -265,7 +265,7 @@ def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch
     def exhaust(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setitem(run_module._MEASURES, "position", exhaust)
+    monkeypatch.setattr(PositionTask, "measure", exhaust)
     assert run_eval(arguments(overwrite=True)) == 1
     assert "out of memory; lower --batch-size" in capsys.readouterr().err
 

@@ -16,38 +16,23 @@ from transformers import ByT5Tokenizer
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.evaluation import retrieval as retrieval_module
 from modeling_tnt.train.evaluation.chunks import (
+    ChunksTask,
     default_chunk_sizes,
-    describe_chunks,
-    draw_chunks,
     local_chunks,
     measure_chunks,
-    report_chunks,
     scale_chunks,
 )
 from modeling_tnt.train.evaluation.estimates import Proportion, mean_error
 from modeling_tnt.train.evaluation.needles import Needle, NeedleFactory, digits_for
-from modeling_tnt.train.evaluation.perplexity import (
-    compare_scores,
-    describe_perplexity,
-    draw_perplexity,
-    report_perplexity,
-)
+from modeling_tnt.train.evaluation.perplexity import PerplexityTask, compare_scores
 from modeling_tnt.train.evaluation.position import (
+    PositionTask,
     bin_positions,
     compare_positions,
-    describe_positions,
-    draw_positions,
     join_positions,
     position_edges,
-    report_positions,
 )
-from modeling_tnt.train.evaluation.retrieval import (
-    describe_retrieval,
-    draw_retrieval,
-    measure_retrieval,
-    read_to_the_end,
-    report_retrieval,
-)
+from modeling_tnt.train.evaluation.retrieval import RetrievalTask, measure_retrieval, read_to_the_end
 from modeling_tnt.train.evaluation.scores import Scores, TokenLosses, iterate_losses, score_rows
 
 SEQ_LEN = 48
@@ -92,7 +77,7 @@ def is_png(path) -> bool:
 def test_perplexity_report_and_paired_difference(tnt, tmp_path):
     other = make_tnt(seed=1)
     scores = {name: score_rows(m, StubRows(), batch_size=2) for name, m in (("a", tnt), ("b", other))}
-    report = report_perplexity(scores)
+    report = PerplexityTask().report(scores)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["models"]["a"]["perplexity"]["value"] == pytest.approx(
         math.exp(scores["a"].nats.sum().item() / (4 * (SEQ_LEN - 1)))
@@ -103,16 +88,16 @@ def test_perplexity_report_and_paired_difference(tnt, tmp_path):
     assert difference == pytest.approx((per_row.mean().item(), mean_error(per_row)))
     assert report["minus_first_model"]["b"]["nats_per_token"] == difference.to_json()
     assert compare_scores(scores["a"], scores["a"])["bits_per_byte"] == (0, 0)
-    assert "b minus a" in "\n".join(describe_perplexity(scores))
-    draw_perplexity(tmp_path / "p.png", scores)
+    assert "b minus a" in "\n".join(PerplexityTask().describe(scores))
+    PerplexityTask().draw(tmp_path / "p.png", scores)
     assert is_png(tmp_path / "p.png")
 
 
 def test_a_single_row_has_no_error_and_can_be_drawn(tnt, tmp_path):
     scores = {"a": score_rows(tnt, StubRows(1), batch_size=2)}
-    report = report_perplexity(scores)
+    report = PerplexityTask().report(scores)
     assert report["models"]["a"]["perplexity"]["standard_error"] is None
-    draw_perplexity(tmp_path / "p.png", scores)
+    PerplexityTask().draw(tmp_path / "p.png", scores)
     assert is_png(tmp_path / "p.png")
 
 
@@ -132,7 +117,7 @@ def test_the_curve_averages_back_to_the_loss(tnt):
     rows = StubRows()
     curve = join_positions([bin_positions(x, position_edges(SEQ_LEN)) for x in iterate_losses(tnt, rows, batch_size=3)])
     scores = score_rows(tnt, rows, batch_size=3)
-    bins = report_positions({"a": curve})["models"]["a"]["bins"]
+    bins = PositionTask().report({"a": curve})["models"]["a"]["bins"]
     total = sum(b["tokens"] for b in bins)
     assert total == scores.labels.sum()
     weighted = sum(b["tokens"] * b["nats_per_token"]["value"] for b in bins) / total
@@ -182,17 +167,17 @@ def test_position_report_of_two_models(tmp_path):
     generator = torch.Generator().manual_seed(1)
     flat, falling = (bin_positions(made_up_losses(60, s, generator), position_edges(1024)) for s in (0.0, -0.2))
     curves = {"flat": flat, "falling": falling}
-    report = report_positions(curves)
+    report = PositionTask().report(curves)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     last = max(compare_positions(flat, falling).items())[1]
     assert last.value == pytest.approx(-0.2 * math.log2(1023 / math.sqrt(2) ** 0.5), abs=5 * last.standard_error)
-    words = "\n".join(describe_positions(curves))
+    words = "\n".join(PositionTask().describe(curves))
     assert "falling: -0." in words and "more context helps" in words
-    draw_positions(tmp_path / "p.png", curves)
+    PositionTask().draw(tmp_path / "p.png", curves)
     assert is_png(tmp_path / "p.png")
     short = bin_positions(TokenLosses(*(torch.ones(2, 2).to(d) for d in (float, bool, int, float))), position_edges(3))
-    assert short.slope() is None and "too short" in describe_positions({"a": short})[0]
-    draw_positions(tmp_path / "short.png", {"a": short})
+    assert short.slope() is None and "too short" in PositionTask().describe({"a": short})[0]
+    PositionTask().draw(tmp_path / "short.png", {"a": short})
 
 
 # ------------------------------------------------------------------------------------------------------------- chunks
@@ -241,15 +226,15 @@ def test_the_curve_at_the_own_chunk_is_the_perplexity_and_the_chunks_are_restore
     assert not torch.allclose(curve.scores[1].nats, curve.scores[4].nats, rtol=1e-4)
 
     curves = {"stage1": curve, "stage2": measure_chunks(smaller, [1, 2, 4], score)}
-    report = report_chunks(curves)
+    report = ChunksTask().report(curves)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["models"]["stage1"]["curve"][2]["minus_own_chunk_size"]["nats_per_token"]["value"] == 0
     assert [d["chunk_size"] for d in report["minus_first_model"]["stage2"]] == [1, 2, 4]
     # The two models have the same weights: read at equal chunks, they are the same model.
     same = report["models"]["stage2"]["curve"][2]["minus_first_model_as_configured"]["nats_per_token"]
     assert same["value"] == pytest.approx(0, abs=1e-6)
-    assert "own" in "\n".join(describe_chunks(curves))
-    draw_chunks(tmp_path / "c.png", curves)
+    assert "own" in "\n".join(ChunksTask().describe(curves))
+    ChunksTask().draw(tmp_path / "c.png", curves)
     assert is_png(tmp_path / "c.png")
 
 
@@ -404,11 +389,11 @@ def test_retrieval_report(tmp_path):
         name: [measure_retrieval(m, factory.make(n, 10), batch_size=10) for n in (64, 128)]
         for name, m in models.items()
     }
-    report = report_retrieval(results)
+    report = RetrievalTask().report(results)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     entry = report["models"]["right"][1]
     assert entry["length"] == 128 and entry["exact_match"]["value"] == 1 and entry["exact_match"]["low"] < 1
     assert len(entry["by_depth"]) == 5 and entry["chance"] == 1 / entry["pairs"]
-    assert "128 tokens  100.0%" in "\n".join(describe_retrieval(results))
-    draw_retrieval(tmp_path / "r.png", results)
+    assert "128 tokens  100.0%" in "\n".join(RetrievalTask().describe(results))
+    RetrievalTask().draw(tmp_path / "r.png", results)
     assert is_png(tmp_path / "r.png")
