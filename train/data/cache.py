@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from ..common.progress import progress_bar
 from .encode import Encoder
 from .options import DataOptions
-from .sources import Document, Position, Source, find_source, hash_json
-from .split import place_documents
-from .store import FORMAT, MANIFEST, PARTIAL, CacheError, CorpusWriter, TokenizedData, open_corpus
+from .sources import Document, Source, find_source, hash_json
+from .split import SIDES, place_documents
+from .store import FORMAT, MANIFEST, PARTIAL, CorpusWriter, TokenizedData, open_corpus
 
-COMMIT_BYTES = 32 << 20  # text between two savings of the progress
 UNKNOWN = "unknown"  # version of a dataset that the Hub cannot be asked for
 
 
@@ -30,8 +29,7 @@ def load_data(options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Token
     """Tokenise what the options name, or find it tokenised in the cache. Memory use does not grow with the corpus, only
     with its longest document.
 
-    Processes that ask for the same at once wait for the one that came first. A tokenisation that was killed goes on
-    where it last saved its progress.
+    Processes that ask for the same at once wait for the one that came first. A killed tokenisation begins anew.
 
     Raises:
         OSError: for data that does not exist or cannot be read or loaded, or a cache that cannot be written.
@@ -68,7 +66,7 @@ def _lock(folder: Path) -> Iterator[None]:
             print("another process is tokenising the same data; waiting for it ...", file=sys.stderr, flush=True)
             lock.acquire()
     except OSError as error:
-        raise CacheError(
+        raise OSError(
             error.errno, f"{error.strerror} in {folder.parent}; give a folder that can be written with --data.cache-dir"
         ) from error
     try:
@@ -78,33 +76,14 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _tokenise(source: Source, options: DataOptions, encoder: Encoder, folder: Path) -> TokenizedData:
-    """Read, split and encode the source into a new corpus, in batches, going on from what was committed before."""
-    with CorpusWriter(folder, encoder.vocabulary) as writer:
-        position, text = Position(), _LimitedText(source.description, int(options.limit_megabytes * 1e6))
-        if writer.progress is not None:
-            position, text.num_bytes = Position(**writer.progress["position"]), writer.progress["text_bytes"]
-        committed = text.num_bytes
-        batches = place_documents(
-            text.read(source.read(position)), options.validation_share, begun=writer.progress is not None
-        )
-        try:
-            with _progress_bar(source, text) as bar:
-                for batch in batches:
-                    for side in ("train", "validation"):
-                        texts = [placed.text for placed in batch if placed.side == side]
-                        writer.append(side, encoder(texts), [len(t.encode()) for t in texts])
-                    bar.update(text.num_bytes - bar.n)
-                    if text.num_bytes - committed >= COMMIT_BYTES:
-                        committed = text.num_bytes
-                        writer.commit({"position": source.save_position(position), "text_bytes": committed})
-        except CacheError:
-            raise
-        except OSError as error:
-            if writer.progress is None:
-                raise
-            raise OSError(
-                f"{error}\nThe first {committed / 1e6:,.0f} MB of text are tokenised; the same command goes on there"
-            ) from error
+    """Read, split and encode the source into a new corpus, batch by batch."""
+    text = _LimitedText(source.description, int(options.limit_megabytes * 1e6))
+    with CorpusWriter(folder, encoder.vocabulary) as writer, _progress_bar(source, text.limit) as bar:
+        for batch in place_documents(text.read(source.read()), options.validation_share):
+            for side in SIDES:
+                texts = [placed.text for placed in batch if placed.side == side]
+                writer.append(side, encoder(texts), [len(t.encode()) for t in texts])
+            bar.update(text.num_bytes - bar.n)
         if text.num_bytes == 0:
             raise ValueError(f"{source.description} holds no text; point --data.sources at files that do")
         for side, documents in writer.num_documents.items():
@@ -119,7 +98,7 @@ def _tokenise(source: Source, options: DataOptions, encoder: Encoder, folder: Pa
         writer.finish(description)
     corpus = open_corpus(folder)
     if corpus is None:
-        raise CacheError(f"{folder} was changed while it was written; run the same command again")
+        raise OSError(f"{folder} was changed while it was written; run the same command again")
     return corpus
 
 
@@ -151,9 +130,7 @@ class _LimitedText:
                 return
 
 
-def _progress_bar(source: Source, text: _LimitedText) -> tqdm:
+def _progress_bar(source: Source, limit: int) -> tqdm:
     """A bar of the bytes of text read; none when it takes less than a second."""
-    totals = [size for size in (source.num_bytes, text.limit) if size]
-    return progress_bar(
-        min(totals, default=None), "tokenising", "B", initial=text.num_bytes, leave=False, unit_scale=True, delay=1
-    )
+    total = min((size for size in (source.num_bytes, limit) if size), default=None)
+    return progress_bar(total, "tokenising", "B", leave=False, unit_scale=True, delay=1)

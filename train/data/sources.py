@@ -9,8 +9,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +55,7 @@ class TextFile:
     errors: str
     skip_undecodable: bool = False
 
-    def read(self, done: int, state: Any) -> Iterator[Document]:
-        if done:
-            return
+    def read(self) -> Iterator[Document]:
         try:
             text = self.decode()
         except UnicodeDecodeError:
@@ -70,9 +67,6 @@ class TextFile:
     def decode(self) -> str:
         return read_file(self.path, find_format(self.path).compression).decode(self.encoding, self.errors)
 
-    def state(self) -> None:
-        return None
-
 
 @dataclass
 class TableFile:
@@ -83,7 +77,7 @@ class TableFile:
     encoding: str
     errors: str
 
-    def read(self, done: int, state: Any) -> Iterator[Document]:
+    def read(self) -> Iterator[Document]:
         from datasets import load_dataset  # imported here: the default job does not need it and it takes a second
 
         if self.path.stat().st_size == 0:
@@ -95,7 +89,7 @@ class TableFile:
             # Streaming reads the file itself; without it `datasets` would write a copy to its cache.
             name = glob.escape(str(self.path))  # `datasets` takes file names for patterns
             records = load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
-            yield from _to_documents(islice(records, done, None), self.text_column, str(self.path))
+            yield from _to_documents(records, self.text_column, str(self.path))
         except ColumnError:
             raise
         except StopIteration:  # of `datasets`, for an empty compressed file
@@ -104,9 +98,6 @@ class TableFile:
             undecodable = options and (isinstance(error, UnicodeDecodeError) or "UTF8" in str(error))
             remedy = f"; {_ENCODINGS}" if undecodable else ""
             raise ValueError(f"data.sources: {str(self.path)!r} cannot be read as {kind}: {error}{remedy}") from error
-
-    def state(self) -> None:
-        return None
 
 
 _ENCODINGS = (
@@ -123,38 +114,27 @@ class SavedDataset:
     text_column: str
     records: Any
 
-    def read(self, done: int, state: Any) -> Iterator[Document]:
+    def read(self) -> Iterator[Document]:
         _check_column(self.text_column, self.records.column_names, str(self.path))
-        records = self.records.select_columns([self.text_column])
-        if done < len(records):
-            yield from _to_documents(records.skip(done), self.text_column, str(self.path))
-
-    def state(self) -> None:
-        return None
+        yield from _to_documents(self.records.select_columns([self.text_column]), self.text_column, str(self.path))
 
 
 @dataclass
 class HubDataset:
-    """A split of a dataset of the Hub, which is streamed. Its state lets a second reading skip files already read.
-    `revision`: commit to read, so that a reading goes on in the same version; None: the newest."""
+    """A split of a dataset of the Hub, which is streamed. `revision`: commit to read; None: the newest."""
 
     name: str
     config: str | None
     split: str
     text_column: str
     revision: str | None
-    records: Any = field(default=None, repr=False)
 
-    def read(self, done: int, state: Any) -> Iterator[Document]:
+    def read(self) -> Iterator[Document]:
         from datasets import load_dataset
 
         try:
-            self.records = load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision, streaming=True
-            )
-            if state is not None:
-                self.records.load_state_dict(state)
-            yield from _to_documents(self.records, self.text_column, self.name)
+            records = load_dataset(self.name, self.config, split=self.split, revision=self.revision, streaming=True)
+            yield from _to_documents(records, self.text_column, self.name)
         except ColumnError:
             raise
         except Exception as error:  # those of HTTP clients are neither OSError nor the same in all versions
@@ -162,10 +142,6 @@ class HubDataset:
                 f"data.sources: {self.name!r} is no file or folder here, and `datasets` could not read it as a "
                 f"dataset: {error}"
             ) from error
-
-    def state(self) -> dict[str, Any]:
-        """What `read` takes to go on after the last record it gave; JSON."""
-        return self.records.state_dict()
 
 
 Part = TextFile | TableFile | SavedDataset | HubDataset
@@ -208,25 +184,14 @@ class Source:
     num_bytes: int | None = None
     skipped: str = ""
 
-    def read(self, position: Position) -> Iterator[Document]:
-        """Documents from `position`, which is kept up to date: it counts the document just given as read."""
-        for index in range(position.part, len(self.parts)):
-            if index != position.part:
-                position.part, position.records, position.state = index, 0, None
-            part = self.parts[index]
+    def read(self) -> Iterator[Document]:
+        for index, part in enumerate(self.parts):
             try:
-                for document in part.read(position.records, position.state):
-                    position.records += 1
-                    yield document
+                yield from part.read()
             except UnicodeDecodeError as error:
                 if not isinstance(part, TextFile):
                     raise
                 raise ValueError(_explain_undecodable(part, error, self.parts[index + 1 :])) from error
-
-    def save_position(self, position: Position) -> dict[str, Any]:
-        """The position as JSON, complete with the state of the part that is being read."""
-        state = self.parts[position.part].state() if position.records else None
-        return {"part": position.part, "records": position.records, "state": state}
 
 
 def _explain_undecodable(part: TextFile, error: UnicodeDecodeError, later: list[Part]) -> str:
@@ -244,15 +209,6 @@ def _explain_undecodable(part: TextFile, error: UnicodeDecodeError, later: list[
                 others.append(repr(str(other.path)))
     also = f", nor are {', '.join(others)}" if others else ""
     return f"data.sources: {str(part.path)!r} is not {part.encoding.upper()} text ({error}){also}; {_ENCODINGS}"
-
-
-@dataclass
-class Position:
-    """How far a source has been read: whole parts, records of the next one, and what that needs to go on there."""
-
-    part: int = 0
-    records: int = 0
-    state: Any = None
 
 
 def find_source(options: DataOptions) -> Source:

@@ -20,8 +20,8 @@ class Placed(NamedTuple):
     text: str
 
 
-def place_documents(documents: Iterable[Document], share: float, *, begun: bool = False) -> Iterator[list[Placed]]:
-    """Hold out about `share` of the documents. When a batch is given, all that has been read is in it or before it.
+def place_documents(documents: Iterable[Document], share: float) -> Iterator[list[Placed]]:
+    """Hold out about `share` of the documents, in batches.
 
     A document is held out when the hash of its key, as a number from 0 to 1, is below `share`; that depends on nothing
     else, so equal documents are never separated, and neither order nor number of documents matters. Of a few documents
@@ -31,12 +31,11 @@ def place_documents(documents: Iterable[Document], share: float, *, begun: bool 
     Args:
         documents: read one at a time.
         share: between 0 and 1.
-        begun: these documents continue others that have been placed.
 
     Raises ValueError for several documents that are all equal.
     """
     waiting: list[Document] = []
-    size = 0
+    size, begun = 0, False
     for batch in _batches(documents):
         waiting += batch
         size += sum(len(d.text) for d in batch)
@@ -73,7 +72,7 @@ def _place_few(documents: list[Document], share: float) -> list[Placed]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents, given as soon as they are full, so that nothing is read ahead."""
+    """Lists of documents of a bounded number and size."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -2,9 +2,7 @@
 
 A corpus is a folder with three files for each side of the split, `train.tokens`, `train.starts` and `train.bytes` (see
 `Tokens`), and `manifest.json`, which has a checksum for every block of them. While it is written it is called
-`….partial`; the files are appended to, and from time to time `progress.json` is replaced by one that says how long they
-are and where reading stopped. Whatever a killed process appended after that is cut off by the next one. The folder gets
-its name when it is whole.
+`….partial`; it gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -16,22 +14,18 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .tokens import Tokens, Vocabulary
 
 FORMAT = 2  # changes with the meaning of the files
-MANIFEST, PROGRESS, PARTIAL = "manifest.json", "progress.json", ".partial"
+MANIFEST, PARTIAL = "manifest.json", ".partial"
 BLOCK, VERIFIED = 16 << 20, 1 << 30  # bytes that have a checksum of their own, and that are verified at each opening
 WRITTEN = {"train": "train", "validation": "read"}  # the validation side is shuffled at the end, from `read`
-
-
-class CacheError(OSError):
-    """The cache cannot be written."""
 
 
 class TokenizedData(NamedTuple):
@@ -72,7 +66,9 @@ def _find_wrong_block(folder: Path, checksums: dict[str, list[int]]) -> Path | N
 
 
 def _checksums(path: Path) -> list[int]:
+    """Of a file that is on the disk when this returns, so that the folder's name does not reach it before."""
     with path.open("rb") as file:
+        os.fsync(file.fileno())
         return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
 
 
@@ -81,58 +77,21 @@ def _sizes(tokens: Tokens) -> list[int]:
 
 
 class CorpusWriter:
-    """Writes the corpus `folder`, going on from what a killed process left. Use as a context manager.
-
-    `progress` is what was given to `commit` last, None at the start. Leaving the context after an error keeps what has
-    been committed, unless it was an error of writing (CacheError) or of the data (ValueError).
-    """
+    """Writes the corpus `folder`. A context manager: what is not finished is removed at its end, and what a killed
+    process left at the next one's start. Raises OSError with the remedy where it cannot be written."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary):
-        self.folder, self.partial = folder, folder.with_name(folder.name + PARTIAL)
-        self.vocabulary = vocabulary
-        self.progress: dict[str, Any] | None = None
-        self.num_tokens = dict.fromkeys(WRITTEN, 0)
-        self.num_documents = dict.fromkeys(WRITTEN, 0)
-        self._files: dict[str, BinaryIO] = {}
+        self.folder, self.partial, self.vocabulary = folder, folder.with_name(folder.name + PARTIAL), vocabulary
+        self.num_tokens, self.num_documents = (dict.fromkeys(WRITTEN, 0) for _ in range(2))
 
     def __enter__(self) -> CorpusWriter:
         with self._writing():
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._restore()
-            for side in WRITTEN.values():
-                for name in ("tokens", "starts", "bytes"):
-                    path = self.partial / f"{side}.{name}"
-                    self._files[path.name] = path.open("ab")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk, which has been told by a write
-                file.close()
-        if self.progress is None or isinstance(error, (CacheError, ValueError)):
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _restore(self) -> None:
-        """Read the progress and cut the files to it; start over where that cannot be done."""
-        lengths = {}
-        try:
-            saved = json.loads((self.partial / PROGRESS).read_text(encoding="utf-8"))
-            for side, (documents, tokens) in saved["sides"].items():
-                self.num_documents[side], self.num_tokens[side] = documents, tokens
-                file = self.partial / WRITTEN[side]
-                lengths[file.with_suffix(".tokens")] = tokens * self.vocabulary.dtype.itemsize
-                lengths[file.with_suffix(".starts")] = lengths[file.with_suffix(".bytes")] = documents * 8
-            whole = all(path.stat().st_size >= length for path, length in lengths.items())
-        except (FileNotFoundError, ValueError):
-            whole = False
-        if whole:
-            self.progress = saved["progress"]
-            for path, length in lengths.items():
-                os.truncate(path, length)
-            return
-        for path in self.partial.iterdir():
-            path.unlink()
-        self.num_documents, self.num_tokens = dict.fromkeys(WRITTEN, 0), dict.fromkeys(WRITTEN, 0)
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def append(self, side: str, documents: list[np.ndarray], document_bytes: list[int]) -> None:
         """Append documents, each an array of tokens with its end, and the UTF-8 bytes of their texts."""
@@ -140,41 +99,27 @@ class CorpusWriter:
             return
         lengths = [len(tokens) for tokens in documents]
         starts = self.num_tokens[side] + np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+        tokens = np.concatenate(documents).astype(self.vocabulary.dtype, copy=False)
+        columns = {"tokens": tokens, "starts": starts, "bytes": np.asarray(document_bytes, dtype=np.int64)}
         with self._writing():
-            self._file(side, "tokens").write(np.concatenate(documents).astype(self.vocabulary.dtype, copy=False).data)
-            self._file(side, "starts").write(starts.data)
-            self._file(side, "bytes").write(np.asarray(document_bytes, dtype=np.int64).data)
-        self.num_tokens[side] += sum(lengths)
+            for name, values in columns.items():
+                with (self.partial / f"{WRITTEN[side]}.{name}").open("ab") as file:
+                    file.write(values.data)
+        self.num_tokens[side] += len(tokens)
         self.num_documents[side] += len(documents)
-
-    def commit(self, progress: dict[str, Any]) -> None:
-        """Make what has been appended safe, and `progress` (JSON) with it."""
-        with self._writing():
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-            sides = {side: [self.num_documents[side], self.num_tokens[side]] for side in WRITTEN}
-            _write_json(self.partial / PROGRESS, {"progress": progress, "sides": sides})
-        self.progress = progress
 
     def finish(self, description: str) -> None:
         """Shuffle the validation documents and give the folder its name; both sides must have a document."""
         with self._writing():
-            for file in self._files.values():
-                file.close()
             self._shuffle_validation()
             sides = [Tokens.open(self.partial, side, self.vocabulary) for side in WRITTEN]
-            sizes = [_sizes(tokens) for tokens in sides]
-            files = [self.partial / f"{side}.{name}" for side in WRITTEN for name in ("tokens", "starts", "bytes")]
             manifest = {
-                "description": description, "vocabulary": self.vocabulary, "sizes": sizes,
-                "checksums": {file.name: _checksums(file) for file in files},
+                "description": description, "vocabulary": self.vocabulary, "sizes": [_sizes(side) for side in sides],
+                "checksums": {path.name: _checksums(path) for path in sorted(self.partial.iterdir())},
             }  # fmt: skip
-            _write_json(self.partial / MANIFEST, manifest)
+            (self.partial / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
             shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one
             self.partial.rename(self.folder)
-            for path in (self.folder / PROGRESS, *self.folder.glob(f"{WRITTEN['validation']}.*")):
-                path.unlink(missing_ok=True)
 
     def _shuffle_validation(self) -> None:
         """Write the held-out documents in random order, so that the first few of them are a fair sample."""
@@ -187,27 +132,16 @@ class CorpusWriter:
                 file.write(read.tokens[read.starts[document] : ends[document]].data)
         (np.cumsum(lengths[order]) - lengths[order]).tofile(self.partial / "validation.starts")
         read.document_bytes[order].tofile(self.partial / "validation.bytes")
-
-    def _file(self, side: str, name: str) -> BinaryIO:
-        return self._files[f"{WRITTEN[side]}.{name}"]
+        for path in self.partial.glob(f"{WRITTEN['validation']}.*"):
+            path.unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise CacheError(
+            raise OSError(
                 error.errno,
                 f"{error.strerror or error} while tokenised data was written to {self.folder.parent}; what was begun "
                 "is removed. Make room there, or give another folder with --data.cache-dir",
             ) from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Replace a file by one with this value, which is on the disk when this returns."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -18,12 +18,12 @@ import pytest
 
 from modeling_tnt.train.data import DataOptions
 from modeling_tnt.train.data import sources as sources_module
-from modeling_tnt.train.data.sources import Position, find_source
+from modeling_tnt.train.data.sources import find_source
 
 
 def _read(*sources: object, **options: object) -> list[str]:
     source = find_source(DataOptions(sources=[str(s) for s in sources], **options))
-    return [document.text for document in source.read(Position())]
+    return [document.text for document in source.read()]
 
 
 def _write_arrow(path: Path, table: pa.Table, opener: object) -> None:
@@ -228,7 +228,7 @@ def test_options_of_the_hub_are_refused_for_files(tmp_path: Path):
 
 def test_the_standard_library_is_read_by_default():
     source = find_source(DataOptions())
-    documents = list(islice(source.read(Position()), 20))
+    documents = list(islice(source.read(), 20))
     assert [d.key for d in documents[:2]] == ["__future__.py", "__hello__.py"]
     assert documents[0].text == Path(sysconfig.get_paths()["stdlib"], "__future__.py").read_text(encoding="utf-8")
 
@@ -241,30 +241,3 @@ def test_the_version_changes_with_the_files(tmp_path: Path):
     assert find_source(options).revision == first.revision and first.num_bytes == 4
     file.write_text("longer text")
     assert find_source(options).revision != first.revision
-
-
-def test_every_kind_of_source_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    names = [f"text {i}" for i in range(5)]
-    (tmp_path / "mixed").mkdir()
-    for name in names[:2]:
-        (tmp_path / "mixed" / f"{name}.txt").write_text(name)
-    pq.write_table(pa.table({"text": names[2:]}), tmp_path / "mixed" / "z.parquet")
-    datasets.Dataset.from_dict({"text": names}).save_to_disk(tmp_path / "saved")
-    (tmp_path / "hub").mkdir()
-    for part in (names[:3], names[3:]):
-        pq.write_table(pa.table({"text": part}), tmp_path / "hub" / f"train-{part[0][-1]}.parquet", row_group_size=1)
-    real = datasets.load_dataset
-
-    def load(name: str, *args: object, **options: object):
-        return real(str(tmp_path / "hub"), **options) if name == "owner/name" else real(name, *args, **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(sources_module, "find_hub_revision", lambda name: "abc")
-    for given in (tmp_path / "mixed", tmp_path / "saved", "owner/name"):
-        for done in range(1, 6):
-            source, position = find_source(DataOptions(sources=[str(given)])), Position()
-            stream = source.read(position)
-            assert [next(stream).text for _ in range(done)] == names[:done]
-            kept = json.loads(json.dumps(source.save_position(position)))
-            again = find_source(DataOptions(sources=[str(given)]))
-            assert [d.text for d in again.read(Position(**kept))] == names[done:]

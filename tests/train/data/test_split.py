@@ -40,23 +40,6 @@ def test_a_side_does_not_depend_on_order_number_or_batches(monkeypatch: pytest.M
     assert {side: set(texts) for side, texts in _split(documents, 0.1).items()} == whole
 
 
-def test_nothing_is_read_ahead_of_a_batch(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(split, "BATCH_DOCUMENTS", 3)
-    read = 0
-
-    def stream():
-        nonlocal read
-        for document in _documents(*(f"text {i}" for i in range(20))):
-            read += 1
-            yield document
-
-    given = 0
-    for batch in place_documents(stream(), 0.3):
-        given += len(batch)
-        assert given == read
-    assert given == 20
-
-
 def test_few_documents():
     """With tiny and huge shares no hash, or every hash, is below; one document moves, with those equal to it."""
     documents = _documents("a", "b", "c", "a", "b", "c")
