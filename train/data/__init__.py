@@ -12,7 +12,7 @@ from .options import DataOptions, load_tokenizer
 # Loaded when asked for: a recipe needs the options alone, and the others import torch.
 _HOMES = {
     "Document": ".sources",
-    "RowOrder": ".order",
+    "RowOrder": ".tokens",
     "Rows": ".tokens",
     "TokenizedData": ".store",
     "Tokens": ".tokens",

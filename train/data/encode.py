@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 
 import numpy as np
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
+from .sources import hash_json
 from .tokens import Vocabulary
 
 LONG = 10_000_000  # characters of a text that takes long enough to be told of
@@ -57,11 +57,5 @@ class Encoder:
         for left_by_calls in ("truncation", "padding"):
             rules.pop(left_by_calls, None)
         probe = [ids.tolist() for ids in self([PROBE])]
-        parts = [
-            type(self.tokenizer).__name__,
-            self.tokenizer.eos_token_id,
-            sorted(self.tokenizer.get_vocab().items()),
-            rules,
-            probe,
-        ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hash_json([type(self.tokenizer).__name__, self.tokenizer.eos_token_id, vocabulary, rules, probe])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HOME
 
-from ..options import option
+from ..options import find_blocked_folder, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,10 +71,7 @@ class DataOptions:
         for name in ("split", "text_column", "tokenizer"):
             if not getattr(self, name):
                 yield f"--data.{name.replace('_', '-')} must not be empty"
-        blocked = self.find_cache_dir()
-        taken = next((p for p in (blocked, *blocked.parents) if p.exists()), None)
-        if taken is not None and not taken.is_dir():
-            yield f"--data.cache-dir {blocked} cannot be made: {taken} is a file; give another folder"
+        yield from find_blocked_folder(self.find_cache_dir(), "data.cache_dir")
 
     def find_cache_dir(self) -> Path:
         """The folder for tokenised data: `cache_dir`, or `tnt/tokens` in the cache of `datasets`, wherever HF_HOME or
