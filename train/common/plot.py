@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,5 @@ def _draw_health(axes: Axes, health: dict[str, list[Reading]], quantity: Quantit
 def exponential_mean(values: np.ndarray, span: int) -> np.ndarray:
     """The mean of all values so far, each weighted by exp(−its age / span)."""
     decay = math.exp(-1 / span)
-    weights = np.cumsum(decay ** np.arange(len(values)))
-    means, total = [], 0.0
-    for value, weight in zip(values, weights, strict=True):
-        total = decay * total + value
-        means.append(total / weight)
-    return np.array(means)
+    totals = np.array(list(accumulate(values, lambda total, value: decay * total + value)))
+    return totals / np.cumsum(decay ** np.arange(len(values)))

@@ -143,23 +143,20 @@ def choose_tasks(setup: Setup) -> dict[str, Task]:
     return tasks
 
 
-def evaluate(evaluation: Evaluation) -> dict[str, Any]:
-    """Do the tasks one after the other, each written to `output_dir` when it is done. Returns what the files hold."""
+def evaluate(evaluation: Evaluation) -> None:
+    """Do the tasks one after the other, each written to `output_dir` when it is done."""
     arguments = evaluation.arguments
     _print_start(evaluation)
     arguments.output.claim(arguments.results)
-    reports = {}
     for name, task in evaluation.tasks.items():
         began = time.perf_counter()
         results = {label: task.measure(evaluation, label) for label in evaluation.models}
         report = _head(evaluation, name) | {"seconds": time.perf_counter() - began} | task.report(results)
-        reports[name] = report
         with atomic_file(arguments.output_dir / f"{name}.json") as path:
             path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         task.draw(arguments.output_dir / f"{name}.png", results)
         print("\n".join([f"\n{name}", *(f"  {line}" for line in task.describe(results))]), flush=True)
     print(f"\nresults  {arguments.output_dir}: a JSON file and a PNG of each task", flush=True)
-    return reports
 
 
 def _print_start(evaluation: Evaluation) -> None:
