@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..common.files import atomic_file
-from ..common.plot import save_plot
 from ..common.progress import progress_bar
 from ..options import to_mapping
 from ..plan import Run, Stage
 from .health import find_idle_memories
+from .picture import save_plot
 from .state import Score, State, score_key
 
 T = TypeVar("T")

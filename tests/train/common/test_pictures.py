@@ -23,7 +23,6 @@ from modeling_tnt.train.bench.report import save_kernel_plot
 from modeling_tnt.train.bench.rows import DecodeRow, KernelRow, ModelRow
 from modeling_tnt.train.common import pictures
 from modeling_tnt.train.common.pictures import LogTicks, short_count, without_outliers
-from modeling_tnt.train.common.plot import exponential_mean, save_plot
 from modeling_tnt.train.evaluation.chunks import ChunkCurve, ChunksTask
 from modeling_tnt.train.evaluation.estimates import Estimate
 from modeling_tnt.train.evaluation.perplexity import PerplexityTask
@@ -31,6 +30,7 @@ from modeling_tnt.train.evaluation.position import PositionCurve, PositionTask, 
 from modeling_tnt.train.evaluation.retrieval import Retrieval, RetrievalTask
 from modeling_tnt.train.evaluation.scores import Scores
 from modeling_tnt.train.loop.health import find_idle_memories
+from modeling_tnt.train.loop.picture import exponential_mean, save_plot
 from modeling_tnt.train.loop.state import Score, score_key
 from modeling_tnt.train.reproduce.paper import ROWS
 from modeling_tnt.train.reproduce.picture import Line, draw_table

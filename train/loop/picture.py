@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from ..loop.health import HARDLY_LEARNS, LOSS_RATIO, QUANTITIES, STATE_NORM, Quantity, Reading, read_health
-from ..loop.state import Score
-from .pictures import COLORS, REFERENCE, make_y_logarithmic, picture
+from ..common.pictures import COLORS, REFERENCE, make_y_logarithmic, picture
+from .health import HARDLY_LEARNS, LOSS_RATIO, QUANTITIES, STATE_NORM, Quantity, Reading, read_health
+from .state import Score
 
 # Of scores when all colours are used up.
 MARKERS = "os^vDP*X"
