@@ -69,6 +69,16 @@ def ratio_influence(numerator: Tensor, denominator: Tensor) -> tuple[float, Tens
     return value, (x - value * y) * (len(x) / total)
 
 
+def paired_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Estimate:
+    """Second minus first of two ratios over the same rows, each given as its numerators and denominators, [n] each.
+
+    Each row's influence on both is subtracted before the error is taken, so that what makes a row hard for both models
+    cancels. The errors of the two values themselves are far larger and say nothing of the difference.
+    """
+    (a, influence_a), (b, influence_b) = ratio_influence(*first), ratio_influence(*second)
+    return Estimate(b - a, mean_error(influence_b - influence_a))
+
+
 def mean_error(values: Tensor) -> float:
     """Standard error of the mean of values [n]: `sqrt(Σ (x − mean)² / (n (n − 1)))`; nan for n = 1."""
     if len(values) < 2:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..common.pictures import COLORS, REFERENCE, picture
-from .estimates import Estimate, mean_error, ratio_influence
+from .estimates import Estimate, paired_difference
 from .scores import Scores
 from .task import Task, report_models
 
@@ -21,16 +21,9 @@ if TYPE_CHECKING:
 
 
 def compare_scores(first: Scores, second: Scores) -> dict[str, Estimate]:
-    """Second minus first over the same rows, in nats per token and bits per byte, with paired errors.
-
-    Each row's influence on both is subtracted before the error is taken, so that what makes a row hard for both models
-    cancels. The errors of the two values themselves are far larger and say nothing of the difference.
-    """
-    result = {}
-    for name in ("nats_per_token", "bits_per_byte"):
-        (a, influence_a), (b, influence_b) = (ratio_influence(*scores.parts(name)) for scores in (first, second))
-        result[name] = Estimate(b - a, mean_error(influence_b - influence_a))
-    return result
+    """Second minus first over the same rows, in nats per token and bits per byte, with paired errors."""
+    names = ("nats_per_token", "bits_per_byte")
+    return {name: paired_difference(first.parts(name), second.parts(name)) for name in names}
 
 
 def differences(first: Scores, second: Scores) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.pictures import BARS, COLORS, count_tokens, draw_curves, picture
-from .estimates import Estimate, fit_slope, mean_error, ratio_influence
+from .estimates import Estimate, fit_slope, mean_error, paired_difference, ratio, ratio_influence
 from .scores import TokenLosses
 from .task import Task, report_models
 
@@ -35,15 +35,17 @@ class PositionCurve:
     nats: Tensor
     labels: Tensor
 
-    def ratios(self) -> tuple[list[int], list[float], list[Tensor]]:
-        """The bins that hold tokens, the nats per token of each, and the rows' influences [n] on it (`estimates`)."""
-        bins = [k for k in range(len(self.edges) - 1) if self.labels[:, k].sum() > 0]
-        values, influences = zip(*(ratio_influence(self.nats[:, k], self.labels[:, k]) for k in bins), strict=True)
-        return bins, list(values), list(influences)
+    def bins(self) -> list[int]:
+        """Those that hold tokens."""
+        return [k for k in range(len(self.edges) - 1) if self.labels[:, k].sum() > 0]
+
+    def parts(self, k: int) -> tuple[Tensor, Tensor]:
+        """The rows' nats and labels in bin k, [n] each."""
+        return self.nats[:, k], self.labels[:, k]
 
     def losses(self) -> dict[int, Estimate]:
         """Nats per token of each bin that holds tokens, with its error over rows, by the bin's index."""
-        return {k: Estimate(v, mean_error(i)) for k, v, i in zip(*self.ratios(), strict=True)}
+        return {k: ratio(*self.parts(k)) for k in self.bins()}
 
     def centre(self, k: int) -> float:
         """The geometric middle of bin k, in tokens."""
@@ -58,9 +60,10 @@ class PositionCurve:
         Returns:
             The slope, and the first and last position that it spans; None with fewer than three bins.
         """
-        bins, values, influences = (column[-SLOPE_BINS:] for column in self.ratios())
+        bins = self.bins()[-SLOPE_BINS:]
         if len(bins) < 3:
             return None
+        values, influences = zip(*(ratio_influence(*self.parts(k)) for k in bins), strict=True)
         weights = fit_slope(torch.tensor([math.log2(self.centre(k)) for k in bins]))
         value = (weights * torch.tensor(values, dtype=torch.float64)).sum().item()
         error = mean_error((weights[:, None] * torch.stack(influences)).sum(0))
@@ -110,8 +113,7 @@ def join_positions(curves: list[PositionCurve]) -> PositionCurve:
 
 def compare_positions(first: PositionCurve, second: PositionCurve) -> dict[int, Estimate]:
     """Second minus first in each bin, in nats per token, with paired errors over the same rows."""
-    pairs = zip(*first.ratios(), *second.ratios()[1:], strict=True)
-    return {k: Estimate(b - a, mean_error(ib - ia)) for k, a, ia, b, ib in pairs}
+    return {k: paired_difference(first.parts(k), second.parts(k)) for k in first.bins()}
 
 
 def _differences(first: PositionCurve, second: PositionCurve) -> list[dict[str, Any]]:
