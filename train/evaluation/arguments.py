@@ -13,7 +13,11 @@ from ..common.output_folder import OutputFolder
 from ..data import DataOptions
 from ..options import find_blocked_folder, flag_of, option
 
-TASKS = ("perplexity", "position", "chunks", "retrieval")
+# In the order in which they are done: the class of each as `module:name`, which is not imported for the flags alone.
+TASKS = {
+    "perplexity": "perplexity:PerplexityTask", "position": "position:PositionTask", "chunks": "chunks:ChunksTask",
+    "retrieval": "retrieval:RetrievalTask",
+}  # fmt: skip
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_TOKENIZER = "model"
 RETRIEVAL_LENGTHS = [128, 256, 512, 1024, 2048, 4096]

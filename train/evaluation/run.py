@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -20,15 +21,10 @@ from ..common.progress import progress_bar
 from ..data import Rows, load_data
 from ..options import fail, to_mapping
 from .arguments import DTYPES, TASKS, EvalArguments
-from .chunks import ChunksTask
-from .perplexity import PerplexityTask
-from .position import PositionCurve, PositionTask, bin_positions, join_positions, position_edges
-from .retrieval import RetrievalTask
+from .position import PositionCurve, bin_positions, join_positions, position_edges
 from .scores import Scores, TokenLosses, iterate_losses, join_scores
 from .subjects import Subject, find_subjects, find_tokenizer, load_model
 from .task import Setup, Task
-
-_TASKS = dict(zip(TASKS, (PerplexityTask, PositionTask, ChunksTask, RetrievalTask), strict=True))
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def choose_tasks(setup: Setup) -> dict[str, Task]:
     and otherwise left out with a remark."""
     arguments, tasks = setup.arguments, {}
     for name in (name for name in TASKS if name in (arguments.tasks or TASKS)):
-        task = _TASKS[name]()
+        task = resolve_name(f"{__package__}.{TASKS[name]}")()
         obstacle = task.prepare(setup)
         if obstacle is None:
             tasks[name] = task

@@ -1,4 +1,4 @@
-"""What a task of `tnt eval` is: one class, in the file of its name. `run` lists them."""
+"""What a task of `tnt eval` is: one class, in the file of its name. `arguments.TASKS` lists them."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, GPT2LM
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.common.output_folder import MANIFEST
 from modeling_tnt.train.data import DataOptions, load_data
-from modeling_tnt.train.evaluation.arguments import EvalArguments
+from modeling_tnt.train.evaluation.arguments import TASKS, EvalArguments
 from modeling_tnt.train.evaluation.position import PositionTask
-from modeling_tnt.train.evaluation.run import run_eval
+from modeling_tnt.train.evaluation.run import Evaluation, run_eval
 from modeling_tnt.train.evaluation.subjects import shorten
+from modeling_tnt.train.evaluation.task import Setup, Task, report_models
 from modeling_tnt.train.options import Parser, add_flags, to_arguments
 
 WORDS = "the memory reads one token and then another while it learns to forget what no longer helps".split()
@@ -249,6 +251,38 @@ def test_a_model_that_diverged_has_no_values(arguments, models, tmp_path, capsys
     both = read(tmp_path / "eval", "perplexity")["models"]
     assert both["diverged"]["perplexity"]["value"] is None and both["stage2"]["perplexity"]["value"] > 1
     assert read(tmp_path / "eval", "retrieval")["models"]["diverged"][0]["exact_match"]["value"] == 0
+
+
+class CountTask(Task):
+    """Counts rows, of models with local memories."""
+
+    def prepare(self, setup: Setup) -> str | None:
+        setup.remarks.append(f"rows of {setup.arguments.seq_len}")
+        return None if all(s.has_local_memories for s in setup.subjects) else "there is a model without local memories"
+
+    def measure(self, evaluation: Evaluation, label: str) -> int:
+        return len(evaluation.rows)
+
+    def report(self, results: dict[str, int]) -> dict:
+        return report_models(results, int, lambda first, second: second - first)
+
+    def describe(self, results: dict[str, int]) -> list[str]:
+        return [f"{name}: {count} rows" for name, count in results.items()]
+
+    def draw(self, path: Path, results: dict[str, int]) -> None:
+        path.write_bytes(b"drawn")
+
+
+def test_another_task_is_one_class_and_one_line(arguments, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[Task.__module__], "CountTask", CountTask, raising=False)
+    monkeypatch.setitem(TASKS, "count", "task:CountTask")
+    assert run_eval(arguments(tasks=["count"], compare=[str(models / "stage2")])) == 0
+    result = read(tmp_path / "eval", "count")
+    assert result["models"] == {"stage1": 10, "stage2": 10} and result["minus_first_model"] == {"stage2": 0}
+    assert result["remarks"] == ["rows of 64"] and (tmp_path / "eval" / "count.png").read_bytes() == b"drawn"
+    assert "\ncount\n  stage1: 10 rows\n" in capsys.readouterr().out
+    assert run_eval(arguments(models / "llama", tasks=["count"], overwrite=True)) == 2
+    assert "--tasks count cannot be done: there is a model without local memories" in capsys.readouterr().err
 
 
 def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch, capsys):
