@@ -67,8 +67,8 @@ def _add_legend(part: FigureBase) -> None:
 
 
 def draw_curves(axes: Axes, curves: Mapping[str, Mapping[float, Estimate | Proportion]]) -> None:
-    """For each name points joined by lines, by their place on a logarithmic axis, with bars of one standard error to
-    either side. A name without points keeps its colour and is not drawn."""
+    """A line with error bars of one standard error for each name, from its points by x, on a logarithmic axis. A name
+    without points is not drawn, and keeps its colour."""
     for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
         if curve:
             values = np.array([estimate.value for estimate in curve.values()])

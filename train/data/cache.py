@@ -1,4 +1,4 @@
-"""Tokenised once, then mapped: which corpus is asked for, whether the cache has it, and if not, how it gets there.
+"""The cache of tokenised corpora: finds the one that the options name, or makes it.
 
 A corpus is a folder `{what was asked for}-{version of the text}`, both as hashes; `store` says what it holds.
 """
@@ -56,7 +56,7 @@ def load_data(options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Token
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the one lock of a corpus; it ends with the process. Says so when another process holds it."""
+    """Hold the lock of a corpus, which ends with the process. Prints a line when another process holds it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(folder.name + ".lock"))
@@ -103,7 +103,7 @@ def _tokenise(source: Source, options: DataOptions, encoder: Encoder, folder: Pa
 
 
 class _LimitedText:
-    """Passes on documents that have a text, until their UTF-8 bytes reach the limit, at which the last is cut."""
+    """Yields documents that are not empty, up to a limit of UTF-8 bytes, at which the last one is cut."""
 
     def __init__(self, name: str, limit: int):
         self.name, self.limit, self.num_bytes = name, limit, 0

@@ -1,4 +1,4 @@
-"""Text to token ids, and what stands for a tokenizer in the name of a cache."""
+"""Text to token ids, and the fingerprint of a tokenizer in the name of a cached corpus."""
 
 from __future__ import annotations
 

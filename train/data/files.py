@@ -1,4 +1,4 @@
-"""Which files hold text, by their suffixes; the files of a folder, and those of them that are not read."""
+"""Kinds of files by suffix, the files of a folder, and decompression."""
 
 from __future__ import annotations
 

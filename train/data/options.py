@@ -1,4 +1,4 @@
-"""What a user says about data, and the tokenizer that it names."""
+"""The options of data, and loading the tokenizer that they name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENCODING_ERRORS = ("strict", "replace", "ignore", "backslashreplace")
 
 @dataclass
 class DataOptions:
-    """Which text is trained on and how it becomes tokens; a flag names a field as `--data.text-column`."""
+    """Which text is read and how it becomes tokens. The flag of a field: `--data.text-column`."""
 
     sources: list[str] = option(
         [], "data", "text, JSON, CSV, parquet or arrow files, also compressed (gz, bz2, xz, zst), folders of them "

@@ -195,7 +195,7 @@ class Source:
 
 
 def _explain_undecodable(part: TextFile, error: UnicodeDecodeError, later: list[Part]) -> str:
-    """Names the others at once, as far as a look at some of the files that follow finds them."""
+    """Also names other text files that cannot be decoded, of the first `SCANNED_BYTES` that follow."""
     others, left = [], SCANNED_BYTES
     for other in (other for other in later if isinstance(other, TextFile)):
         left -= other.path.stat().st_size
@@ -305,7 +305,7 @@ def _refuse_encoding(options: DataOptions) -> None:
 
 
 def is_on_hub(sources: list[str]) -> bool:
-    """Whether `DataOptions.sources` name a dataset of the Hub: one `dataset` or `owner/dataset` that is no path."""
+    """Whether `DataOptions.sources` is one dataset of the Hub: `dataset` or `owner/dataset`, and no path."""
     if len(sources) != 1 or Path(sources[0]).expanduser().exists():
         return False
     (name,) = sources

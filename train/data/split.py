@@ -57,7 +57,7 @@ def hash_of(key: str) -> float:
 
 
 def _place_few(documents: list[Document], share: float) -> list[Placed]:
-    """Documents that all fell on one side: the one with the hash nearest to the share changes sides."""
+    """For documents that are all on one side: moves the one with the hash nearest to the share to the other."""
     if len(documents) == 1:
         text = documents[0].text
         if len(text) < 2:

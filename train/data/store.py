@@ -1,4 +1,4 @@
-"""The files of a tokenised corpus, and how they are written so that a half of them is never taken for the whole.
+"""The files of a tokenised corpus: opened with their checksums verified, written so that no half of them is opened.
 
 A corpus is a folder with three files for each side of the split, `train.tokens`, `train.starts` and `train.bytes` (see
 `Tokens`), and `manifest.json`, which has a checksum for every block of them. While it is written it is called
@@ -29,7 +29,7 @@ WRITTEN = {"train": "train", "validation": "read"}  # the validation side is shu
 
 
 class TokenizedData(NamedTuple):
-    """Both sides of a corpus that is whole, and what it is in words."""
+    """Both sides of a complete corpus, and its description."""
 
     train: Tokens
     validation: Tokens
@@ -53,7 +53,7 @@ def open_corpus(folder: Path) -> TokenizedData | None:
 
 
 def _find_wrong_block(folder: Path, checksums: dict[str, list[int]]) -> Path | None:
-    """The first file seen with a block that has another checksum, of as many blocks as may be verified."""
+    """The first file found with a wrong checksum, among at most `VERIFIED` bytes of blocks."""
     blocks = [(name, i) for name, known in checksums.items() for i in range(len(known))]
     if len(blocks) * BLOCK > VERIFIED:
         blocks = sorted(random.Random().sample(blocks, max(1, VERIFIED // BLOCK)))
@@ -66,7 +66,7 @@ def _find_wrong_block(folder: Path, checksums: dict[str, list[int]]) -> Path | N
 
 
 def _checksums(path: Path) -> list[int]:
-    """Of a file that is on the disk when this returns, so that the folder's name does not reach it before."""
+    """Checksums of a file's blocks. The file is flushed to the disk first, so that it is there before the rename is."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
@@ -77,8 +77,8 @@ def _sizes(tokens: Tokens) -> list[int]:
 
 
 class CorpusWriter:
-    """Writes the corpus `folder`. A context manager: what is not finished is removed at its end, and what a killed
-    process left at the next one's start. Raises OSError with the remedy where it cannot be written."""
+    """Writes the corpus `folder`; a context manager. Leaving it without `finish` removes what was written, entering it
+    removes what a killed process left. Raises OSError, with the remedy, where it cannot be written."""
 
     def __init__(self, folder: Path, vocabulary: Vocabulary):
         self.folder, self.partial, self.vocabulary = folder, folder.with_name(folder.name + PARTIAL), vocabulary

@@ -18,8 +18,8 @@ NO_LABEL = -100  # what the loss of transformers leaves out
 
 
 class Vocabulary(NamedTuple):
-    """Of a tokenizer: its largest id plus one, and how many different tokens text can become, the end of a document
-    being one of them (ByT5: 384 and 257)."""
+    """`size`: a tokenizer's largest id plus one. `num_symbols`: how many different tokens text can become, with the
+    end of a document (ByT5: 384 and 257)."""
 
     size: int
     num_symbols: int

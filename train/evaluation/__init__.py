@@ -1,1 +1,1 @@
-"""What a causal language model knows of held-out text: `tnt eval`, and the scores that the trainer reports."""
+"""Evaluation on held-out text: `tnt eval`, and the scores that the trainer reports."""

@@ -25,7 +25,7 @@ RETRIEVAL_LENGTHS = [128, 256, 512, 1024, 2048, 4096]
 
 @dataclass
 class EvalArguments:
-    """What `tnt eval` needs to know; every field but the model is a flag."""
+    """The arguments of `tnt eval`; every field but the model is a flag."""
 
     model: str = option(
         "", "evaluation", "folder or Hub name of a causal language model, TNT or other", positional=True

@@ -200,7 +200,7 @@ class ChunksTask(Task):
 
 
 def _curve_of(panel: str, curve: ChunkCurve, base: ChunkCurve) -> dict[int, Estimate]:
-    """What a panel shows of a model by chunk size; nothing of the first beside itself."""
+    """A model's points in a panel, by chunk size; empty for the first model in the panel of differences to it."""
     if panel == "perplexity":
         return {size: s.perplexity for size, s in curve.scores.items()}
     if panel == "own":

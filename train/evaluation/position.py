@@ -1,4 +1,4 @@
-"""Task `position`: the loss by how much a model has read, as in figure 2 of TTT (arXiv 2407.04620)."""
+"""Task `position`: the loss by position in the context, as in figure 2 of TTT (arXiv 2407.04620)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def bin_positions(losses: TokenLosses, edges: list[int]) -> PositionCurve:
 
 
 def join_positions(curves: list[PositionCurve]) -> PositionCurve:
-    """The curve of the rows of several, whose edges are the same."""
+    """The curve of all rows of several curves with equal edges."""
     return PositionCurve(curves[0].edges, torch.cat([c.nats for c in curves]), torch.cat([c.labels for c in curves]))
 
 

@@ -1,4 +1,4 @@
-"""Task `retrieval`: is a value found again in a text of key-value pairs, at growing lengths (associative recall)?"""
+"""Task `retrieval`: associative recall of a value from a text of key-value pairs, by length and depth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ANSWER_ROOM = 16  # tokens kept free behind a document for its answer
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What a model did with the documents of one length.
+    """A model's answers to the documents of one length.
 
     exact   [n] bool, whether greedy decoding gives the value, token by token.
     nats    [n] float64, −ln p(value | document).
@@ -211,7 +211,7 @@ class RetrievalTask(Task):
 
 
 def _choose_lengths(setup: Setup) -> list[int]:
-    """Those that are asked for, or of the usual ones those that every model can read."""
+    """The lengths that are asked for, or those of the defaults that every model can read."""
     asked = setup.arguments.retrieval_lengths
     lengths = sorted({length for length in asked or RETRIEVAL_LENGTHS if length >= 1})
     for subject in setup.subjects:

@@ -1,4 +1,4 @@
-"""A text that a model continues."""
+"""Sampling a continuation of a prompt."""
 
 from __future__ import annotations
 

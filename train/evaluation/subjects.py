@@ -1,4 +1,4 @@
-"""The models that are evaluated: what is wrong with a name, a tokenizer or a checkpoint, and loading them."""
+"""Finding, checking and loading the models and the tokenizer of an evaluation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def find_subjects(sources: list[str], problems: list[str]) -> list[Subject]:
 
 
 def _find_wrong_folder(source: str) -> Iterator[str]:
-    """What is wrong with a name that stands for a folder here, before transformers looks on the Hub."""
+    """The problem with a name that is a local path, found before transformers asks the Hub."""
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "config.json").exists():
