@@ -6,8 +6,9 @@ What a picture shows is drawn beside the numbers it shows, between `picture` and
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,18 @@ def _add_legend(part: FigureBase) -> None:
 def draw_curves(axes: Axes, curves: Mapping[str, Mapping[float, Estimate | Proportion]]) -> None:
     """A line with error bars of one standard error for each name, from its points by x, on a logarithmic axis. A name
     without points is not drawn, and keeps its colour."""
-    for i, (color, (name, curve)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+    colors = assign_colors(curves)
+    for i, (name, curve) in enumerate(curves.items()):
         if curve:
             values = np.array([estimate.value for estimate in curve.values()])
             low, high = np.array([estimate.interval() for estimate in curve.values()]).T
             x = move_apart(list(curve), i, len(curves))
-            axes.errorbar(x, values, yerr=(values - low, high - values), color=color, label=name, marker="o")
+            axes.errorbar(x, values, yerr=(values - low, high - values), color=colors[name], label=name, marker="o")
+
+
+def assign_colors(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each name; after the ninth they begin again."""
+    return dict(zip(names, cycle(COLORS), strict=False))
 
 
 def move_apart(x: Sequence[float], index: int, count: int) -> list[float]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.configuration.validation import divisors
 
-from ..common.pictures import BARS, COLORS, REFERENCE, count_tokens, draw_curves, move_apart, picture
+from ..common.pictures import BARS, REFERENCE, assign_colors, count_tokens, draw_curves, move_apart, picture
 from .estimates import Estimate
 from .perplexity import compare_scores, differences
 from .scores import Scores, join_scores
@@ -175,17 +175,18 @@ class ChunksTask(Task):
         """
         (first, base), *others = results.items()
         with picture(path, f"Local chunks at inference; {BARS}, of differences paired by row", height=6.5) as figure:
+            colors = assign_colors(results)
             places = [["perplexity"] * 2, ["own", "first"] if others else ["own"] * 2]
             panels = figure.subplot_mosaic(places)
             several = any(len(chunks) > 1 for curve in results.values() for chunks in curve.chunks.values())
             for panel, axes in panels.items():
                 curves = {name: _curve_of(panel, curve, base) for name, curve in results.items()}
                 draw_curves(axes, curves)
-                for i, (color, (name, curve)) in enumerate(zip(COLORS, results.items(), strict=False)):
+                for i, (name, curve) in enumerate(results.items()):
                     if curve.own in curves[name]:
                         axes.plot(
-                            move_apart([curve.own], i, len(curves)), curves[name][curve.own].value, "o", color=color,
-                            markersize=10, markerfacecolor="none", markeredgewidth=1.5,
+                            move_apart([curve.own], i, len(curves)), curves[name][curve.own].value, "o",
+                            color=colors[name], markersize=10, markerfacecolor="none", markeredgewidth=1.5,
                             label=f"{name} as configured, {_write(curve.chunks[curve.own])}",
                         )  # fmt: skip
                 count_tokens(axes, sorted({size for curve in results.values() for size in curve.scores}))

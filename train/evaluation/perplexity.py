@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..common.pictures import COLORS, REFERENCE, picture
+from ..common.pictures import REFERENCE, assign_colors, picture
 from .estimates import Estimate, paired_difference
 from .scores import Scores
 from .task import Task, report_models
@@ -55,6 +54,7 @@ class PerplexityTask(Task):
         """A histogram of the rows' losses with the mean over all tokens and its standard error; below it, for several
         models, the same of the rows' differences to the first."""
         (first, base), *others = results.items()
+        colors = assign_colors(results)
         losses = {name: (s.nats / s.labels.clamp(min=1))[s.labels > 0] for name, s in results.items()}
         title = "How well held-out rows are predicted; bands: mean over all tokens ± 1 standard error"
         with picture(path, title, height=6.5 if others else 4) as figure:
@@ -62,32 +62,32 @@ class PerplexityTask(Task):
             axes = parts[0].subplots()
             means = {name: s.nats_per_token for name, s in results.items()}
             labels = {name: f"{name}: mean {means[name]}, perplexity {s.perplexity}" for name, s in results.items()}
-            _draw_histogram(axes, losses, means, labels, COLORS)
+            _draw_histogram(axes, losses, means, labels, colors)
             axes.set_xlabel("nats per token of a row")
             if others:
                 axes = parts[1].subplots()
                 means = {name: compare_scores(base, s)["nats_per_token"] for name, s in others}
                 labels = {name: f"{name}: mean difference {mean}" for name, mean in means.items()}
                 shifts = {name: losses[name] - losses[first] for name, _ in others}
-                _draw_histogram(axes, shifts, means, labels, COLORS[1:])
+                _draw_histogram(axes, shifts, means, labels, colors)
                 axes.axvline(0, label=f"as {first}", **REFERENCE)
                 axes.set_xlabel(f"nats per token of a row, minus those of {first} on the same row")
 
 
 def _draw_histogram(
-    axes: Axes, values: dict[str, Tensor], means: dict[str, Estimate], labels: dict[str, str], colors: Sequence[str]
+    axes: Axes, values: dict[str, Tensor], means: dict[str, Estimate], labels: dict[str, str], colors: dict[str, str]
 ) -> None:
     values = {name: v[v.isfinite()] for name, v in values.items()}  # a model that diverged has others
     every = torch.cat(list(values.values()))
     low, high = (every.min().item(), every.max().item()) if len(every) else (0.0, 1.0)
     margin = 0.02 * (high - low) or 0.05
     bins = min(40, max(10, max(map(len, values.values())) // 4))
-    for color, (name, row_values) in zip(colors, values.items(), strict=False):
-        style = {"bins": bins, "range": (low - margin, high + margin), "color": color}
+    for name, row_values in values.items():
+        style = {"bins": bins, "range": (low - margin, high + margin), "color": colors[name]}
         axes.hist(row_values.numpy(), histtype="stepfilled", alpha=0.2, label=f"{name}: rows", **style)
         axes.hist(row_values.numpy(), histtype="step", **style)
         mean, error = means[name]
-        axes.axvline(mean, color=color, linestyle="--", label=labels[name])
-        axes.axvspan(mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        axes.axvline(mean, color=colors[name], linestyle="--", label=labels[name])
+        axes.axvspan(mean - error, mean + error, color=colors[name], alpha=0.2, linewidth=0)
     axes.set_ylabel("rows")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

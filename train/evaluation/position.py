@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.pictures import BARS, COLORS, count_tokens, draw_curves, picture
+from ..common.pictures import BARS, assign_colors, count_tokens, draw_curves, picture
 from .estimates import Estimate, fit_slope, mean_error, paired_difference, ratio, ratio_influence
 from .scores import TokenLosses
 from .task import Task, report_models
@@ -172,7 +172,7 @@ class PositionTask(Task):
                 count_tokens(axes, [x for x in powers if x >= begin])
                 axes.set_xlabel("tokens read before the predicted one")
                 axes.set_ylabel("nats per token")
-            for color, (name, curve) in zip(COLORS, results.items(), strict=False):
+            for (name, curve), color in zip(results.items(), assign_colors(results).values(), strict=True):
                 slope = curve.slope()
                 if slope is not None:
                     x = [x for x in losses[name] if slope[1] <= x <= slope[2]]

@@ -203,6 +203,17 @@ def test_pictures_of_an_evaluation(drawn, tmp_path: Path, names: list[str]):
     assert all("± 1 standard error" in figure.get_suptitle() for figure in drawn)
 
 
+def test_no_model_is_left_out_for_want_of_a_colour(drawn, tmp_path: Path):
+    names = [f"model{i}" for i in range(11)]
+    scores = {name: make_row_scores(i, 0.1 * i) for i, name in enumerate(names)}
+    ChunksTask().draw(
+        tmp_path / "c.png", {name: ChunkCurve(4, {4: [4], 8: [8]}, {4: s, 8: s}) for name, s in scores.items()}
+    )
+    PerplexityTask().draw(tmp_path / "p.png", scores)
+    curves, rows = (figure.axes[0].get_legend_handles_labels()[1] for figure in drawn)
+    assert set(names) < set(curves) and {f"{name}: rows" for name in names} < set(rows)
+
+
 def test_pictures_of_benchmarks(drawn, tmp_path: Path):
     ok = {"status": "ok", "batch": 1, "machine": MACHINE, "dtype": "fp32"}
     contexts = {"tnt": 4.9, "llama dynamic": 3.1, "llama static": 3.6}  # less than a decade
