@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..kernels.memories.kinds import memory_kind, memory_types
+
 _READING = (
     "Its token mixer is a set of small memories, {memory} in each head, that are trained while reading: every token "
     "does one step of gradient descent on ½‖f(W, k) − v‖². Their state does not grow with the text."
@@ -11,7 +13,7 @@ _READING = (
 
 
 def describe_family(config: dict[str, Any]) -> str:
-    """ "TNT", "Titans", "TTT-Linear" or "TTT-MLP".
+    """ "TNT", "Titans", "TTT-Linear" or "TTT-MLP", or "TTT" for other kinds of memory.
 
     TNT has a global memory, resets its local ones or reads them through the Q-K projection; without all of that a
     memory with momentum or a forget gate is that of Titans, and one with neither that of TTT.
@@ -20,12 +22,23 @@ def describe_family(config: dict[str, Any]) -> str:
         return "TNT"
     if config.get("use_momentum") or config.get("use_forget_gate"):
         return "Titans"
-    return "TTT-Linear" if config.get("memory_type") == "linear" else "TTT-MLP"
+    if config.get("memory_type", "mlp") in ("linear", "mlp"):
+        return "TTT-Linear" if config.get("memory_type") == "linear" else "TTT-MLP"
+    return "TTT"
+
+
+def describe_memory(config: dict[str, Any]) -> str:
+    """The memory of a head in words: "an MLP", "a linear map", …"""
+    name = config.get("memory_type", "mlp")
+    if name not in memory_types():  # a kind that was registered elsewhere
+        return f"a {name} network"
+    kind, depth = memory_kind(name), config.get("memory_depth")
+    return kind.words if depth in (None, kind.depth) else f"{kind.words} of {depth} layers"
 
 
 def describe_model(config: dict[str, Any]) -> str:
     """What the model is, in two or three sentences of Markdown."""
-    reading = _READING.format(memory="a linear map" if config.get("memory_type") == "linear" else "an MLP")
+    reading = _READING.format(memory=describe_memory(config))
     family = describe_family(config)
     if family == "TNT":
         return f"{_describe_tnt(config)} {reading}"

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .facts import CardFacts, ResultFacts
-from .family import describe_family, describe_model
+from .family import describe_family, describe_memory, describe_model
 
 # End of a class name → pipeline tag, Auto class.
 HEADS = {
@@ -114,10 +114,10 @@ def _model_rows(facts: CardFacts) -> Iterable[tuple[str, Any]]:
         yield "Heads", f"{config['num_heads']} of {config['head_dim']}"
     yield "Vocabulary", config.get("vocab_size")
     yield "Tokenizer", facts.tokenizer
-    if config.get("memory_type") == "mlp" and config.get("memory_expansion"):
-        yield "Memory of a head", f"an MLP with {config['memory_expansion']} times the head's width inside"
-    elif config.get("memory_type") == "linear":
-        yield "Memory of a head", "a linear map"
+    if config.get("memory_type"):
+        memory, expansion = describe_memory(config), config.get("memory_expansion")
+        wider = "" if expansion in (None, 1) else f" with {expansion} times the head's width inside"
+        yield "Memory of a head", f"{memory}{wider}"
     yield "Global memory", config.get("global_chunk_size") and f"updated every {config['global_chunk_size']:,} tokens"
     if chunks:
         yield "Local memories, tokens in a chunk", chunks

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "configuration": {"kernels"},  # which kinds of memory there are
     "modeling_tnt": {"kernels", "configuration"},
-    "hub_cards": set(),
+    "hub_cards": {"kernels"},  # as above
     "train": {"modeling_tnt", "kernels", "configuration", "hub_cards"},
 }
 HUB_EXPORT = "hub_export"  # the one part of modeling_tnt that fills model cards
