@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modeling_tnt.kernels import MemoryParams, local_memory
 
 from ..common.costs import attention_bytes, attention_operations, memory_bytes, memory_operations
+from ..common.timing import Unavailable
 from .arguments import DTYPES, KernelBenchArguments
-from .attempt import Unavailable
 
 TITANS_UPDATE_TOKENS = 64
 TITANS_LARGEST_STEP = 0.01  # with its default, 1, fresh weights diverge within 1,024 random tokens

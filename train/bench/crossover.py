@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..common.pictures import short_count
-from .attempt import OK
+from ..common.timing import OK
 from .rows import ModelRow
 
 LLAMA = "llama"

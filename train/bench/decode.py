@@ -35,14 +35,14 @@ from ..common.files import atomic_file
 from ..common.machine import describe_machine, describe_versions
 from ..common.models import build_llama
 from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
+from ..common.timing import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory, synchronize
 from ..options import to_mapping
 from .arguments import DTYPES
-from .attempt import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory
 from .decode_arguments import DecodeBenchArguments
 from .report import align, length_table, list_reasons, speed
 from .rows import DecodeRow, timing_fields
 from .session import Session
-from .timing import FEWEST_REPEATS, Timing, synchronize
+from .timing import FEWEST_REPEATS, Timing
 
 GIB, MIB = 2**30, 2**20
 TNT, DYNAMIC, STATIC = "tnt", "llama dynamic", "llama static"

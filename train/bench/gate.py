@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modeling_tnt.kernels import MemoryParams
 
+from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, attempt
 from .arguments import KernelBenchArguments
-from .attempt import CANNOT_RUN, GATE_FAILED, OK, attempt
 from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory_work
 
 # With every matrix product's operands rounded to bf16, the torch backend is off by 5e-3 at most on these inputs; a

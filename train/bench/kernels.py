@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..common.costs import FORWARD
 from ..common.machine import describe_machine, describe_versions
+from ..common.timing import MISSING, NOT_RUN, OK, Outcome, attempt
 from .arguments import DTYPES, KernelBenchArguments
-from .attempt import MISSING, NOT_RUN, OK, Outcome, attempt
 from .contenders import Case, Contender, Work, make_contenders, projection_of
 from .gate import Gate, GateResult
 from .predicted import summarize_predictions

@@ -26,8 +26,8 @@ from modeling_tnt.kernels import choose_backend
 from ..common.machine import describe_machine, describe_versions
 from ..common.models import build_llama
 from ..common.pictures import COLORS, picture
+from ..common.timing import NOT_RUN, OK, Outcome, attempt
 from .arguments import ModelBenchArguments
-from .attempt import NOT_RUN, OK, Outcome, attempt
 from .crossover import LLAMA, summarize_crossovers
 from .report import align, describe_rows, draw_speeds, length_table, list_reasons, speed
 from .rows import CsvLog, ModelRow, timing_fields

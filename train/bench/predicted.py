@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .attempt import OK
+from ..common.timing import OK
 from .report import align, name_of
 from .rows import KernelRow
 

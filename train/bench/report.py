@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
-from .attempt import CANNOT_RUN, FAILED, GATE_FAILED, MISSING, NOT_RUN, OK, OUT_OF_MEMORY
+from ..common.timing import CANNOT_RUN, FAILED, GATE_FAILED, MISSING, NOT_RUN, OK, OUT_OF_MEMORY
 from .rows import KernelRow, Row
 
 # What a cell says when there is no time; the reasons stand below the table.

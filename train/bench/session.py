@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from .attempt import NOT_RUN, DeviceLostError, Outcome
-from .timing import Deadline, expected_seconds
+from ..common.timing import NOT_RUN, Deadline, DeviceLostError, Outcome
+from .timing import expected_seconds
 
 
 class Session:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..common.costs import BOTH
-from .attempt import OK
+from ..common.timing import OK
 from .rows import KernelRow
 
 CONDITIONS = {"dtype": "bf16", "head_dim": 64, "expansion": 2, "shard_length": 2048}

@@ -1,4 +1,4 @@
-"""Time and memory of a call, the machine's two ceilings, and the time that a run has left."""
+"""Time and memory of a call, and the machine's two ceilings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from ..common.timing import synchronize
 
 MOST_REPEATS = 50
 FEWEST_REPEATS = 3
@@ -34,32 +36,6 @@ class Ceilings(NamedTuple):
 
     matmul: float
     copy: float
-
-
-class Deadline:
-    """The time limit of a run, in seconds from now; None: no limit."""
-
-    def __init__(self, seconds: float | None):
-        self.seconds = seconds
-        self.began = time.monotonic()
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def refuse(self, expected: float = 0.0) -> str | None:
-        """Why something that takes `expected` seconds is not begun any more, or None if it may."""
-        if self.seconds is None or self.elapsed + expected < self.seconds:
-            return None
-        if self.elapsed >= self.seconds:
-            return f"time limit of {self.seconds:g} s"
-        left = self.seconds - self.elapsed
-        return f"time limit of {self.seconds:g} s: would take about {expected:.0f} s, {left:.0f} s are left"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(step: Callable[[int], object], device: torch.device, seconds: float) -> Timing:

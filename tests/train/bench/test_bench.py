@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.kernels import local_memory
-from modeling_tnt.train.bench import attempt, contenders, gate, kernels, model, timing
+from modeling_tnt.train.bench import contenders, gate, kernels, model, timing
 from modeling_tnt.train.bench.arguments import KernelBenchArguments, ModelBenchArguments
 from modeling_tnt.train.bench.contenders import Attention, Case, FlaTttLinear
 from modeling_tnt.train.bench.crossover import find_crossover, summarize_crossovers
@@ -24,9 +24,10 @@ from modeling_tnt.train.bench.predicted import load_predictions
 from modeling_tnt.train.bench.rows import KernelRow, ModelRow
 from modeling_tnt.train.bench.session import Session
 from modeling_tnt.train.bench.targets import summarize_targets
-from modeling_tnt.train.bench.timing import Ceilings, Deadline, expected_seconds, measure
+from modeling_tnt.train.bench.timing import Ceilings, expected_seconds, measure
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.common import machine
+from modeling_tnt.train.common import timing as attempt
 from modeling_tnt.train.common.costs import (
     BOTH,
     FORWARD,
@@ -352,7 +353,7 @@ def test_a_lost_device_ends_the_measurements_not_the_report(output_dir: Path, mo
 
 def test_a_measurement_that_would_take_too_long_is_not_begun(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(attempt.time, "monotonic", lambda: now[0])
     session = Session(time_limit=100, case_seconds=1)
     done = attempt.Outcome("ok")
     session.remember("a", 1024, 2.0)  # a call of twice the length: two to warm up, three timed, 4 s each
@@ -363,7 +364,7 @@ def test_a_measurement_that_would_take_too_long_is_not_begun(monkeypatch):
     assert refused.status == "not run"
     assert refused.reason == "time limit of 100 s: would take about 20 s, 19 s are left"
     assert session.run("a", 512, lambda: done) is done and session.run("b", 2048, lambda: done) is done
-    assert Deadline(None).refuse(1e9) is None
+    assert attempt.Deadline(None).refuse(1e9) is None
 
 
 def test_measure(monkeypatch):

@@ -1,8 +1,9 @@
-"""One measurement that may fail: what came of it, in a word and a reason, and the machine left fit for the next."""
+"""Measurements that may fail or come too late: what came of one, in a word and a reason, and the time that is left."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,27 @@ class Outcome(NamedTuple):
     value: Any = None
 
 
+class Deadline:
+    """The time limit of a run, in seconds from now; None: no limit."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self.began = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def refuse(self, expected: float = 0.0) -> str | None:
+        """Why something that takes `expected` seconds is not begun any more, or None if it may."""
+        if self.seconds is None or self.elapsed + expected < self.seconds:
+            return None
+        if self.elapsed >= self.seconds:
+            return f"time limit of {self.seconds:g} s"
+        left = self.seconds - self.elapsed
+        return f"time limit of {self.seconds:g} s: would take about {expected:.0f} s, {left:.0f} s are left"
+
+
 def attempt(fn: Callable[[], Any], device: torch.device) -> Outcome:
     """Call `fn`; an exception becomes an outcome.
 
@@ -60,6 +82,11 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _check_alive(device: torch.device, reason: str) -> None:
