@@ -11,16 +11,16 @@ from torch import Tensor
 from ..common.costs import FORWARD
 from ..common.machine import describe_machine, describe_versions
 from ..common.timing import MISSING, NOT_RUN, OK, Outcome, attempt
-from .arguments import DTYPES, KernelBenchArguments
+from .arguments import KernelBenchArguments
 from .contenders import Case, Contender, Work, make_contenders, projection_of
 from .gate import Gate, GateResult
 from .predicted import summarize_predictions
 from .report import detail_table, length_table, list_reasons, name_of, save_kernel_plot, speed
 from .rows import CsvLog, KernelRow, timing_fields
 from .session import Session
-from .targets import LONG, summarize_targets
-from .timing import Ceilings, Timing, input_sets, measure, measure_ceilings
+from .timing import Timing, input_sets, measure
 
+HEADLINE_LENGTH = 32768  # of the detailed tables; the longest length where it is not measured
 LEGEND = """\
 torch, triton: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash, cudnn: causal
 attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the inputs.
@@ -67,8 +67,7 @@ class KernelBench:
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.gate = Gate(args, self.generator)
         self.contenders = {contender.name: contender for contender in make_contenders(args)}
-        self.ceilings = measure_ceilings(self.device, DTYPES[args.dtype], args.case_seconds)
-        self.headline_length = LONG if LONG in args.lengths else max(args.lengths)
+        self.headline_length = HEADLINE_LENGTH if HEADLINE_LENGTH in args.lengths else max(args.lengths)
         self._missing: dict[str, Outcome] = {}
 
     def cases(self) -> Iterator[Case]:
@@ -126,7 +125,7 @@ class KernelBench:
         if outcome.status == OK:
             timing, reason = outcome.value
             figures = timing_fields(timing, args.tokens)
-            figures |= _cost_fields(contender.costs(case, args), args.tokens * args.heads, timing, self.ceilings)
+            figures |= _cost_fields(contender.costs(case, args), args.tokens * args.heads, timing)
         return KernelRow(
             contender=case.contender, memory=case.memory, mode=case.mode, chunk_size=case.chunk_size,
             length=case.length, batch=args.tokens // case.length, status=outcome.status, reason=reason,
@@ -134,23 +133,20 @@ class KernelBench:
             shard_length=(args.shard_length or None) if resets else None,
             qk_projection=projection_of(args, case.memory) if contender.is_ours else None, dtype=args.dtype,
             machine=self.machine, versions=self.versions,
-            matmul_operations_per_second=self.ceilings.matmul, copy_bytes_per_second=self.ceilings.copy,
             gate_error=gate.error, gate_tensor=gate.tensor, **figures,
         )  # fmt: skip
 
     def describe(self) -> str:
-        args, ceilings = self.args, self.ceilings
+        args = self.args
         return (
             f"machine   {self.machine}; {self.versions}\n"
-            f"ceilings  matmul {ceilings.matmul / 1e12:.4g} TFLOP/s in {args.dtype}, "
-            f"copy {ceilings.copy / 1e9:.4g} GB/s (read plus written)\n"
             f"shape     {args.tokens} tokens a call, H={args.heads} D={args.head_dim} expansion={args.expansion} "
             f"shard={args.shard_length or 'never'} projection={args.qk_projection} (linear: none) {args.dtype}\n"
             f"results   {args.output_dir}, seed {args.seed}\n"
         )
 
     def report(self, rows: list[KernelRow]) -> str:
-        """Tables, reasons, gate and targets, as printed; the plot is written on the way."""
+        """Tables, reasons and gate, as printed; the plot is written on the way."""
         args = self.args
         save_kernel_plot(args.output_dir / "kernels.png", rows, args.chunk_sizes[0], self.headline_length)
         parts = [self.describe()]
@@ -168,8 +164,7 @@ class KernelBench:
         parts += [f"{reasons}\n"] if reasons else []
         parts += [self.gate.summary() + "\n"] if self.gate.results else []
         parts += [summarize_predictions(rows, args.device) + "\n"] if args.quick else []
-        parts.append(summarize_targets(rows, self.machine))
-        return "\n".join(parts)
+        return "\n".join(parts).rstrip()
 
 
 def _forward(work: Work) -> tuple[Tensor, ...]:
@@ -193,9 +188,7 @@ def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:
     return ""
 
 
-def _cost_fields(
-    costs: tuple[int | None, int | None], tokens_and_heads: int, timing: Timing, ceilings: Ceilings
-) -> dict[str, float]:
+def _cost_fields(costs: tuple[int | None, int | None], tokens_and_heads: int, timing: Timing) -> dict[str, float]:
     operations, moved = costs
     if operations is None:
         return {}
@@ -203,8 +196,6 @@ def _cost_fields(
     return {
         "operations": operations,
         "operations_per_second": operations / timing.median,
-        "share_of_matmul": operations / timing.median / ceilings.matmul,
         "bytes_moved": moved,
         "bytes_per_second": moved / timing.median,
-        "share_of_copy": moved / timing.median / ceilings.copy,
     }

@@ -54,17 +54,15 @@ def name_of(row: KernelRow) -> str:
 
 
 def detail_table(rows: Sequence[KernelRow]) -> str:
-    """Time, spread, shares of the ceilings and memory of each row that was measured."""
-    head = ["", "ms (lowest-highest)", "tokens/s", "TFLOP/s", "of matmul", "GB/s", "of copy", "extra MiB"]
+    """Time, spread, rates and memory of each row that was measured."""
+    head = ["", "ms (lowest-highest)", "tokens/s", "TFLOP/s", "GB/s", "extra MiB"]
     lines = [
         [
             name_of(row),
             f"{row.ms_median:.3g} ({row.ms_lowest:.3g}-{row.ms_highest:.3g})",
             speed(row),
             _number(row.operations_per_second, lambda x: f"{x / 1e12:.3g}"),
-            _number(row.share_of_matmul, lambda x: f"{x:.1%}"),
             _number(row.bytes_per_second, lambda x: f"{x / 1e9:.3g}"),
-            _number(row.share_of_copy, lambda x: f"{x:.1%}"),
             _number(row.peak_extra_bytes, lambda x: f"{x / MIB:,.0f}"),
         ]
         for row in rows

@@ -33,8 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class KernelRow(Row):
-    """A call of a memory operation, or of a peer's. Operations and bytes are counted, see `costs`; shares are of the
-    ceilings measured in the same run."""
+    """A call of a memory operation, or of a peer's. Operations and bytes are counted, see `costs`."""
 
     memory: str | None = None
     mode: str = ""
@@ -46,12 +45,8 @@ class KernelRow(Row):
     qk_projection: str | None = None
     operations: int | None = None
     operations_per_second: float | None = None
-    share_of_matmul: float | None = None
     bytes_moved: int | None = None
     bytes_per_second: float | None = None
-    share_of_copy: float | None = None
-    matmul_operations_per_second: float | None = None
-    copy_bytes_per_second: float | None = None
     gate_error: float | None = None
     gate_tensor: str = ""
 

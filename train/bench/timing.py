@@ -1,4 +1,4 @@
-"""Time and memory of a call, and the machine's two ceilings."""
+"""Time and memory of a call."""
 
 from __future__ import annotations
 
@@ -29,13 +29,6 @@ class Timing(NamedTuple):
     repeats: int
     peak_extra_bytes: int | None
     peak_bytes: int | None
-
-
-class Ceilings(NamedTuple):
-    """What the machine reaches in this run: operations per second of a large matmul, bytes per second of a copy."""
-
-    matmul: float
-    copy: float
 
 
 def measure(step: Callable[[int], object], device: torch.device, seconds: float) -> Timing:
@@ -85,21 +78,6 @@ def _time_on_cpu(step: Callable[[int], object], repeats: int) -> list[float]:
         step(i)
         times.append(time.perf_counter() - began)
     return times
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
-    """Rates of a square matmul in `dtype` and of a copy (bytes read plus bytes written), on random data.
-
-    On a GPU 8192³ and 2 GiB, far beyond its caches; on a CPU 1024³ and 64 MiB.
-    """
-    n, count = (8192, 2**30) if device.type == "cuda" else (1024, 2**25)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    matmul = measure(lambda i: torch.mm(a, b, out=product), device, seconds)
-    source = torch.randint(0, 256, (count,), device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = measure(lambda i: target.copy_(source), device, seconds)
-    return Ceilings(2 * n**3 / matmul.median, 2 * count / copy.median)
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
