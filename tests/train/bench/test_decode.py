@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,11 @@ from modeling_tnt.train.bench import decode
 from modeling_tnt.train.bench.decode import DYNAMIC, STATIC, TNT, DecodeBench, summarize_decode
 from modeling_tnt.train.bench.decode_arguments import DecodeBenchArguments
 from modeling_tnt.train.bench.rows import DecodeRow
-from modeling_tnt.train.cli import main
-
-DECODE = [
-    "bench", "decode", "--device", "cpu", "--contexts", "16", "256", "--read", "20", "--case-seconds", "0.001",
-]  # fmt: skip
 
 
-@pytest.fixture
-def output_dir(tmp_path: Path) -> Path:
-    return tmp_path / "bench"
-
-
-def run(output_dir: Path, *more: str) -> list[dict]:
-    assert main([*DECODE, "--output-dir", str(output_dir), *more]) == 0
-    return json.loads((output_dir / "decode.json").read_text())["rows"]
-
-
-def test_it_measures_writes_and_prints(output_dir: Path, capsys):
-    rows = run(output_dir)
+def test_it_measures_writes_and_prints(bench, run, output_dir: Path, capsys):
+    status, rows = run("decode")
+    assert status == 0
     assert [(row["contender"], row["length"]) for row in rows] == [
         (name, context) for context in (16, 256) for name in (TNT, DYNAMIC, STATIC)
     ]
@@ -46,12 +31,12 @@ def test_it_measures_writes_and_prints(output_dir: Path, capsys):
     printed = capsys.readouterr().out
     assert "TNT's median step as a multiple" in printed and "cache, MiB" in printed
     assert (output_dir / "decode.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*DECODE, "--output-dir", str(output_dir)]) == 2
+    assert bench("decode") == 2
     assert "holds decode.json, decode.png; give another folder, or --overwrite" in capsys.readouterr().err
 
 
-def test_a_cache_that_does_not_fit_is_left_out_with_its_size(output_dir: Path, capsys):
-    rows = run(output_dir, "--memory-limit", "0.0002", "--contexts", "16", "1048576", "--dtype", "bf16")
+def test_a_cache_that_does_not_fit_is_left_out_with_its_size(run, capsys):
+    _, rows = run("decode", "--memory-limit", "0.0002", "--contexts", "16", "1048576", "--dtype", "bf16")
     assert [row["status"] for row in rows] == ["ok"] * 4 + ["out of memory"] * 2
     assert rows[-1]["cache_bytes"] == 2 * 3 * 2**20 * 128 * 2
     # One layer more with a DynamicCache, which copies one at every token.
@@ -60,8 +45,8 @@ def test_a_cache_that_does_not_fit_is_left_out_with_its_size(output_dir: Path, c
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_no_time_and_a_step_that_fails(output_dir: Path, monkeypatch):
-    rows = run(output_dir, "--time-limit", "1e-9", "--peer", "none")
+def test_no_time_and_a_step_that_fails(run, monkeypatch):
+    _, rows = run("decode", "--time-limit", "1e-9", "--peer", "none")
     assert [row["status"] for row in rows] == ["not run"] * 2 and "time limit" in rows[0]["reason"]
     step = DecodeBench._step
 
@@ -71,7 +56,7 @@ def test_no_time_and_a_step_that_fails(output_dir: Path, monkeypatch):
         return step(self, contender)
 
     monkeypatch.setattr(DecodeBench, "_step", fail)
-    rows = run(output_dir, "--overwrite", "--contexts", "16")
+    _, rows = run("decode", "--overwrite", "--contexts", "16")
     assert [(row["status"], row["reason"]) for row in rows] == [
         ("ok", ""),
         ("ok", ""),
@@ -90,26 +75,6 @@ def test_every_contender_stands_at_the_context(output_dir: Path):
             bench._step(contender)
         if name == TNT:
             assert {s.position.item() for s in contender.cache.layers[0].memories.values()} == {302}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--contexts", "0"], "--contexts must be at least 1, got 0"),
-        (["--read", "0"], "--read must be at least 1, got 0"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--preset", "huge"], "--preset must be one of tiny, "),
-        (["--peer", "mamba"], "--peer must be one of llama, none, got 'mamba'"),
-        (["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
-        (["--memory-limit", "-1"], "--memory-limit must be at least 0 and finite, got -1.0"),
-        (["--backend", "reference"], "--backend must be one of auto, torch, triton, got 'reference'"),
-    ],
-)
-def test_bad_arguments(flags: list[str], message: str, output_dir: Path, capsys):
-    assert main([*DECODE, "--output-dir", str(output_dir), *flags]) == 2
-    printed = capsys.readouterr().err
-    assert "tnt bench decode: error: " in printed and message in printed
-    assert not output_dir.exists()
 
 
 def test_summary():
