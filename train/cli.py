@@ -75,7 +75,7 @@ COMMANDS = (
     ),
     Command(
         "bench decode",
-        "bench.decode_arguments:DecodeBenchArguments",
+        "bench.arguments:DecodeBenchArguments",
         "bench.command:run_bench_decode",
         help="the next token behind a long context, TNT and Llama",
         description="Time the step of one new token, and count the bytes of its cache, behind contexts of 1,024 to "

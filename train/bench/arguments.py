@@ -1,7 +1,4 @@
-"""The arguments of the benchmarks: what None stands for on which device, and the checks.
-
-Those of `tnt bench decode` are in `decode_arguments`.
-"""
+"""The arguments of the benchmarks: what None stands for on which device, and the checks."""
 
 from __future__ import annotations
 
@@ -29,8 +26,12 @@ MEMORY_BACKENDS = tuple(b for b in BACKENDS if b not in ("auto", "reference"))
 MODEL_BACKENDS = tuple(b for b in BACKENDS if b != "reference")
 PRECISIONS = ("autocast-bf16", "bf16", "fp32")
 ATTENTIONS = ("flash", "cudnn")
+DECODE_PEERS = ("llama", "none")
+CONTEXTS = [1024, 2048, 16384, 32768, 1048576]
 
-_KERNEL_DEFAULTS: dict[str, dict[str, Any]] = {
+ByDevice = dict[str, dict[str, Any]]
+
+_KERNEL_DEFAULTS: ByDevice = {
     "cuda": {
         "dtype": "bf16", "heads": 12, "shard_length": 2048, "tokens": 131072,
         "lengths": [2048, 4096, 8192, 16384, 32768, 65536], "chunk_sizes": [16, 8, 64, 128, 1],
@@ -40,28 +41,24 @@ _KERNEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "lengths": [256, 512, 1024], "chunk_sizes": [16, 8],
     },
 }  # fmt: skip
-_KERNEL_QUICK: dict[str, dict[str, Any]] = {
-    "cuda": {"lengths": [2048, 8192, 32768], "chunk_sizes": [16, 8], "case_seconds": 0.2},
-    "cpu": {"lengths": [128, 256], "chunk_sizes": [16], "tokens": 256, "case_seconds": 0.05},
-}
-_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+_MODEL_DEFAULTS: ByDevice = {
     "cuda": {
         "preset": "tnt-150m", "precision": "autocast-bf16", "tokens": 65536, "case_seconds": 2.0,
         "lengths": [2048, 4096, 8192, 16384, 32768], "chunk_sizes": [8, 16, 64],
     },
     "cpu": {"preset": "tiny", "precision": "fp32", "tokens": 512, "lengths": [128, 256, 512], "chunk_sizes": [8, 16]},
 }  # fmt: skip
-_MODEL_QUICK: dict[str, dict[str, Any]] = {
-    "cuda": {"lengths": [2048, 8192, 32768], "case_seconds": 0.5},
-    "cpu": {"lengths": [64, 128], "tokens": 128, "case_seconds": 0.05},
-}
 
 
 @dataclass
 class BenchArguments:
-    """What all benchmarks take. A None is filled in for the device by `resolve`. `results`: files in `output_dir`."""
+    """What all benchmarks take. A None is filled in by `resolve`."""
 
-    results: ClassVar[tuple[str, str]]
+    results: ClassVar[tuple[str, str]]  # files in output_dir
+    defaults: ClassVar[ByDevice]  # of fields that are None
+    quick_defaults: ClassVar[ByDevice]  # the same with --quick
+    choices: ClassVar[dict[str, Iterable[str]]]  # of a field, or of each item of its list
+    least: ClassVar[dict[str, int]] = {"seed": 0}  # the smallest number that a field, or its list, may hold
 
     device: str | None = option(None, "run", "cuda or cpu; by default cuda if there is one")
     quick: bool = option(False, "run", "fewer and smaller measurements, where their sizes are not given")
@@ -72,71 +69,64 @@ class BenchArguments:
     seed: int | None = option(None, "run", "of the random inputs; by default another one in each run, and printed")
     overwrite: bool = option(False, "output", "replace the results that output_dir holds")
 
-    def _resolve(self, defaults: dict[str, dict[str, Any]], quick: dict[str, dict[str, Any]]) -> Any:
-        """A copy without None but for `time_limit`. Raises one ValueError that lists every problem."""
+    @property
+    def command(self) -> str:
+        return f"bench {Path(self.results[0]).stem}"
+
+    @property
+    def output(self) -> OutputFolder:
+        return OutputFolder(self.output_dir, self.command)
+
+    def resolve(self) -> Any:
+        """A copy without None but for limits. Raises one ValueError that lists every problem."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device not in defaults:
+        if device not in self.defaults:
             raise ValueError(f"--device must be cuda or cpu, got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or leave it out")
-        fills = {"case_seconds": 0.5, "seed": secrets.randbits(31)}
-        fills |= defaults[device] | (quick[device] if self.quick else {})
-        fills = {k: v for k, v in fills.items() if getattr(self, k) is None}
+        fills = {"case_seconds": 0.5, "seed": secrets.randbits(31)} | self.defaults[device]
+        fills |= self.quick_defaults[device] if self.quick else {}
+        fills = {name: value for name, value in fills.items() if getattr(self, name) is None}
         filled = replace(self, **fills | {"device": device, "output_dir": Path(self.output_dir)})
-        problems = [*filled._find_problems(), *filled._find_wrong_sizes(), *find_blocked_folder(filled.output_dir)]
+        problems = [*filled._find_problems(), *find_blocked_folder(filled.output_dir)]
         problems += filled.output.find_problems(self.results, overwrite=self.overwrite)
         if problems:
             raise ValueError("\n  ".join(["these arguments cannot be used:", *problems]))
         return filled
 
-    @property
-    def output(self) -> OutputFolder:
-        return OutputFolder(self.output_dir, f"bench {Path(self.results[0]).stem}")
-
     def _find_problems(self) -> Iterable[str]:
-        """Those of one benchmark alone."""
-        raise NotImplementedError
-
-    def _find_wrong_sizes(self) -> Iterable[str]:
+        for name, allowed in self.choices.items():
+            for item in _as_list(getattr(self, name)):
+                if item not in allowed:
+                    yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {item!r}"
+        for name, least in self.least.items():
+            for number in _as_list(getattr(self, name)):
+                if number < least:
+                    yield f"{flag_of(name)} must be at least {least}, got {number}"
         for name in ("case_seconds", "time_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 yield f"{flag_of(name)} must be positive and finite, got {value}"
-        if self.seed < 0:
-            yield f"--seed must be at least 0, got {self.seed}"
-
-    def _find_too_small(self, *names: str) -> Iterable[str]:
-        for name in names:
-            value = getattr(self, name)
-            for number in value if isinstance(value, list) else [value]:
-                if number < 1:
-                    yield f"{flag_of(name)} must be at least 1, got {number}"
-
-    def _find_unknown(self, name: str, allowed: Iterable[str]) -> Iterable[str]:
-        value, allowed = getattr(self, name), list(allowed)
-        for item in value if isinstance(value, list) else [value]:
-            if item not in allowed:
-                yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {item!r}"
 
 
 @dataclass
 class _GridArguments(BenchArguments):
     """What the benchmarks of many tokens take, the grid with other defaults."""
 
+    least = BenchArguments.least | {"tokens": 1, "lengths": 1, "chunk_sizes": 1}
+
     lengths: list[int] | None = None
     tokens: int | None = None
     chunk_sizes: list[int] | None = None
 
-    def _find_wrong_sizes(self) -> Iterable[str]:
-        yield from self._find_too_small("tokens", "lengths", "chunk_sizes")
-        yield from super()._find_wrong_sizes()
-        if self.tokens >= 1:
-            for length in self.lengths:
-                if length >= 1 and self.tokens % length:
-                    yield f"--lengths must divide --tokens {self.tokens}, got {length}"
+    def _find_problems(self) -> Iterable[str]:
+        yield from super()._find_problems()
+        for length in self.lengths:
+            if self.tokens >= 1 and length >= 1 and self.tokens % length:
+                yield f"--lengths must divide --tokens {self.tokens}, got {length}"
 
 
-def _grid_option(name: str, help: str, defaults: dict[str, dict[str, Any]]) -> Any:
+def _grid_option(name: str, help: str, defaults: ByDevice) -> Any:
     """An option whose default depends on the device, both of which its help names."""
     on_gpu, on_cpu = (defaults[device][name] for device in ("cuda", "cpu"))
     words = [" ".join(map(str, x)) if isinstance(x, list) else str(x) for x in (on_gpu, on_cpu)]
@@ -148,6 +138,16 @@ class KernelBenchArguments(_GridArguments):
     """What `tnt bench kernels` needs to know; every field is a flag."""
 
     results = ("kernels.csv", "kernels.png")
+    defaults = _KERNEL_DEFAULTS
+    quick_defaults: ClassVar[ByDevice] = {
+        "cuda": {"lengths": [2048, 8192, 32768], "chunk_sizes": [16, 8], "case_seconds": 0.2},
+        "cpu": {"lengths": [128, 256], "chunk_sizes": [16], "tokens": 256, "case_seconds": 0.05},
+    }
+    choices: ClassVar[dict[str, Iterable[str]]] = {
+        "backends": MEMORY_BACKENDS, "peers": (*PEERS, "none"), "memories": MEMORIES, "modes": MODES, "dtype": DTYPES,
+        "qk_projection": PROJECTIONS,
+    }  # fmt: skip
+    least = _GridArguments.least | {"heads": 1, "head_dim": 1, "expansion": 1, "shard_length": 0}
 
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _KERNEL_DEFAULTS)
     tokens: int | None = _grid_option("tokens", "tokens of a call, in tokens / T rows", _KERNEL_DEFAULTS)
@@ -172,21 +172,8 @@ class KernelBenchArguments(_GridArguments):
     )
     output_dir: Path = option(Path("runs/bench-kernels"), "output", "folder for kernels.csv and kernels.png")
 
-    def resolve(self) -> KernelBenchArguments:
-        return self._resolve(_KERNEL_DEFAULTS, _KERNEL_QUICK)
-
     def _find_problems(self) -> Iterable[str]:
-        yield from self._find_unknown("backends", MEMORY_BACKENDS)
-        yield from self._find_unknown("peers", [*PEERS, "none"])
-        yield from self._find_unknown("memories", MEMORIES)
-        yield from self._find_unknown("modes", MODES)
-        yield from self._find_unknown("dtype", DTYPES)
-        yield from self._find_unknown("qk_projection", PROJECTIONS)
-        for name in ("heads", "head_dim", "expansion"):
-            if getattr(self, name) < 1:
-                yield f"{flag_of(name)} must be at least 1, got {getattr(self, name)}"
-        if self.shard_length < 0:
-            yield f"--shard-length must be at least 0, got {self.shard_length}"
+        yield from super()._find_problems()
         for chunk_size in self.chunk_sizes:
             if self.shard_length > 0 and chunk_size > 0 and self.shard_length % chunk_size:
                 yield f"--shard-length {self.shard_length} must be a multiple of every chunk size, got {chunk_size}"
@@ -197,6 +184,15 @@ class ModelBenchArguments(_GridArguments):
     """What `tnt bench model` needs to know; every field is a flag."""
 
     results = ("model.csv", "model.png")
+    defaults = _MODEL_DEFAULTS
+    quick_defaults: ClassVar[ByDevice] = {
+        "cuda": {"lengths": [2048, 8192, 32768], "case_seconds": 0.5},
+        "cpu": {"lengths": [64, 128], "tokens": 128, "case_seconds": 0.05},
+    }
+    choices: ClassVar[dict[str, Iterable[str]]] = {
+        "preset": available_presets(), "backend": MODEL_BACKENDS, "attention": ATTENTIONS, "precision": PRECISIONS,
+    }  # fmt: skip
+    least = _GridArguments.least | {"titans_chunk_size": 0}
 
     lengths: list[int] | None = _grid_option("lengths", "tokens in a row (T)", _MODEL_DEFAULTS)
     tokens: int | None = _grid_option("tokens", "tokens of a step, in tokens / T rows", _MODEL_DEFAULTS)
@@ -215,9 +211,6 @@ class ModelBenchArguments(_GridArguments):
     )  # fmt: skip
     output_dir: Path = option(Path("runs/bench-model"), "output", "folder for model.csv and model.png")
 
-    def resolve(self) -> ModelBenchArguments:
-        return self._resolve(_MODEL_DEFAULTS, _MODEL_QUICK)
-
     def tnt_config(self, chunk_size: int) -> TNTConfig:
         return make_tnt_config(self.preset, chunk_size, self.backend)
 
@@ -225,13 +218,9 @@ class ModelBenchArguments(_GridArguments):
         return make_titans_config(self.preset, self.titans_chunk_size, self.backend)
 
     def _find_problems(self) -> Iterable[str]:
-        unknown = [*self._find_unknown("preset", available_presets()), *self._find_unknown("backend", MODEL_BACKENDS)]
-        yield from unknown
-        yield from [] if unknown else self._find_wrong_configs()
-        yield from self._find_unknown("attention", ATTENTIONS)
-        yield from self._find_unknown("precision", PRECISIONS)
-        if self.titans_chunk_size < 0:
-            yield f"--titans-chunk-size must be at least 0, got {self.titans_chunk_size}"
+        yield from super()._find_problems()
+        if self.preset in self.choices["preset"] and self.backend in self.choices["backend"]:
+            yield from self._find_wrong_configs()
 
     def _find_wrong_configs(self) -> Iterable[str]:
         for chunk_size in self.chunk_sizes:
@@ -244,3 +233,50 @@ class ModelBenchArguments(_GridArguments):
                 self.titans_config()
             except ValueError as error:
                 yield f"--titans-chunk-size {self.titans_chunk_size}: {error}; 0 leaves the Titans model out"
+
+
+@dataclass
+class DecodeBenchArguments(BenchArguments):
+    """What `tnt bench decode` needs to know; every field is a flag."""
+
+    results = ("decode.json", "decode.png")
+    defaults: ClassVar[ByDevice] = {
+        "cuda": {"preset": "tnt-150m", "dtype": "bf16", "contexts": CONTEXTS, "case_seconds": 2.0},
+        "cpu": {"preset": "tiny", "dtype": "fp32", "contexts": CONTEXTS, "case_seconds": 2.0},
+    }
+    quick_defaults = dict.fromkeys(defaults, {"contexts": [1024, 16384], "case_seconds": 0.5})
+    choices: ClassVar[dict[str, Iterable[str]]] = {
+        "preset": available_presets(), "backend": MODEL_BACKENDS, "peer": DECODE_PEERS, "dtype": DTYPES,
+    }  # fmt: skip
+    least = BenchArguments.least | {"contexts": 1, "batch_size": 1, "read": 1}
+
+    contexts: list[int] | None = option(
+        None, "grid", f"tokens read before the step (default: {' '.join(map(str, CONTEXTS))})"
+    )
+    batch_size: int = option(1, "grid", "rows, one new token each")
+    preset: str | None = option(None, "models", "of the TNT model; default tnt-150m, on a CPU tiny")
+    backend: str = option("auto", "models", "of TNT's memory operations: auto, torch or triton")
+    peer: str = option(
+        "llama", "models", "llama: transformers' Llama of as many parameters, with a DynamicCache and with a "
+        "StaticCache; TNT is compared with the faster one; or none",
+    )  # fmt: skip
+    dtype: str | None = option(
+        None, "models", "of the weights: bf16 (default on a GPU), fp16 or fp32 (default on a CPU)"
+    )
+    read: int = option(1024, "models", "tokens that TNT's memories read before they are told the position")
+    memory_limit: float | None = option(
+        None, "run", "GiB that the KV caches of one context may take; default 0.6 of what is free"
+    )
+    output_dir: Path = option(Path("runs/bench-decode"), "output", "folder for decode.json and decode.png")
+
+    def tnt_config(self) -> TNTConfig:
+        return TNTConfig.from_preset(self.preset, kernel_backend=self.backend)
+
+    def _find_problems(self) -> Iterable[str]:
+        yield from super()._find_problems()
+        if self.memory_limit is not None and not 0 <= self.memory_limit < float("inf"):
+            yield f"--memory-limit must be at least 0 and finite, got {self.memory_limit}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

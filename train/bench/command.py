@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..options import fail
-from .arguments import KernelBenchArguments, ModelBenchArguments
+from .arguments import DecodeBenchArguments, KernelBenchArguments, ModelBenchArguments
 from .decode import run_decode
-from .decode_arguments import DecodeBenchArguments
 from .kernels import run_kernels
 from .model import run_model
 

@@ -37,8 +37,7 @@ from ..common.models import build_llama
 from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from ..common.timing import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory, synchronize
 from ..options import to_mapping
-from .arguments import DTYPES
-from .decode_arguments import DecodeBenchArguments
+from .arguments import DTYPES, DecodeBenchArguments
 from .report import align, length_table, list_reasons, speed
 from .rows import DecodeRow, timing_fields
 from .session import Session

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from modeling_tnt.train.bench import decode
+from modeling_tnt.train.bench.arguments import DecodeBenchArguments
 from modeling_tnt.train.bench.decode import DYNAMIC, STATIC, TNT, DecodeBench, summarize_decode
-from modeling_tnt.train.bench.decode_arguments import DecodeBenchArguments
 from modeling_tnt.train.bench.rows import DecodeRow
 
 
