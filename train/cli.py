@@ -59,7 +59,7 @@ COMMANDS = (
     Command(
         "bench kernels",
         "bench.arguments:KernelBenchArguments",
-        "bench.command:run_bench_kernels",
+        "bench.kernels:run_kernels",
         help="the memory operations beside other packages' and attention",
         description="Check each backend of the memory operations against the reference, then time it beside "
         "flash-linear-attention, FlashAttention and titans-pytorch. On a CPU: small sizes. The exit status is 1 when a "
@@ -68,7 +68,7 @@ COMMANDS = (
     Command(
         "bench model",
         "bench.arguments:ModelBenchArguments",
-        "bench.command:run_bench_model",
+        "bench.model:run_model",
         help="training steps of TNT, Titans and Llama",
         description="Time whole training steps (forward, backward, AdamW) of TNT at several chunk sizes beside Titans "
         "and a Llama of the same size, and say from which length on TNT is faster. On a CPU: small sizes.",
@@ -76,7 +76,7 @@ COMMANDS = (
     Command(
         "bench decode",
         "bench.arguments:DecodeBenchArguments",
-        "bench.command:run_bench_decode",
+        "bench.decode:run_decode",
         help="the next token behind a long context, TNT and Llama",
         description="Time the step of one new token, and count the bytes of its cache, behind contexts of 1,024 to "
         "1,048,576 tokens: a TNT model's, whose memories have one size, beside a Llama's of as many parameters with a "

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modeling_tnt.kernels import MemoryParams, local_memory
 
 from ..common.costs import attention_bytes, attention_operations, memory_bytes, memory_operations
-from ..common.timing import Unavailable
+from ..common.timing import MISSING, Refused
 from .arguments import DTYPES, KernelBenchArguments
 
 TITANS_UPDATE_TOKENS = 64
@@ -43,11 +43,6 @@ class Case:
     chunk_size: int | None
     length: int
     mode: str
-
-    def __str__(self) -> str:
-        chunk = "" if self.chunk_size is None else f" C={self.chunk_size}"
-        memory = "" if self.memory is None else f" {self.memory}"
-        return f"{self.contender}{memory}{chunk} T={self.length} {self.mode}"
 
 
 class Work(NamedTuple):
@@ -77,7 +72,7 @@ class Contender:
     is_ours = False
 
     def prepare(self, case: Case, args: KernelBenchArguments, generator: torch.Generator) -> Work:
-        """Draw inputs and weights. Raises `Unavailable` when this contender is not installed."""
+        """Draw inputs and weights. Raises `Refused` when this contender is not installed."""
         raise NotImplementedError
 
     def costs(self, case: Case, args: KernelBenchArguments) -> tuple[int | None, int | None]:
@@ -249,4 +244,5 @@ def _import(module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Unavailable(f"{distribution} cannot be imported ({error}); pip install {distribution}") from error
+        reason = f"{distribution} cannot be imported ({error}); pip install {distribution}"
+        raise Refused(MISSING, reason) from error

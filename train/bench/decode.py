@@ -13,16 +13,13 @@ timed steps as they do in decoding.
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
@@ -31,19 +28,15 @@ from modeling_tnt import TNTForCausalLM
 from modeling_tnt.compat import named_cache
 from modeling_tnt.kernels import choose_step_backend
 
-from ..common.files import atomic_file
-from ..common.machine import describe_machine, describe_versions
 from ..common.models import build_llama
 from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
-from ..common.timing import OK, OUT_OF_MEMORY, Outcome, attempt, free_memory, synchronize
-from ..options import to_mapping
+from ..common.timing import OK, OUT_OF_MEMORY, Outcome, attempt, synchronize
 from .arguments import DTYPES, DecodeBenchArguments
-from .report import align, length_table, list_reasons, speed
-from .rows import DecodeRow, timing_fields
-from .session import Session
-from .timing import FEWEST_REPEATS, Timing
+from .harness import Bench, run
+from .measure import FEWEST_REPEATS, Timing
+from .report import GIB, MIB, align, length_table, speed, spread
+from .rows import DecodeRow
 
-GIB, MIB = 2**30, 2**20
 TNT, DYNAMIC, STATIC = "tnt", "llama dynamic", "llama static"
 WARM_UP = 3
 MOST_STEPS = 200
@@ -51,7 +44,7 @@ SHARE_OF_FREE_MEMORY = 0.6
 
 
 @dataclass
-class Contender:
+class CachedModel:
     """A model with a cache that stands at a context; `undo` takes a step back, where the cache can."""
 
     name: str
@@ -61,42 +54,26 @@ class Contender:
     undo: Callable[[], object]
 
 
-def run_decode(args: DecodeBenchArguments) -> int:
-    """Run the benchmark, print its report, and return the exit status 0.
-
-    Args:
-        args: resolved, see `DecodeBenchArguments.resolve`.
-    """
-    bench = DecodeBench(args)
-    print(bench.describe(), flush=True)
-    rows: list[DecodeRow] = []
-    args.output.claim(args.results)
-    try:
-        for context in args.contexts:
-            measured = bench.measure(context)
-            rows += measured
-            bench.save(rows)
-            for row in measured:
-                print(f"  {row.contender}, {short_count(context)}: {_milliseconds(row)}", flush=True)
-    finally:
-        if rows:  # what was measured before an interruption is reported, too
-            print(f"\n{bench.report(rows)}", flush=True)
-    return 0
+def run_decode(arguments: DecodeBenchArguments) -> int:
+    return run(DecodeBench, arguments)
 
 
-class DecodeBench:
-    """One run: the models, and what came of their steps behind each context."""
+class DecodeBench(Bench):
+    """Steps of all models in turns, behind each context."""
+
+    row_class = DecodeRow
 
     def __init__(self, args: DecodeBenchArguments):
-        self.args, self.device, self.dtype = args, torch.device(args.device), DTYPES[args.dtype]
-        self.machine, self.versions = describe_machine(self.device), describe_versions()
-        self.session = Session(args.time_limit, args.case_seconds)
+        super().__init__(args)
+        self.dtype = DTYPES[args.dtype]
         self.limit = args.memory_limit * GIB if args.memory_limit is not None else None
         config = args.tnt_config()
         torch.manual_seed(args.seed)
-        self.tnt = self._ready(lambda: TNTForCausalLM(config))
-        self.llama = None if args.peer == "none" else self._ready(lambda: build_llama(config, max(args.contexts) + 1))
-        memory = next(iter(self.tnt.model.layers[0].memory.memories().values()))
+        self.models = {TNT: self._ready(lambda: TNTForCausalLM(config))}
+        if args.peer != "none":
+            llama = self._ready(lambda: build_llama(config, max(args.contexts) + 1))
+            self.models |= {DYNAMIC: llama, STATIC: llama}
+        memory = next(iter(self.models[TNT].model.layers[0].memory.memories().values()))
         self.backend = choose_step_backend(args.backend, memory.params)
         self.token = torch.ones(args.batch_size, 1, dtype=torch.int64, device=self.device)
 
@@ -105,19 +82,31 @@ class DecodeBench:
             model = build()
         return model.to(self.dtype).eval()
 
-    def measure(self, context: int) -> list[DecodeRow]:
-        """A row for each contender."""
-        outcome = self.session.run("decode", context, lambda: Outcome(OK, value=self._measure(context)))
-        free_memory(self.device)
-        outcomes = outcome.value if outcome.status == OK else dict.fromkeys(self._names(), outcome)
-        return self._rows(context, outcomes)
+    def rows(self) -> Iterator[DecodeRow]:
+        for context in self.args.contexts:
+            outcome = self.attempt(partial(self._measure, context))
+            outcomes = outcome.value if outcome.status == OK else dict.fromkeys(self.models, outcome)
+            rows = [self._row(name, context, outcomes[name]) for name in self.models]
+            peers = [row.ms_median for row in rows if row.status == OK and row.contender != TNT]
+            for row in rows:
+                yield replace(row, relative=row.ms_median / min(peers)) if row.status == OK and peers else row
+
+    def _row(self, name: str, context: int, outcome: Outcome) -> DecodeRow:
+        args = self.args
+        lacked = outcome.status == OUT_OF_MEMORY and name != TNT
+        return self.row(
+            outcome, contender=name, length=context, batch=args.batch_size, dtype=args.dtype, preset=args.preset,
+            backend=self.backend.name if name == TNT else "", parameters=self.models[name].num_parameters(),
+            cache_bytes=self._needed_bytes(STATIC, context) if lacked else None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _measure(self, context: int) -> dict[str, Outcome]:
+        """What came of each model; caches that together go over the limit are left out."""
         outcomes: dict[str, Outcome] = {}
-        ready: list[Contender] = []
+        ready: list[CachedModel] = []
         limit = self.limit if self.limit is not None else SHARE_OF_FREE_MEMORY * free_bytes(self.device)
-        for name in self._names():
+        for name in self.models:
             needed = 0 if name == TNT else self._needed_bytes(name, context)
             if needed > limit:
                 reason = f"a KV cache of {needed / GIB:.1f} GiB is over the limit of {limit / GIB:.1f} GiB"
@@ -131,31 +120,27 @@ class DecodeBench:
                 outcomes[name] = outcome
         return outcomes | self._step_in_turns(ready)
 
-    def _names(self) -> list[str]:
-        return [TNT] if self.llama is None else [TNT, DYNAMIC, STATIC]
-
-    # ------------------------------------------------------------------------------------------------------- caches
-
-    def _prepare(self, name: str, context: int) -> Contender:
+    def _prepare(self, name: str, context: int) -> CachedModel:
+        model = self.models[name]
         if name == TNT:
-            cache = self._read(context)
-            return Contender(name, self.tnt, cache, sum(layer.nbytes for layer in cache.layers), lambda: None)
+            cache = self._read(model, context)
+            return CachedModel(name, model, cache, sum(layer.nbytes for layer in cache.layers), lambda: None)
         if name == DYNAMIC:
-            cache = DynamicCache(config=self.llama.config)
+            cache = DynamicCache(config=model.config)
             undo: Callable[[], object] = lambda: cache.crop(-1)  # noqa: E731
         else:
-            cache = StaticCache(config=self.llama.config, max_cache_len=context + 1)
+            cache = StaticCache(config=model.config, max_cache_len=context + 1)
             undo = lambda: [layer.cumulative_length.sub_(1) for layer in cache.layers]  # noqa: E731
-        self._fill(cache, context)
+        self._fill(cache, model.config, context)
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        return Contender(name, self.llama, cache, held, undo)
+        return CachedModel(name, model, cache, held, undo)
 
-    def _read(self, context: int) -> Cache:
+    def _read(self, model: PreTrainedModel, context: int) -> Cache:
         """TNT's cache after reading, with its counters set to the context."""
-        config, length = self.tnt.config, min(context, self.args.read)
-        cache = DynamicCache(config=config)
-        tokens = torch.randint(config.vocab_size, (self.args.batch_size, length), device=self.device)
-        self.tnt(tokens, cache=cache, logits_to_keep=1)
+        length = min(context, self.args.read)
+        cache = DynamicCache(config=model.config)
+        tokens = torch.randint(model.config.vocab_size, (self.args.batch_size, length), device=self.device)
+        model(tokens, cache=cache, logits_to_keep=1)
         for layer in cache.layers:
             layer.advance(context - length)
             layer.memories = {
@@ -164,8 +149,7 @@ class DecodeBench:
             }
         return cache
 
-    def _fill(self, cache: Cache, context: int) -> None:
-        config: LlamaConfig = self.llama.config
+    def _fill(self, cache: Cache, config: LlamaConfig, context: int) -> None:
         shape = (self.args.batch_size, config.num_key_value_heads, context, config.head_dim)
         for i in range(config.num_hidden_layers):
             keys, values = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -173,15 +157,15 @@ class DecodeBench:
 
     def _needed_bytes(self, name: str, context: int) -> int:
         """Of the cache, and of the copy that a DynamicCache makes of one layer at each token."""
-        config: LlamaConfig = self.llama.config
+        config: LlamaConfig = self.models[name].config
         per_layer = 2 * self.args.batch_size * config.num_key_value_heads * context * config.head_dim
         layers = config.num_hidden_layers + (1 if name == DYNAMIC else 0)
         return per_layer * layers * self.dtype.itemsize
 
-    # -------------------------------------------------------------------------------------------------------- steps
+    # ------------------------------------------------------------------------------------------------------------ steps
 
-    def _step_in_turns(self, ready: Sequence[Contender]) -> dict[str, Outcome]:
-        """Step all contenders one after the other, again and again; one that fails is left out from there on."""
+    def _step_in_turns(self, ready: Sequence[CachedModel]) -> dict[str, Outcome]:
+        """Step all models one after the other, again and again; one that fails is left out from there on."""
         outcomes: dict[str, Outcome] = {}
         seconds: dict[str, list[float]] = {c.name: [] for c in ready}
         peaks: dict[str, int | None] = {}
@@ -192,112 +176,75 @@ class DecodeBench:
             enough = time.monotonic() - began > self.args.case_seconds * len(ready)
             if i >= WARM_UP + FEWEST_REPEATS and enough:
                 break
-            for contender in ready:
-                if contender.name in outcomes:
+            for candidate in ready:
+                if candidate.name in outcomes:
                     continue
                 try:
                     if i == WARM_UP - 1:
-                        peaks[contender.name] = self._peak_of_step(contender)
+                        peaks[candidate.name] = self._peak_of_step(candidate)
                     else:
                         # Decoding has its weights at hand, but another's turn may have pushed them out of memory.
-                        self._step(contender)
-                        seconds[contender.name].append(self._step(contender))
+                        self._step(candidate)
+                        seconds[candidate.name].append(self._step(candidate))
                 except Exception as error:  # not `attempt` at once: it gives a GPU's memory back behind every call
-                    outcomes[contender.name] = attempt(partial(_raise, error), self.device)
-        for contender in ready:
-            times = seconds[contender.name][WARM_UP - 1 :]
-            if contender.name not in outcomes:
-                timing = Timing(median(times), min(times), max(times), len(times), peaks[contender.name], None)
-                outcomes[contender.name] = Outcome(OK, value=(timing, contender.cache_bytes))
+                    outcomes[candidate.name] = attempt(partial(_raise, error), self.device)
+        for candidate in ready:
+            if candidate.name not in outcomes:
+                timing = Timing.of(seconds[candidate.name][WARM_UP - 1 :], peaks[candidate.name])
+                figures = timing.fields(self.args.batch_size) | {"cache_bytes": candidate.cache_bytes}
+                outcomes[candidate.name] = Outcome(OK, value=figures)
         return outcomes
 
-    def _step(self, contender: Contender) -> float:
+    def _step(self, candidate: CachedModel) -> float:
         synchronize(self.device)
         began = time.perf_counter()
-        contender.model(self.token, **named_cache(contender.cache), use_cache=True)
+        candidate.model(self.token, **named_cache(candidate.cache), use_cache=True)
         synchronize(self.device)
         took = time.perf_counter() - began
-        contender.undo()
+        candidate.undo()
         return took
 
-    def _peak_of_step(self, contender: Contender) -> int | None:
+    def _peak_of_step(self, candidate: CachedModel) -> int | None:
         """Bytes that a step needs beyond what is held before it: torch's on a GPU, resident ones on Linux."""
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._step(contender)
+            self._step(candidate)
             return torch.cuda.max_memory_allocated(self.device) - before
         give_free_memory_back()
         before = resident_bytes("VmRSS", reset_peak=True)
-        self._step(contender)
+        self._step(candidate)
         peak = resident_bytes("VmHWM")
         return None if before is None or peak is None else max(0, peak - before)
 
-    # ------------------------------------------------------------------------------------------------------- report
+    # ----------------------------------------------------------------------------------------------------------- report
 
-    def _rows(self, context: int, outcomes: dict[str, Outcome]) -> list[DecodeRow]:
-        args, rows = self.args, []
-        for name in self._names():
-            outcome, figures = outcomes[name], {}
-            model = self.tnt if name == TNT else self.llama
-            if outcome.status == OK:
-                timing, cache_bytes = outcome.value
-                figures = timing_fields(timing, args.batch_size) | {"cache_bytes": cache_bytes}
-            elif outcome.status == OUT_OF_MEMORY:
-                figures = {"cache_bytes": self._needed_bytes(STATIC, context)} if name != TNT else {}
-            rows.append(
-                DecodeRow(
-                    contender=name,
-                    length=context,
-                    batch=args.batch_size,
-                    status=outcome.status,
-                    reason=outcome.reason,
-                    dtype=args.dtype,
-                    machine=self.machine,
-                    versions=self.versions,
-                    preset=args.preset,
-                    backend=self.backend.name if name == TNT else "",
-                    parameters=model.num_parameters(),
-                    **figures,
-                )  # fmt: skip
-            )
-        peers = [row.ms_median for row in rows if row.status == OK and row.contender != TNT]
+    def facts(self) -> list[str]:
+        args, llama = self.args, self.models.get(STATIC)
+        peer = "none" if llama is None else f"Llama, {llama.num_parameters():,} parameters, sdpa attention"
         return [
-            replace(row, relative=row.ms_median / min(peers)) if row.status == OK and peers else row for row in rows
+            f"models    {args.preset}, {self.models[TNT].num_parameters():,} parameters, backend {self.backend.name} "
+            f"({self.backend.reason})",
+            f"peer      {peer}",
+            f"steps     one token in {args.batch_size} rows, {args.dtype}, contenders in turns",
         ]
 
-    def save(self, rows: Sequence[DecodeRow]) -> None:
-        """Write decode.json, under its name only when it is complete."""
-        facts: dict[str, Any] = {"arguments": to_mapping(self.args), "rows": [asdict(row) for row in rows]}
-        with atomic_file(self.args.output_dir / "decode.json") as path:
-            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    def line(self, row: DecodeRow) -> str:
+        return f"{row.contender}, {short_count(row.length)}: {spread(row)}"
 
-    def describe(self) -> str:
-        args = self.args
-        peer = "none" if self.llama is None else f"Llama, {self.llama.num_parameters():,} parameters, sdpa attention"
-        return (
-            f"machine   {self.machine}; {self.versions}\n"
-            f"models    {args.preset}, {self.tnt.num_parameters():,} parameters, backend {self.backend.name} "
-            f"({self.backend.reason})\n"
-            f"peer      {peer}\n"
-            f"steps     one token in {args.batch_size} rows, {args.dtype}, contenders in turns\n"
-            f"results   {args.output_dir}, seed {args.seed}\n"
-        )
-
-    def report(self, rows: Sequence[DecodeRow]) -> str:
-        """Tables, ratios and reasons, as printed; the plot is written on the way."""
-        save_decode_plot(self.args.output_dir / "decode.png", rows)
-        parts = [
-            self.describe(),
-            f"step, ms: median (lowest-highest)\n{length_table(rows, _name, _milliseconds)}\n",
-            f"cache, MiB\n{length_table(rows, _name, _cache)}\n",
+    def tables(self, rows: Sequence[DecodeRow]) -> list[str]:
+        has_peaks = any(row.peak_extra_bytes is not None for row in rows)
+        return [
+            f"step, ms: median (lowest-highest)\n{length_table(rows, spread)}",
+            f"cache, MiB\n{length_table(rows, _cache)}",
+            f"peak of a step beyond what is held, MiB\n{length_table(rows, _peak)}" if has_peaks else "",
         ]
-        if any(row.peak_extra_bytes is not None for row in rows):
-            parts.append(f"peak of a step beyond what is held, MiB\n{length_table(rows, _name, _peak)}\n")
-        reasons = list_reasons(rows, _name)
-        parts += [f"{reasons}\n"] if reasons else []
-        parts.append(summarize_decode(rows))
-        return "\n".join(parts)
+
+    def conclusions(self, rows: Sequence[DecodeRow]) -> list[str]:
+        return [summarize_decode(rows)]
+
+    def draw(self, path: Path, rows: Sequence[DecodeRow]) -> None:
+        save_decode_plot(path, rows)
 
 
 def summarize_decode(rows: Sequence[DecodeRow]) -> str:
@@ -367,20 +314,12 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _name(row: DecodeRow) -> str:
-    return row.contender
-
-
-def _milliseconds(row: DecodeRow) -> str:
-    return f"{row.ms_median:.3g} ({row.ms_lowest:.3g}-{row.ms_highest:.3g})" if row.status == OK else speed(row)
-
-
 def _cache(row: DecodeRow) -> str:
     size = "" if row.cache_bytes is None else f"{row.cache_bytes / MIB:,.1f}"
     return size if row.status == OK else f"({size})" if size else speed(row)
 
 
 def _peak(row: DecodeRow) -> str:
-    return (
-        speed(row) if row.status != OK else "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / MIB:,.1f}"
-    )
+    if row.status != OK:
+        return speed(row)
+    return "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / MIB:,.1f}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling_tnt.kernels import MemoryParams
 
-from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, attempt
+from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, Refused, attempt
 from .arguments import KernelBenchArguments
 from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory_work
 
@@ -45,6 +45,12 @@ class Gate:
     def limit(self) -> float:
         return LIMITS[self.args.dtype]
 
+    def demand(self, backend: str, memory: str, chunk_size: int) -> None:
+        """Raises `Refused` unless the backend is right."""
+        result = self.check(backend, memory, chunk_size)
+        if result.status != OK:
+            raise Refused(result.status, result.reason)
+
     def check(self, backend: str, memory: str, chunk_size: int) -> GateResult:
         key = (backend, memory, chunk_size)
         if key not in self.results:
@@ -57,25 +63,25 @@ class Gate:
 
     def _check(self, backend: str, memory: str, chunk_size: int) -> GateResult:
         outcome = attempt(lambda: self._compare(backend, memory, chunk_size), torch.device(self.args.device))
+        if outcome.status == CANNOT_RUN:
+            return GateResult(CANNOT_RUN, reason=outcome.reason)
         if outcome.status != OK:
             return GateResult(GATE_FAILED, reason=f"{outcome.status}: {outcome.reason}")
-        return outcome.value
-
-    def _compare(self, backend: str, memory: str, chunk_size: int) -> GateResult:
-        inputs, params, reference = self._problem(memory, chunk_size)
-        poison_free_memory([*inputs, *(p for p in params if p is not None)])
-        try:
-            results = self._run(backend, inputs, params, memory, chunk_size)
-        except (
-            ValueError,
-            ImportError,
-        ) as error:  # what a backend says that does not support the call, or needs triton
-            return GateResult(CANNOT_RUN, reason=str(error))
-        error, tensor = worst_error(results, reference)
+        error, tensor = outcome.value
         if error <= self.limit:  # not so for NaN
             return GateResult(OK, error, tensor)
         reason = f"‖x − reference‖ / ‖reference‖ of {tensor} is {error:.1e}, the limit {self.limit:g}"
         return GateResult(GATE_FAILED, error, tensor, reason)
+
+    def _compare(self, backend: str, memory: str, chunk_size: int) -> tuple[float, str]:
+        """The worst error and its tensor."""
+        inputs, params, reference = self._problem(memory, chunk_size)
+        poison_free_memory([*inputs, *(p for p in params if p is not None)])
+        try:
+            results = self._run(backend, inputs, params, memory, chunk_size)
+        except (ValueError, ImportError) as error:  # the backend does not support the call, or lacks triton
+            raise Refused(CANNOT_RUN, str(error)) from error
+        return worst_error(results, reference)
 
     def _run(
         self, backend: str, inputs: Inputs, params: MemoryParams, memory: str, chunk_size: int

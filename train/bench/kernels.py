@@ -2,73 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.costs import FORWARD
-from ..common.machine import describe_machine, describe_versions
-from ..common.timing import MISSING, NOT_RUN, OK, Outcome, attempt
+from ..common.pictures import COLORS, picture, short_count
+from ..common.timing import MISSING, OK, Outcome, Refused
 from .arguments import KernelBenchArguments
-from .contenders import Case, Contender, Work, make_contenders, projection_of
-from .gate import Gate, GateResult
+from .contenders import Case, Work, make_contenders, projection_of
+from .gate import Gate
+from .harness import Bench, run
+from .measure import Timing, input_sets, measure
 from .predicted import summarize_predictions
-from .report import detail_table, length_table, list_reasons, name_of, save_kernel_plot, speed
-from .rows import CsvLog, KernelRow, timing_fields
-from .session import Session
-from .timing import Timing, input_sets, measure
+from .report import MIB, align, describe_rows, draw_speeds, length_table, speed, spread
+from .rows import KernelRow
 
-HEADLINE_LENGTH = 32768  # of the detailed tables; the longest length where it is not measured
+HEADLINE_LENGTH = 32768  # of the detailed tables; where it is not measured, the longest length
 LEGEND = """\
 torch, triton: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash, cudnn: causal
-attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the inputs.
-"""
+attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the inputs."""
 
 
-def run_kernels(args: KernelBenchArguments) -> int:
-    """Run the benchmark, print its report, and return the exit status: 1 if a backend failed the gate, else 0.
-
-    Args:
-        args: resolved, see `KernelBenchArguments.resolve`.
-    """
-    bench = KernelBench(args)
-    print(bench.describe(), flush=True)
-    rows: list[KernelRow] = []
-    args.output.claim(args.results)
-    with CsvLog(args.output_dir / "kernels.csv", KernelRow) as log:
-        try:
-            for row in bench.rows():
-                rows.append(row)
-                log.write(row)
-                if row.status != NOT_RUN:
-                    print(f"  {name_of(row)} T={row.length} {row.mode}: {speed(row)}", flush=True)
-        finally:
-            if rows:  # what was measured before an interruption is reported, too
-                print(f"\n{bench.report(rows)}", flush=True)
-    return 1 if bench.gate.failed else 0
+def run_kernels(arguments: KernelBenchArguments) -> int:
+    return run(KernelBench, arguments)
 
 
-class Measured(NamedTuple):
-    """A time, and what is to be said of it: a peer may diverge on random inputs, which does not change its time."""
+class KernelBench(Bench):
+    """Backends, which pass a gate before they are timed, and peers, on the same number of tokens at every length."""
 
-    timing: Timing
-    remark: str
-
-
-class KernelBench:
-    """One run: what is measured, in which order, and what came of it."""
+    row_class = KernelRow
 
     def __init__(self, args: KernelBenchArguments):
-        self.args, self.device = args, torch.device(args.device)
-        self.session = Session(args.time_limit, args.case_seconds)
-        self.machine, self.versions = describe_machine(self.device), describe_versions()
+        super().__init__(args)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.gate = Gate(args, self.generator)
         self.contenders = {contender.name: contender for contender in make_contenders(args)}
         self.headline_length = HEADLINE_LENGTH if HEADLINE_LENGTH in args.lengths else max(args.lengths)
         self._missing: dict[str, Outcome] = {}
+
+    @property
+    def failed(self) -> bool:
+        return self.gate.failed
 
     def cases(self) -> Iterator[Case]:
         """The first chunk size first, ours before the peers; attention, which has no chunks, once."""
@@ -89,82 +69,128 @@ class KernelBench:
             outcome = self._missing.get(case.contender)
             if outcome is None:
                 series = (case.contender, case.memory, case.chunk_size, case.mode)
-                outcome = self.session.run(series, case.length, lambda case=case: self._check_and_time(case))
-                if outcome.status == OK:
-                    self.session.remember(series, case.length, outcome.value.timing.median)
-                elif outcome.status == MISSING:
+                outcome = self.attempt(partial(self._check_and_time, case), series, case.length)
+                if outcome.status == MISSING:
                     self._missing[case.contender] = outcome
             yield self._row(case, outcome)
 
-    def _check_and_time(self, case: Case) -> Outcome:
-        contender = self.contenders[case.contender]
-        if self.args.device not in contender.devices:
-            return Outcome(MISSING, f"runs on {' and '.join(contender.devices)} only, not on {self.args.device}")
+    def _check_and_time(self, case: Case) -> dict[str, Any]:
+        args, contender = self.args, self.contenders[case.contender]
+        if args.device not in contender.devices:
+            reason = f"runs on {' and '.join(contender.devices)} only, not on {args.device}"
+            raise Refused(MISSING, reason)
         if contender.is_ours:
-            gate = self.gate.check(case.contender, case.memory, case.chunk_size)
-            if gate.status != OK:
-                return Outcome(gate.status, gate.reason)
-        return attempt(lambda: self._measure(case, contender), self.device)
-
-    def _measure(self, case: Case, contender: Contender) -> Measured:
-        works = [contender.prepare(case, self.args, self.generator)]
+            self.gate.demand(case.contender, case.memory, case.chunk_size)
+        works = [contender.prepare(case, args, self.generator)]
         size = sum(t.numel() * t.element_size() for t in [*works[0].leaves, works[0].upstream])
-        for _ in range(input_sets(size, self.device) - 1):
-            works.append(contender.prepare(case, self.args, self.generator))
-        run = _forward if case.mode == FORWARD else _forward_and_backward
-        remark = _find_not_finite(run(works[0]))
+        works += [contender.prepare(case, args, self.generator) for _ in range(input_sets(size, self.device) - 1)]
+        forward_or_both = _forward if case.mode == FORWARD else _forward_and_backward
+        remark = _find_not_finite(forward_or_both(works[0]))
         if remark and contender.is_ours:
             raise FloatingPointError(remark)
-        return Measured(measure(_rotate(run, works), self.device, self.args.case_seconds), remark)
+        # A peer may diverge on random inputs, which does not change its time.
+        works = cycle(works)
+        timing = measure(lambda: forward_or_both(next(works)), self.device, args.case_seconds)
+        return {"reason": remark} | self._figures(case, timing)
+
+    def _figures(self, case: Case, timing: Timing) -> dict[str, Any]:
+        args = self.args
+        operations, moved = self.contenders[case.contender].costs(case, args)
+        figures = timing.fields(args.tokens)
+        if operations is not None:
+            operations, moved = operations * args.tokens * args.heads, moved * args.tokens * args.heads
+            figures |= {"operations": operations, "operations_per_second": operations / timing.median}
+            figures |= {"bytes_moved": moved, "bytes_per_second": moved / timing.median}
+        return figures
 
     def _row(self, case: Case, outcome: Outcome) -> KernelRow:
         args, contender = self.args, self.contenders[case.contender]
         resets = contender.is_ours or contender.name == "fla"
-        gate = self.gate.results.get((case.contender, case.memory, case.chunk_size), GateResult(NOT_RUN))
-        figures, reason = {}, outcome.reason
-        if outcome.status == OK:
-            timing, reason = outcome.value
-            figures = timing_fields(timing, args.tokens)
-            figures |= _cost_fields(contender.costs(case, args), args.tokens * args.heads, timing)
-        return KernelRow(
-            contender=case.contender, memory=case.memory, mode=case.mode, chunk_size=case.chunk_size,
-            length=case.length, batch=args.tokens // case.length, status=outcome.status, reason=reason,
-            heads=args.heads, head_dim=args.head_dim, expansion=args.expansion if case.memory == "mlp" else None,
+        gate = self.gate.results.get((case.contender, case.memory, case.chunk_size))
+        return self.row(
+            outcome, contender=case.contender, memory=case.memory, mode=case.mode, chunk_size=case.chunk_size,
+            length=case.length, batch=args.tokens // case.length, heads=args.heads, head_dim=args.head_dim,
+            expansion=args.expansion if case.memory == "mlp" else None,
             shard_length=(args.shard_length or None) if resets else None,
             qk_projection=projection_of(args, case.memory) if contender.is_ours else None, dtype=args.dtype,
-            machine=self.machine, versions=self.versions,
-            gate_error=gate.error, gate_tensor=gate.tensor, **figures,
+            gate_error=gate and gate.error, gate_tensor=gate.tensor if gate else "",
         )  # fmt: skip
 
-    def describe(self) -> str:
-        args = self.args
-        return (
-            f"machine   {self.machine}; {self.versions}\n"
-            f"shape     {args.tokens} tokens a call, H={args.heads} D={args.head_dim} expansion={args.expansion} "
-            f"shard={args.shard_length or 'never'} projection={args.qk_projection} (linear: none) {args.dtype}\n"
-            f"results   {args.output_dir}, seed {args.seed}\n"
-        )
+    # ----------------------------------------------------------------------------------------------------------- report
 
-    def report(self, rows: list[KernelRow]) -> str:
-        """Tables, reasons and gate, as printed; the plot is written on the way."""
+    def facts(self) -> list[str]:
         args = self.args
-        save_kernel_plot(args.output_dir / "kernels.png", rows, args.chunk_sizes[0], self.headline_length)
-        parts = [self.describe()]
-        for mode in args.modes:
-            mine = [row for row in rows if row.mode == mode]
-            if mine:
-                parts.append(f"tokens/s, {mode}\n{length_table(mine, name_of)}\n")
-        first_chunk = (None, args.chunk_sizes[0])
+        return [
+            f"shape     {args.tokens} tokens a call, H={args.heads} D={args.head_dim} expansion={args.expansion} "
+            f"shard={args.shard_length or 'never'} projection={args.qk_projection} (linear: none) {args.dtype}"
+        ]
+
+    def line(self, row: KernelRow) -> str:
+        return f"{row.name} T={row.length} {row.mode}: {speed(row)}"
+
+    def tables(self, rows: Sequence[KernelRow]) -> list[str]:
+        modes = list(dict.fromkeys(row.mode for row in rows))
+        first_chunk = (None, self.args.chunk_sizes[0])
         headline = [row for row in rows if row.length == self.headline_length and row.chunk_size in first_chunk]
-        for mode in args.modes:
-            table = detail_table([row for row in headline if row.mode == mode])
-            parts.append(f"T={self.headline_length}, {mode}\n{table}\n")
-        parts.append(LEGEND)
-        reasons = list_reasons(rows, name_of)
-        parts += [f"{reasons}\n"] if reasons else []
-        parts += [self.gate.summary() + "\n"] if self.gate.results else []
-        parts += [summarize_predictions(rows, args.device) + "\n"] if args.quick else []
-        return "\n".join(parts).rstrip()
+        return [
+            *(f"tokens/s, {mode}\n{length_table([row for row in rows if row.mode == mode])}" for mode in modes),
+            *(
+                f"T={self.headline_length}, {mode}\n{detail_table([row for row in headline if row.mode == mode])}"
+                for mode in modes
+            ),
+            LEGEND,
+        ]
+
+    def conclusions(self, rows: Sequence[KernelRow]) -> list[str]:
+        predictions = summarize_predictions(rows, self.args.device) if self.args.quick else ""
+        return [self.gate.summary() if self.gate.results else "", predictions]
+
+    def draw(self, path: Path, rows: Sequence[KernelRow]) -> None:
+        save_kernel_plot(path, rows, self.args.chunk_sizes[0], self.headline_length)
+
+
+def detail_table(rows: Sequence[KernelRow]) -> str:
+    """Time, spread, rates and memory of each row that was measured."""
+    head = ["", "ms (lowest-highest)", "tokens/s", "TFLOP/s", "GB/s", "extra MiB"]
+    lines = [
+        [
+            row.name,
+            spread(row),
+            speed(row),
+            _number(row.operations_per_second, lambda x: f"{x / 1e12:.3g}"),
+            _number(row.bytes_per_second, lambda x: f"{x / 1e9:.3g}"),
+            _number(row.peak_extra_bytes, lambda x: f"{x / MIB:,.0f}"),
+        ]
+        for row in rows
+        if row.status == OK
+    ]
+    return align([head, *lines]) if lines else "nothing was measured"
+
+
+def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int, headline_length: int) -> None:
+    """A PNG of tokens per second: by length at one chunk size, and below by chunk size at one length."""
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    colors = {n: COLORS[i % len(COLORS)] for i, n in enumerate(dict.fromkeys(row.curve for row in rows))}
+    with picture(path, f"Speed of one memory operation, medians: {describe_rows(rows)}", height=7) as figure:
+        panels = figure.subplots(2, len(modes), squeeze=False)
+        for (by_length, by_chunk), mode in zip(panels.T, modes, strict=True):
+            mine = [row for row in rows if row.mode == mode and row.status == OK]
+            lines: dict[str, dict[int, float]] = {}
+            for row in mine:
+                if row.chunk_size in (None, headline_chunk):
+                    lines.setdefault(row.curve, {})[row.length] = row.tokens_per_second
+            draw_speeds(by_length, lines, colors, "tokens in a row")
+            by_length.set_title(f"{mode}, chunks of {headline_chunk}")
+            lines, chunkless = {}, {}
+            for row in mine:
+                if row.length == headline_length and row.chunk_size is not None:
+                    lines.setdefault(row.curve, {})[row.chunk_size] = row.tokens_per_second
+                elif row.length == headline_length:
+                    chunkless[row.curve] = row.tokens_per_second
+            for name, value in chunkless.items():
+                by_chunk.axhline(value, color=colors[name], linestyle="--", label=f"{name} (has no chunks)")
+            draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
+            by_chunk.set_title(f"{mode}, rows of {short_count(headline_length)} tokens")
 
 
 def _forward(work: Work) -> tuple[Tensor, ...]:
@@ -177,10 +203,6 @@ def _forward_and_backward(work: Work) -> tuple[Tensor | None, ...]:
     return o.detach(), *torch.autograd.grad(o, work.leaves, work.upstream.to(o.dtype), allow_unused=True)
 
 
-def _rotate(run: Callable[[Work], object], works: list[Work]) -> Callable[[int], object]:
-    return lambda i: run(works[i % len(works)])
-
-
 def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:
     for i, result in enumerate(results):
         if result is not None and not torch.isfinite(result).all():
@@ -188,14 +210,5 @@ def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:
     return ""
 
 
-def _cost_fields(costs: tuple[int | None, int | None], tokens_and_heads: int, timing: Timing) -> dict[str, float]:
-    operations, moved = costs
-    if operations is None:
-        return {}
-    operations, moved = operations * tokens_and_heads, moved * tokens_and_heads
-    return {
-        "operations": operations,
-        "operations_per_second": operations / timing.median,
-        "bytes_moved": moved,
-        "bytes_per_second": moved / timing.median,
-    }
+def _number(value: float | None, text: Callable[[float], str]) -> str:
+    return "" if value is None else text(value)

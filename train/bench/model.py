@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,113 +25,77 @@ from transformers import PreTrainedModel
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.kernels import choose_backend
 
-from ..common.machine import describe_machine, describe_versions
 from ..common.models import build_llama
-from ..common.pictures import COLORS, picture
-from ..common.timing import NOT_RUN, OK, Outcome, attempt
+from ..common.pictures import COLORS, picture, short_count
+from ..common.timing import OK, Outcome
 from .arguments import ModelBenchArguments
-from .crossover import LLAMA, summarize_crossovers
-from .report import align, describe_rows, draw_speeds, length_table, list_reasons, speed
-from .rows import CsvLog, ModelRow, timing_fields
-from .session import Session
-from .timing import Timing, measure
+from .harness import Bench, run
+from .measure import measure
+from .report import GIB, align, describe_rows, draw_speeds, length_table, speed, spread
+from .rows import ModelRow
 
-GIB = 2**30
+LLAMA = "llama"
 ATTENTION_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A model to be trained: its name, how it is built, and its local chunk size (None for the Llama)."""
+class Candidate(NamedTuple):
+    """A model to be trained: its name, its local chunk size (None for the Llama), and how it is built."""
 
     name: str
     chunk_size: int | None
     build: Callable[[], PreTrainedModel]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a measured training step left behind."""
-
-    timing: Timing
-    parameters: int
-    loss: float
+def run_model(arguments: ModelBenchArguments) -> int:
+    return run(ModelBench, arguments)
 
 
-def run_model(args: ModelBenchArguments) -> int:
-    """Run the benchmark, print its report, and return the exit status 0.
+class ModelBench(Bench):
+    """Training steps of every model at every length."""
 
-    Args:
-        args: resolved, see `ModelBenchArguments.resolve`.
-    """
-    bench = ModelBench(args)
-    print(bench.describe(), flush=True)
-    rows: list[ModelRow] = []
-    args.output.claim(args.results)
-    with CsvLog(args.output_dir / "model.csv", ModelRow) as log:
-        try:
-            for row in bench.rows():
-                rows.append(row)
-                log.write(row)
-                if row.status != NOT_RUN:
-                    print(f"  {row.contender} T={row.length}: {speed(row)}", flush=True)
-        finally:
-            if rows:  # what was measured before an interruption is reported, too
-                print(f"\n{bench.report(rows)}", flush=True)
-    return 0
-
-
-class ModelBench:
-    """One run: which models are trained, at which lengths, and what came of it."""
+    row_class = ModelRow
 
     def __init__(self, args: ModelBenchArguments):
-        self.args, self.device = args, torch.device(args.device)
-        self.session = Session(args.time_limit, args.case_seconds)
-        self.machine, self.versions = describe_machine(self.device), describe_versions()
+        super().__init__(args)
         self.config = args.tnt_config(args.chunk_sizes[0])
 
-    def contestants(self) -> list[Contestant]:
+    def candidates(self) -> list[Candidate]:
         """The Llama first, since all are compared with it; Titans, which has most steps in sequence, last."""
         args = self.args
-        found = [Contestant(LLAMA, None, lambda: build_llama(self.config, max(args.lengths)))]
+        found = [Candidate(LLAMA, None, partial(build_llama, self.config, max(args.lengths)))]
         for chunk_size in args.chunk_sizes:
-            config = args.tnt_config(chunk_size)
-            found.append(Contestant(f"tnt C={chunk_size}", chunk_size, lambda config=config: TNTForCausalLM(config)))
+            build = partial(TNTForCausalLM, args.tnt_config(chunk_size))
+            found.append(Candidate(f"tnt C={chunk_size}", chunk_size, build))
         if args.titans_chunk_size:
-            titans_config, name = args.titans_config(), f"titans C={args.titans_chunk_size}"
-            found.append(Contestant(name, args.titans_chunk_size, lambda: TNTForCausalLM(titans_config)))
+            name, build = f"titans C={args.titans_chunk_size}", partial(TNTForCausalLM, args.titans_config())
+            found.append(Candidate(name, args.titans_chunk_size, build))
         return found
 
     def rows(self) -> Iterator[ModelRow]:
-        for contestant in self.contestants():
+        for candidate in self.candidates():
             for length in self.args.lengths:
-                outcome = self.session.run(
-                    contestant.name,
-                    length,
-                    lambda c=contestant, n=length: attempt(lambda: self._measure(c, n), self.device),
-                )
-                if outcome.status == OK:
-                    self.session.remember(contestant.name, length, outcome.value.timing.median)
-                yield self._row(contestant, length, outcome)
+                outcome = self.attempt(partial(self._measure, candidate, length), candidate.name, length)
+                yield self._row(candidate, length, outcome)
 
-    def _measure(self, contestant: Contestant, length: int) -> Step:
+    def _measure(self, candidate: Candidate, length: int) -> dict[str, Any]:
         args = self.args
         torch.manual_seed(args.seed)
         with self.device:  # weights are drawn where they are needed, which takes no time on a GPU
-            model = contestant.build()
+            model = candidate.build()
         model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
         model.train()
-        run: Callable[..., object] = model
-        if args.compile_llama and contestant.name == LLAMA:
-            run = torch.compile(model)
+        forward: Callable[..., Any] = model
+        if args.compile_llama and candidate.name == LLAMA:
+            forward = torch.compile(model)
         optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=self.device.type == "cuda")
-        batches = [self._draw_tokens(length) for _ in range(2)]
+        shape = (args.tokens // length, length)
+        batches = cycle([torch.randint(self.config.vocab_size, shape, device=self.device) for _ in range(2)])
         losses: list[Tensor] = [torch.zeros(())]
 
-        def step(i: int) -> None:
-            tokens = batches[i % len(batches)]
+        def step() -> None:
+            tokens = next(batches)
             with self._autocast(), sdpa_kernel(ATTENTION_KERNELS[args.attention]):
-                loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -139,60 +105,97 @@ class ModelBench:
         loss = losses[0].item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
-        return Step(timing, model.num_parameters(), loss)
-
-    def _draw_tokens(self, length: int) -> Tensor:
-        shape = (self.args.tokens // length, length)
-        return torch.randint(self.config.vocab_size, shape, device=self.device)
+        return timing.fields(args.tokens) | {"parameters": model.num_parameters(), "loss": loss}
 
     def _autocast(self) -> AbstractContextManager:
         if self.args.precision == "autocast-bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def _row(self, contestant: Contestant, length: int, outcome: Outcome) -> ModelRow:
-        args, figures = self.args, {}
-        if outcome.status == OK:
-            figures = timing_fields(outcome.value.timing, args.tokens)
-            figures |= {"parameters": outcome.value.parameters, "loss": outcome.value.loss}
-        is_llama = contestant.name == LLAMA
-        return ModelRow(
-            contender=contestant.name, chunk_size=contestant.chunk_size, length=length, batch=args.tokens // length,
-            status=outcome.status, reason=outcome.reason, dtype=args.precision, machine=self.machine,
-            versions=self.versions, backend="" if is_llama else self._backend(),
-            attention=args.attention if is_llama else "", compiled=is_llama and args.compile_llama, **figures,
+    def _row(self, candidate: Candidate, length: int, outcome: Outcome) -> ModelRow:
+        args, is_llama = self.args, candidate.name == LLAMA
+        return self.row(
+            outcome, contender=candidate.name, chunk_size=candidate.chunk_size, length=length,
+            batch=args.tokens // length, dtype=args.precision, backend="" if is_llama else self._backend(),
+            attention=args.attention if is_llama else "", compiled=is_llama and args.compile_llama,
         )  # fmt: skip
 
     def _backend(self) -> str:
         return choose_backend(self.device.type).name if self.args.backend == "auto" else self.args.backend
 
-    def describe(self) -> str:
+    # ----------------------------------------------------------------------------------------------------------- report
+
+    def facts(self) -> list[str]:
         args = self.args
         chosen = f" ({choose_backend(self.device.type).reason})" if args.backend == "auto" else ""
         compiled = ", compiled" if args.compile_llama else ""
-        return (
-            f"machine   {self.machine}; {self.versions}\n"
-            f"models    {args.preset}, backend {self._backend()}{chosen}\n"
-            f"          Llama of the same size, {args.attention} attention{compiled}\n"
-            f"steps     forward, backward, AdamW on {args.tokens} random tokens, {args.precision}\n"
-            f"results   {args.output_dir}, seed {args.seed}\n"
-        )
-
-    def report(self, rows: list[ModelRow]) -> str:
-        """Tables, crossovers and reasons, as printed; the plot is written on the way."""
-        save_model_plot(self.args.output_dir / "model.png", rows, self.args.preset)
-        parts = [
-            self.describe(),
-            f"tokens/s\n{length_table(rows, _name)}\n",
-            f"step, ms\n{length_table(rows, _name, _milliseconds)}\n",
+        return [
+            f"models    {args.preset}, backend {self._backend()}{chosen}",
+            f"          Llama of the same size, {args.attention} attention{compiled}",
+            f"steps     forward, backward, AdamW on {args.tokens} random tokens, {args.precision}",
         ]
-        if any(row.peak_bytes is not None for row in rows):
-            parts.append(f"peak memory, GiB\n{length_table(rows, _name, _peak)}\n")
-        parts.append(f"parameters\n{_parameter_table(rows)}\n")
-        reasons = list_reasons(rows, _name)
-        parts += [f"{reasons}\n"] if reasons else []
-        parts.append(summarize_crossovers(rows))
-        return "\n".join(parts)
+
+    def line(self, row: ModelRow) -> str:
+        return f"{row.contender} T={row.length}: {speed(row)}"
+
+    def tables(self, rows: Sequence[ModelRow]) -> list[str]:
+        has_peaks = any(row.peak_bytes is not None for row in rows)
+        return [
+            f"tokens/s\n{length_table(rows)}",
+            f"step, ms\n{length_table(rows, lambda row: spread(row, digits=4))}",
+            f"peak memory, GiB\n{length_table(rows, _peak)}" if has_peaks else "",
+            f"parameters\n{_parameter_table(rows)}",
+        ]
+
+    def conclusions(self, rows: Sequence[ModelRow]) -> list[str]:
+        return [summarize_crossovers(rows)]
+
+    def draw(self, path: Path, rows: Sequence[ModelRow]) -> None:
+        save_model_plot(path, rows, self.args.preset)
+
+
+def find_crossover(ours: dict[int, float], other: dict[int, float]) -> float | str | None:
+    """From which length on `ours` is faster than `other` (tokens per second by length).
+
+    Returns:
+        The length, interpolated between the two lengths that it lies between (both axes logarithmic); "always" when
+        it is faster at every length at which both were timed; None when it is not at the longest, or there is none.
+    """
+    lengths = sorted(set(ours) & set(other))
+    gains = [math.log(ours[T] / other[T]) for T in lengths]
+    if not gains or gains[-1] <= 0:
+        return None
+    last_slower = max((i for i, gain in enumerate(gains) if gain <= 0), default=None)
+    if last_slower is None:
+        return "always"
+    low, high = gains[last_slower], gains[last_slower + 1]
+    share = -low / (high - low)
+    return lengths[last_slower] ** (1 - share) * lengths[last_slower + 1] ** share
+
+
+def summarize_crossovers(rows: Sequence[ModelRow]) -> str:
+    """For each of our models, from which length on its training steps are faster than the Llama's."""
+    speeds: dict[str, dict[int, float]] = {row.contender: {} for row in rows}
+    for row in rows:
+        if row.status == OK:
+            speeds[row.contender][row.length] = row.tokens_per_second
+    llama = speeds.pop(LLAMA, {})
+    lines = [f"  {name:<14} {_describe_crossover(ours, llama)}" for name, ours in speeds.items()]
+    return "\n".join(["faster than the Llama from a length of", *lines])
+
+
+def _describe_crossover(ours: dict[int, float], llama: dict[int, float]) -> str:
+    shared = sorted(set(ours) & set(llama))
+    if not shared:
+        return "not measured: no length at which both were timed"
+    found = find_crossover(ours, llama)
+    longest = shared[-1]
+    ratio = f"{ours[longest] / llama[longest]:.2f} times the Llama's tokens/s at {short_count(longest)}"
+    if found is None:
+        return f"none up to {short_count(longest)} ({ratio})"
+    if found == "always":
+        return f"{short_count(shared[0])} or less, the shortest that was timed ({ratio})"
+    return f"{found:,.0f} tokens, interpolated ({ratio})"
 
 
 def save_model_plot(path: Path, rows: Sequence[ModelRow], preset: str) -> None:
@@ -204,14 +207,6 @@ def save_model_plot(path: Path, rows: Sequence[ModelRow], preset: str) -> None:
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(row.contender for row in rows))}
     with picture(path, f"Training steps of {preset}, medians: {describe_rows(rows)}", height=4.5) as figure:
         draw_speeds(figure.subplots(), lines, colors, "tokens in a row")
-
-
-def _name(row: ModelRow) -> str:
-    return row.contender
-
-
-def _milliseconds(row: ModelRow) -> str:
-    return f"{row.ms_median:.4g} ({row.ms_lowest:.4g}-{row.ms_highest:.4g})" if row.status == OK else speed(row)
 
 
 def _peak(row: ModelRow) -> str:

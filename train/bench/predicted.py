@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.timing import OK
-from .report import align, name_of
+from .report import align
 from .rows import KernelRow
 
 STORED = Path(__file__).with_name("predicted.json")
@@ -57,7 +57,7 @@ def summarize_predictions(rows: Sequence[KernelRow], device: str) -> str:
         )
     head = ["", "tokens in a row", "mode", "measured ms", "predicted ms", "ratio"]
     lines = [
-        [name_of(row), str(row.length), row.mode, f"{row.ms_median:.3g}", f"{ms:.3g}", f"{row.ms_median / ms:.2f}"]
+        [row.name, str(row.length), row.mode, f"{row.ms_median:.3g}", f"{ms:.3g}", f"{row.ms_median / ms:.2f}"]
         for row, ms in pairs
     ]
     title = f"measured on {pairs[0][0].machine} beside predicted for {where}, not calibrated: ±40%, ratios ±20%"

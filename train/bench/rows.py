@@ -1,13 +1,15 @@
-"""What is written down of a measurement: one row of the CSV, units in the names; None is an empty cell."""
+"""What is written down of a measurement, units in the names. In a CSV file None is an empty cell."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .timing import Timing
+from ..common.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Row:
     machine: str = ""
     versions: str = ""
 
+    @property
+    def name(self) -> str:
+        """Who was measured, in a table."""
+        return self.contender
+
 
 @dataclass(frozen=True)
 class KernelRow(Row):
@@ -49,6 +56,15 @@ class KernelRow(Row):
     bytes_per_second: float | None = None
     gate_error: float | None = None
     gate_tensor: str = ""
+
+    @property
+    def curve(self) -> str:
+        """Who was measured at any chunk size."""
+        return self.contender if self.memory is None else f"{self.contender} {self.memory}"
+
+    @property
+    def name(self) -> str:
+        return self.curve if self.chunk_size is None else f"{self.curve} C={self.chunk_size}"
 
 
 @dataclass(frozen=True)
@@ -74,35 +90,13 @@ class DecodeRow(Row):
     relative: float | None = None
 
 
-def timing_fields(timing: Timing, tokens: int) -> dict[str, Any]:
-    """The fields of `Row` that a measurement fills in."""
-    return {
-        "repeats": timing.repeats,
-        "ms_median": 1e3 * timing.median,
-        "ms_lowest": 1e3 * timing.lowest,
-        "ms_highest": 1e3 * timing.highest,
-        "tokens_per_second": tokens / timing.median,
-        "peak_extra_bytes": timing.peak_extra_bytes,
-        "peak_bytes": timing.peak_bytes,
-    }
-
-
-class CsvLog:
-    """A CSV file that holds every row as soon as it is known, so that a killed run keeps what it has measured."""
-
-    def __init__(self, path: Path, row_class: type):
-        self.path, self.names = path, [f.name for f in fields(row_class)]
-
-    def __enter__(self) -> CsvLog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8", newline="", buffering=1)
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(self.names)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def write(self, row: Row) -> None:
-        self._writer.writerow([getattr(row, name) for name in self.names])
-        self._file.flush()
+def save_rows(path: Path, rows: Sequence[Row], arguments: dict[str, Any]) -> None:
+    """Write all rows, whole or not at all: as CSV, or as JSON with the run's arguments, by the file's name."""
+    cells = [asdict(row) for row in rows]
+    with atomic_file(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".json":
+            file.write(json.dumps({"arguments": arguments, "rows": cells}, indent=2) + "\n")
+        else:
+            writer = csv.DictWriter(file, cells[0])
+            writer.writeheader()
+            writer.writerows(cells)

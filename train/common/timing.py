@@ -18,8 +18,12 @@ FAILED = "failed"
 NOT_RUN = "not run"
 
 
-class Unavailable(Exception):
-    """A contender cannot take part at all; the message says why."""
+class Refused(Exception):
+    """A measurement that is not made: the status that it gets, and the reason."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status = status
 
 
 class DeviceLostError(RuntimeError):
@@ -63,8 +67,10 @@ def attempt(fn: Callable[[], Any], device: torch.device) -> Outcome:
     """
     try:
         outcome = Outcome(OK, value=fn())
-    except Unavailable as error:
-        outcome = Outcome(MISSING, _first_line(error))
+    except DeviceLostError:
+        raise
+    except Refused as error:
+        outcome = Outcome(error.status, " ".join(str(error).split()))
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome = Outcome(OUT_OF_MEMORY, _first_line(error))
     except Exception as error:  # whatever other people's code raises is a result, not the end of the run

@@ -9,9 +9,7 @@ from modeling_tnt.kernels import local_memory
 from modeling_tnt.train.bench import contenders, gate
 from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.gate import Gate, worst_error
-from modeling_tnt.train.common.costs import (
-    BOTH,
-)
+from modeling_tnt.train.common.costs import BOTH
 
 
 def wrong_backend(monkeypatch, change):

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 
-from modeling_tnt.train.bench import kernels, timing
+from modeling_tnt.train.bench import kernels, measure
+from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.contenders import Attention
-from modeling_tnt.train.bench.session import Session
-from modeling_tnt.train.bench.timing import expected_seconds, measure
-from modeling_tnt.train.common import machine
-from modeling_tnt.train.common import timing as attempt
-from modeling_tnt.train.common.costs import (
-    BOTH,
-)
+from modeling_tnt.train.bench.harness import Bench
+from modeling_tnt.train.bench.measure import expected_seconds
+from modeling_tnt.train.common import machine, timing
+from modeling_tnt.train.common.costs import BOTH
 
 CPU = torch.device("cpu")
 
@@ -48,7 +46,7 @@ def test_an_interrupted_run_keeps_what_was_measured(run, monkeypatch, capsys):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(*args)
+        return measure.measure(*args)
 
     monkeypatch.setattr(kernels, "measure", interrupted)
     status, rows = run("kernels")
@@ -62,40 +60,43 @@ def test_a_lost_device_ends_the_measurements_not_the_report(run, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def dead(device, reason):
-        raise attempt.DeviceLostError(f"the device answers no more after this: {reason}")
+        raise timing.DeviceLostError(f"the device answers no more after this: {reason}")
 
     monkeypatch.setattr(Attention, "prepare", illegal)
-    monkeypatch.setattr(attempt, "_check_alive", dead)
+    monkeypatch.setattr(timing, "_check_alive", dead)
     status, rows = run("kernels", "--peers", "flash", "--modes", BOTH, "--chunk-sizes", "16", "8")
     assert status == 0
     assert [row["status"] for row in rows] == ["ok"] * 2 + ["not run"] * 4
     assert all("illegal memory access" in row["reason"] for row in rows[2:])
 
 
-def test_a_measurement_that_would_take_too_long_is_not_begun(run, monkeypatch):
+def test_a_measurement_that_would_take_too_long_is_not_begun(monkeypatch, tmp_path: Path):
     now = [0.0]
-    monkeypatch.setattr(attempt.time, "monotonic", lambda: now[0])
-    session = Session(time_limit=100, case_seconds=1)
-    done = attempt.Outcome("ok")
-    session.remember("a", 1024, 2.0)  # a call of twice the length: two to warm up, three timed, 4 s each
-    now[0] = 79
-    assert session.run("a", 2048, lambda: done) is done
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    bench = Bench(KernelBenchArguments(device="cpu", time_limit=100, case_seconds=1, output_dir=tmp_path).resolve())
+
+    def measured() -> dict[str, float]:
+        return {"ms_median": 2000.0}
+
+    assert bench.attempt(measured, "a", 1024).status == "ok"
+    now[0] = 79  # a call of twice the length: two to warm up, three timed, 4 s each
+    assert bench.attempt(lambda: {"ms_median": 4000.0}, "a", 2048).status == "ok"
     now[0] = 81
-    refused = session.run("a", 2048, lambda: done)
+    refused = bench.attempt(measured, "a", 2048)
     assert refused.status == "not run"
     assert refused.reason == "time limit of 100 s: would take about 20 s, 19 s are left"
-    assert session.run("a", 512, lambda: done) is done and session.run("b", 2048, lambda: done) is done
-    assert attempt.Deadline(None).refuse(1e9) is None
+    assert bench.attempt(measured, "b", 2048).status == "ok" and bench.attempt(measured).status == "ok"
+    assert timing.Deadline(None).refuse(1e9) is None
 
 
 def test_measure(monkeypatch):
     calls = []
-    result = measure(calls.append, CPU, seconds=0.0)
-    assert calls == [0, 1, 0, 1, 2] and result.repeats == 3
+    result = measure.measure(lambda: calls.append(1), CPU, seconds=0.0)
+    assert len(calls) == 5 and result.repeats == 3
     assert result.lowest <= result.median <= result.highest and result.peak_bytes is None
-    monkeypatch.setattr(timing, "SLOW_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "SLOW_CALL_SECONDS", 0.0)
     calls.clear()
-    assert measure(calls.append, CPU, seconds=9.0).repeats == 1 and calls == [0, 1]
+    assert measure.measure(lambda: calls.append(1), CPU, seconds=9.0).repeats == 1 and len(calls) == 2
     assert expected_seconds(2.0, 1.0) == 4.0
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_tnt.train.bench import contenders, kernels, timing
+from modeling_tnt.train.bench import contenders, kernels
 from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.contenders import Attention, Case, FlaTttLinear
+from modeling_tnt.train.bench.measure import Timing
 from modeling_tnt.train.bench.predicted import load_predictions
-from modeling_tnt.train.common import timing as attempt
-from modeling_tnt.train.common.costs import (
-    BOTH,
-)
+from modeling_tnt.train.common.costs import BOTH
+from modeling_tnt.train.common.timing import NOT_RUN, Outcome
 
 
 def test_kernels_measures_writes_and_prints(run, output_dir: Path, capsys):
@@ -132,9 +131,8 @@ def quick_run(monkeypatch, folder: Path, factor: float, **sizes) -> str:
     bench = kernels.KernelBench(replace(args, **{"tokens": 131072} | sizes))
 
     def measured(case):
-        row = bench._row(case, attempt.Outcome(attempt.NOT_RUN))
-        seconds = factor * (predictions.ms_of(row) or 7.0) / 1e3
-        return attempt.Outcome(attempt.OK, value=kernels.Measured(timing.Timing(seconds, *[seconds] * 2, 3, 0, 0), ""))
+        row = bench._row(case, Outcome(NOT_RUN))
+        return Timing.of([factor * (predictions.ms_of(row) or 7.0) / 1e3], 0).fields(bench.args.tokens)
 
     monkeypatch.setattr(bench, "_check_and_time", measured)
     rows = list(bench.rows())
@@ -143,7 +141,6 @@ def quick_run(monkeypatch, folder: Path, factor: float, **sizes) -> str:
 
 
 def test_a_quick_run_prints_measured_beside_predicted(output_dir: Path, monkeypatch):
-    output_dir.mkdir()
     report = quick_run(monkeypatch, output_dir, 2.0)
     table = report[report.index("measured on ") :].splitlines()
     assert "beside predicted for an NVIDIA H100 SXM at 1.755 GHz, not calibrated" in table[0]
@@ -159,7 +156,6 @@ def test_a_quick_run_prints_measured_beside_predicted(output_dir: Path, monkeypa
 
 @pytest.mark.parametrize("sizes", [{"tokens": 65536}, {"heads": 8}, {"dtype": "fp16"}, {"shard_length": 1024}])
 def test_other_sizes_than_the_predicted_ones_have_no_prediction(output_dir: Path, monkeypatch, sizes):
-    output_dir.mkdir()
     report = quick_run(monkeypatch, output_dir, 1.0, **sizes)
     assert "none of the cases that were timed is predicted; predictions are for the default sizes" in report
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.bench import model
-from modeling_tnt.train.bench.crossover import find_crossover, summarize_crossovers
+from modeling_tnt.train.bench.model import find_crossover, summarize_crossovers
 from modeling_tnt.train.bench.rows import ModelRow
 from modeling_tnt.train.common.models import build_llama, make_llama_config, make_titans_config
 

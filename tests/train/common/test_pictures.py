@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from modeling_tnt.train.bench.decode import save_decode_plot
+from modeling_tnt.train.bench.kernels import save_kernel_plot
 from modeling_tnt.train.bench.model import save_model_plot
-from modeling_tnt.train.bench.report import save_kernel_plot
 from modeling_tnt.train.bench.rows import DecodeRow, KernelRow, ModelRow
 from modeling_tnt.train.common import pictures
 from modeling_tnt.train.common.pictures import LogTicks, short_count, without_outliers

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ SLOW_CALL_SECONDS = 5.0  # a call longer than this is timed once
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: median, lowest and highest of `repeats`; and peak memory in bytes, None on a CPU.
+    """Seconds of one call: median, lowest and highest of `repeats`; and peak memory in bytes, None where unknown.
 
     The peak is what one call needs beyond what was allocated before it (`peak_extra_bytes`), and with it
     (`peak_bytes`), as torch's allocator counts.
@@ -30,30 +30,46 @@ class Timing(NamedTuple):
     peak_extra_bytes: int | None
     peak_bytes: int | None
 
+    @classmethod
+    def of(cls, times: Sequence[float], peak_extra_bytes: int | None, peak_bytes: int | None = None) -> Timing:
+        return cls(statistics.median(times), min(times), max(times), len(times), peak_extra_bytes, peak_bytes)
 
-def measure(step: Callable[[int], object], device: torch.device, seconds: float) -> Timing:
-    """Time `step(i)`, i counting the calls, for about `seconds` of repeats after two calls that warm up.
+    def fields(self, tokens: int) -> dict[str, Any]:
+        """Those of a `Row`, for a call of so many tokens."""
+        return {
+            "repeats": self.repeats,
+            "ms_median": 1e3 * self.median,
+            "ms_lowest": 1e3 * self.lowest,
+            "ms_highest": 1e3 * self.highest,
+            "tokens_per_second": tokens / self.median,
+            "peak_extra_bytes": self.peak_extra_bytes,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Timing:
+    """Time `call()`, i counting the calls, for about `seconds` of repeats after two calls that warm up.
 
     On a GPU each call stands between two events on its stream, so that only the end of all repeats is waited for. The
     first call compiles and fills caches, the second one gives the number of repeats and the peak memory.
     """
-    step(0)
+    call()
     synchronize(device)
     before = 0
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
-    step(1)
+    call()
     synchronize(device)
     estimate = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     times = [estimate]
     if estimate <= SLOW_CALL_SECONDS:
         repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, round(seconds / max(estimate, 1e-9))))
-        times = _time_on_gpu(step, repeats) if device.type == "cuda" else _time_on_cpu(step, repeats)
+        times = _time_on_gpu(call, repeats) if device.type == "cuda" else _time_on_cpu(call, repeats)
     extra = None if peak is None else peak - before
-    return Timing(statistics.median(times), min(times), max(times), len(times), extra, peak)
+    return Timing.of(times, extra, peak)
 
 
 def expected_seconds(call: float, seconds: float) -> float:
@@ -61,21 +77,21 @@ def expected_seconds(call: float, seconds: float) -> float:
     return 2 * call if call > SLOW_CALL_SECONDS else 2 * call + max(FEWEST_REPEATS * call, seconds)
 
 
-def _time_on_gpu(step: Callable[[int], object], repeats: int) -> list[float]:
+def _time_on_gpu(call: Callable[[], object], repeats: int) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for i, (start, end) in enumerate(events):
+    for start, end in events:
         start.record()
-        step(i)
+        call()
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def _time_on_cpu(step: Callable[[int], object], repeats: int) -> list[float]:
+def _time_on_cpu(call: Callable[[], object], repeats: int) -> list[float]:
     times = []
-    for i in range(repeats):
+    for _ in range(repeats):
         began = time.perf_counter()
-        step(i)
+        call()
         times.append(time.perf_counter() - began)
     return times
 
