@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,6 +122,8 @@ class _GridArguments(BenchArguments):
 
     def _find_problems(self) -> Iterable[str]:
         yield from super()._find_problems()
+        if self.device == "cuda" and find_spec("triton") is None:
+            yield "--device cuda needs triton, which times calls on a GPU; pip install triton, or use --device cpu"
         for length in self.lengths:
             if self.tokens >= 1 and length >= 1 and self.tokens % length:
                 yield f"--lengths must divide --tokens {self.tokens}, got {length}"

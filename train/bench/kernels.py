@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from .arguments import KernelBenchArguments
 from .contenders import Case, Work, make_contenders, projection_of
 from .gate import Gate
 from .harness import Bench, run
-from .measure import Timing, input_sets, measure
+from .measure import Timing, measure
 from .predicted import summarize_predictions
 from .report import MIB, align, describe_rows, draw_speeds, length_table, speed, spread
 from .rows import KernelRow
@@ -81,17 +80,13 @@ class KernelBench(Bench):
             raise Refused(MISSING, reason)
         if contender.is_ours:
             self.gate.demand(case.contender, case.memory, case.chunk_size)
-        works = [contender.prepare(case, args, self.generator)]
-        size = sum(t.numel() * t.element_size() for t in [*works[0].leaves, works[0].upstream])
-        works += [contender.prepare(case, args, self.generator) for _ in range(input_sets(size, self.device) - 1)]
-        forward_or_both = _forward if case.mode == FORWARD else _forward_and_backward
-        remark = _find_not_finite(forward_or_both(works[0]))
+        work = contender.prepare(case, args, self.generator)
+        call = partial(_forward if case.mode == FORWARD else _forward_and_backward, work)
+        remark = _find_not_finite(call())
         if remark and contender.is_ours:
             raise FloatingPointError(remark)
         # A peer may diverge on random inputs, which does not change its time.
-        works = cycle(works)
-        timing = measure(lambda: forward_or_both(next(works)), self.device, args.case_seconds)
-        return {"reason": remark} | self._figures(case, timing)
+        return {"reason": remark} | self._figures(case, measure(call, self.device, args.case_seconds))
 
     def _figures(self, case: Case, timing: Timing) -> dict[str, Any]:
         args = self.args

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 from ..common.timing import synchronize
 
-MOST_REPEATS = 50
 FEWEST_REPEATS = 3
 SLOW_CALL_SECONDS = 5.0  # a call longer than this is timed once
+CALLS_BEFORE = 9  # at most, until a call is timed
 
 
 class Timing(NamedTuple):
@@ -48,10 +49,11 @@ class Timing(NamedTuple):
 
 
 def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Timing:
-    """Time `call()`, i counting the calls, for about `seconds` of repeats after two calls that warm up.
+    """Time `call` for about `seconds` of repeats, after one call that compiles and one that gives the peak memory.
 
-    On a GPU each call stands between two events on its stream, so that only the end of all repeats is waited for. The
-    first call compiles and fills caches, the second one gives the number of repeats and the peak memory.
+    On a GPU `triton.testing.do_bench` does it, which empties the L2 cache before each call; on a CPU
+    `torch.utils.benchmark`, which takes short calls in blocks and gives the mean of each. A call of more than a third
+    of `seconds` is timed by the clock, three times, or once if it takes longer than `SLOW_CALL_SECONDS`.
     """
     call()
     synchronize(device)
@@ -59,46 +61,36 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    estimate = time.perf_counter() - began
+    times = [_clock(call, device)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    times = [estimate]
-    if estimate <= SLOW_CALL_SECONDS:
-        repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, round(seconds / max(estimate, 1e-9))))
-        times = _time_on_gpu(call, repeats) if device.type == "cuda" else _time_on_cpu(call, repeats)
-    extra = None if peak is None else peak - before
-    return Timing.of(times, extra, peak)
+    if times[0] <= SLOW_CALL_SECONDS:
+        if FEWEST_REPEATS * times[0] > seconds:
+            times += [_clock(call, device) for _ in range(FEWEST_REPEATS - 1)]
+        else:
+            times = _time_on_gpu(call, seconds) if device.type == "cuda" else _time_on_cpu(call, seconds)
+    return Timing.of(times, None if peak is None else peak - before, peak)
 
 
 def expected_seconds(call: float, seconds: float) -> float:
-    """What `measure` will take for calls of `call` seconds, compilation not counted."""
-    return 2 * call if call > SLOW_CALL_SECONDS else 2 * call + max(FEWEST_REPEATS * call, seconds)
+    """What `measure` will take at most for calls of `call` seconds, compilation not counted."""
+    if call > SLOW_CALL_SECONDS:
+        return 2 * call
+    return (1 + FEWEST_REPEATS) * call if FEWEST_REPEATS * call > seconds else CALLS_BEFORE * call + seconds
 
 
-def _time_on_gpu(call: Callable[[], object], repeats: int) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+def _clock(call: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
-def _time_on_cpu(call: Callable[[], object], repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return times
+def _time_on_gpu(call: Callable[[], object], seconds: float) -> list[float]:
+    from triton.testing import do_bench  # triton is not there on every machine without a GPU
+
+    return [ms / 1e3 for ms in do_bench(call, warmup=0, rep=1e3 * seconds, return_mode="all")]
 
 
-def input_sets(bytes_per_set: int, device: torch.device) -> int:
-    """How many sets of inputs to rotate, so that a call does not find its inputs in the cache: twice the L2 cache."""
-    if device.type != "cuda":
-        return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(8, -(-2 * cache // bytes_per_set)))
+def _time_on_cpu(call: Callable[[], object], seconds: float) -> list[float]:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).times

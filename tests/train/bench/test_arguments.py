@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_tnt.train.bench import arguments
 from modeling_tnt.train.bench.arguments import KernelBenchArguments, ModelBenchArguments
 from modeling_tnt.train.cli import main
 
@@ -54,6 +55,13 @@ def test_a_gpu_that_is_not_there(bench, capsys):
     assert "torch sees no GPU here" in capsys.readouterr().err
 
 
+def test_a_gpu_without_triton(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    assert bench("model", "--device", "cuda") == 2
+    assert "--device cuda needs triton" in capsys.readouterr().err
+
+
 def test_results_are_not_replaced_unasked(bench, tmp_path: Path, capsys):
     assert bench("kernels", "--time-limit", "1e-9") == 0
     assert bench("kernels") == 2
@@ -81,6 +89,7 @@ def test_help_names_defaults(benchmark_name: str, capsys):
 
 def test_defaults_on_a_gpu_are_the_documented_ones(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
     args = KernelBenchArguments(output_dir=tmp_path).resolve()
     assert (args.device, args.dtype, args.head_dim, args.heads, args.expansion) == ("cuda", "bf16", 64, 12, 2)
     assert args.shard_length == 2048 and args.lengths == [2**n for n in range(11, 17)]

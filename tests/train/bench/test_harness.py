@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from modeling_tnt.train.bench import kernels, measure
@@ -79,25 +81,68 @@ def test_a_measurement_that_would_take_too_long_is_not_begun(monkeypatch, tmp_pa
         return {"ms_median": 2000.0}
 
     assert bench.attempt(measured, "a", 1024).status == "ok"
-    now[0] = 79  # a call of twice the length: two to warm up, three timed, 4 s each
+    now[0] = 83  # a call of twice the length: one to warm up, three timed, 4 s each
     assert bench.attempt(lambda: {"ms_median": 4000.0}, "a", 2048).status == "ok"
-    now[0] = 81
+    now[0] = 85
     refused = bench.attempt(measured, "a", 2048)
     assert refused.status == "not run"
-    assert refused.reason == "time limit of 100 s: would take about 20 s, 19 s are left"
+    assert refused.reason == "time limit of 100 s: would take about 16 s, 15 s are left"
     assert bench.attempt(measured, "b", 2048).status == "ok" and bench.attempt(measured).status == "ok"
     assert timing.Deadline(None).refuse(1e9) is None
 
 
-def test_measure(monkeypatch):
-    calls = []
-    result = measure.measure(lambda: calls.append(1), CPU, seconds=0.0)
-    assert len(calls) == 5 and result.repeats == 3
-    assert result.lowest <= result.median <= result.highest and result.peak_bytes is None
-    monkeypatch.setattr(measure, "SLOW_CALL_SECONDS", 0.0)
-    calls.clear()
-    assert measure.measure(lambda: calls.append(1), CPU, seconds=9.0).repeats == 1 and len(calls) == 2
-    assert expected_seconds(2.0, 1.0) == 4.0
+@pytest.fixture
+def calls() -> list[float]:
+    return []
+
+
+@pytest.mark.parametrize(("slow_seconds", "count", "repeats"), [(5.0, 4, 3), (0.0, 2, 1)])
+def test_a_call_that_takes_long_is_timed_by_the_clock(calls, monkeypatch, slow_seconds, count: int, repeats: int):
+    monkeypatch.setattr(measure, "SLOW_CALL_SECONDS", slow_seconds)
+    found = measure.measure(lambda: calls.append(time.sleep(2e-3)), CPU, seconds=5e-3)
+    assert (len(calls), found.repeats) == (count, repeats)
+    assert 2e-3 <= found.lowest <= found.median <= found.highest and found.peak_bytes is None
+    assert expected_seconds(2e-3, 5e-3) == pytest.approx(count * 2e-3)
+
+
+def test_short_calls_on_a_cpu(calls):
+    found = measure.measure(lambda: calls.append(time.sleep(1e-3)), CPU, seconds=0.05)
+    assert 1e-3 <= found.lowest <= found.median <= found.highest and found.repeats <= 50 and len(calls) > found.repeats
+
+
+def test_short_calls_on_a_gpu(calls, monkeypatch):
+    """Triton's own function, on a driver whose events read a clock."""
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(testing.runtime.driver, "_active", ClockDriver())
+    times = measure._time_on_gpu(lambda: calls.append(time.sleep(1e-3)), 0.05)
+    assert len(times) <= 50 and len(calls) == 1 + 5 + 1 + len(times) and 1e-3 <= min(times) <= max(times)
+
+
+class ClockDriver:
+    """What `do_bench` asks of a GPU's driver."""
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.seconds = 0.0
+
+        def record(self) -> None:
+            self.seconds = time.perf_counter()
+
+        def elapsed_time(self, end: ClockDriver.Event) -> float:
+            return 1e3 * (end.seconds - self.seconds)
+
+    def get_device_interface(self) -> type[ClockDriver]:
+        return ClockDriver
+
+    def get_empty_cache_for_benchmark(self) -> None:
+        return None
+
+    def clear_cache(self, cache: None) -> None:
+        return None
+
+    @staticmethod
+    def synchronize() -> None:
+        return None
 
 
 def test_machine_and_versions():
