@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeling_tnt.kernels import MemoryParams, local_memory
 
-from ..common.costs import attention_bytes, attention_operations, memory_bytes, memory_operations
+from ..common.costs import FORWARD, attention_bytes, attention_operations, memory_bytes, memory_operations
 from ..common.timing import MISSING, Refused
 from .arguments import DTYPES, KernelBenchArguments
 
@@ -52,6 +52,14 @@ class Work(NamedTuple):
     leaves: list[Tensor]
     upstream: Tensor
 
+    def run(self, mode: str) -> tuple[Tensor | None, ...]:
+        """The output and, unless `mode` is "forward", the gradient of every leaf; None where there is none."""
+        if mode == FORWARD:
+            with torch.no_grad():
+                return (self.forward(),)
+        o = self.forward()
+        return o.detach(), *torch.autograd.grad(o, self.leaves, self.upstream.to(o.dtype), allow_unused=True)
+
 
 class Inputs(NamedTuple):
     """q, k, v and the gradient of the output [B, T, H, D] in the benchmark's dtype; lr [B, T, H] in float32."""
@@ -64,7 +72,7 @@ class Inputs(NamedTuple):
 
 
 class Contender:
-    """What every contender has. `costs` are operations and bytes per token and head, None where they are not known."""
+    """What every contender has. `costs` are operations and bytes per token and head, where they are known."""
 
     name: str
     memories: tuple[str | None, ...] = (None,)
@@ -75,8 +83,8 @@ class Contender:
         """Draw inputs and weights. Raises `Refused` when this contender is not installed."""
         raise NotImplementedError
 
-    def costs(self, case: Case, args: KernelBenchArguments) -> tuple[int | None, int | None]:
-        return None, None
+    def costs(self, case: Case, args: KernelBenchArguments) -> tuple[int, int] | None:
+        return None
 
 
 class OurMemory(Contender):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modeling_tnt.kernels import MemoryParams
 
+from ..common.costs import BOTH
 from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, Refused, attempt
 from .arguments import KernelBenchArguments
 from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory_work
@@ -20,7 +21,7 @@ from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory
 # With every matrix product's operands rounded to bf16, the torch backend is off by 5e-3 at most on these inputs; a
 # wrong chunk size, reset or step shows as 0.1 and more. float32 leaves room for tf32, where torch allows it.
 LIMITS = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-3}
-TENSORS = ("output", "q", "k", "v", "lr", *MemoryParams._fields)
+LEAVES = ("q", "k", "v", "lr", *MemoryParams._fields)
 SHORTEST_SHARD = 128
 
 
@@ -88,13 +89,12 @@ class Gate:
     ) -> dict[str, Tensor]:
         options = memory_options(self.args, memory, chunk_size, _gate_shard(self.args, chunk_size))
         work = memory_work(inputs, params, options, backend)
-        o = work.forward()
-        gradients = torch.autograd.grad(o, work.leaves, work.upstream.to(o.dtype), allow_unused=True)
-        names = [n for n, x in zip(TENSORS[1:], [*inputs[:4], *params], strict=True) if x is not None]
-        missing = [
-            torch.full_like(x, torch.nan) if g is None else g for g, x in zip(gradients, work.leaves, strict=True)
-        ]
-        return {"output": o.detach()} | dict(zip(names, missing, strict=True))
+        names = [name for name, x in zip(LEAVES, (*inputs[:4], *params), strict=True) if x is not None]
+        results = dict(zip(["output", *names], work.run(BOTH), strict=True))
+        for name, leaf in zip(names, work.leaves, strict=True):
+            if results[name] is None:
+                results[name] = torch.full_like(leaf, torch.nan)
+        return results
 
     def _problem(self, memory: str, chunk_size: int) -> tuple[Inputs, MemoryParams, dict[str, Tensor]]:
         """Inputs in the benchmark's dtype, and what the reference makes of the same numbers in float32."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.costs import FORWARD
 from ..common.pictures import COLORS, picture, short_count
 from ..common.timing import MISSING, OK, Outcome, Refused
 from .arguments import KernelBenchArguments
-from .contenders import Case, Work, make_contenders, projection_of
+from .contenders import Case, make_contenders, projection_of
 from .gate import Gate
 from .harness import Bench, run
 from .measure import Timing, measure
@@ -53,15 +53,9 @@ class KernelBench(Bench):
         """The first chunk size first, ours before the peers; attention, which has no chunks, once."""
         for i, chunk_size in enumerate(self.args.chunk_sizes):
             for contender in self.contenders.values():
-                chunkless = contender.memories == (None,)
-                if chunkless and i > 0:
-                    continue
-                for memory in contender.memories:
-                    if memory is not None and memory not in self.args.memories:
-                        continue
-                    for length in self.args.lengths:
-                        for mode in self.args.modes:
-                            yield Case(contender.name, memory, None if chunkless else chunk_size, length, mode)
+                memories = [m for m in contender.memories if m in self.args.memories or (m is None and i == 0)]
+                for memory, length, mode in product(memories, self.args.lengths, self.args.modes):
+                    yield Case(contender.name, memory, chunk_size if memory else None, length, mode)
 
     def rows(self) -> Iterator[KernelRow]:
         for case in self.cases():
@@ -81,7 +75,7 @@ class KernelBench(Bench):
         if contender.is_ours:
             self.gate.demand(case.contender, case.memory, case.chunk_size)
         work = contender.prepare(case, args, self.generator)
-        call = partial(_forward if case.mode == FORWARD else _forward_and_backward, work)
+        call = partial(work.run, case.mode)
         remark = _find_not_finite(call())
         if remark and contender.is_ours:
             raise FloatingPointError(remark)
@@ -90,10 +84,10 @@ class KernelBench(Bench):
 
     def _figures(self, case: Case, timing: Timing) -> dict[str, Any]:
         args = self.args
-        operations, moved = self.contenders[case.contender].costs(case, args)
         figures = timing.fields(args.tokens)
-        if operations is not None:
-            operations, moved = operations * args.tokens * args.heads, moved * args.tokens * args.heads
+        costs = self.contenders[case.contender].costs(case, args)
+        if costs is not None:
+            operations, moved = (count * args.tokens * args.heads for count in costs)
             figures |= {"operations": operations, "operations_per_second": operations / timing.median}
             figures |= {"bytes_moved": moved, "bytes_per_second": moved / timing.median}
         return figures
@@ -186,16 +180,6 @@ def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int,
                 by_chunk.axhline(value, color=colors[name], linestyle="--", label=f"{name} (has no chunks)")
             draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
             by_chunk.set_title(f"{mode}, rows of {short_count(headline_length)} tokens")
-
-
-def _forward(work: Work) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (work.forward(),)
-
-
-def _forward_and_backward(work: Work) -> tuple[Tensor | None, ...]:
-    o = work.forward()
-    return o.detach(), *torch.autograd.grad(o, work.leaves, work.upstream.to(o.dtype), allow_unused=True)
 
 
 def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:
