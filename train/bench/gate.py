@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling_tnt.kernels import MemoryParams
 
 from ..common.costs import BOTH
-from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, Refused, attempt
+from ..common.timing import CANNOT_RUN, GATE_FAILED, OK, DeviceLostError, Refused, attempt
 from .arguments import KernelBenchArguments
 from .contenders import Inputs, draw_inputs, draw_params, memory_options, memory_work
 
@@ -55,7 +55,11 @@ class Gate:
     def check(self, backend: str, memory: str, chunk_size: int) -> GateResult:
         key = (backend, memory, chunk_size)
         if key not in self.results:
-            self.results[key] = self._check(backend, memory, chunk_size)
+            try:
+                self.results[key] = self._check(backend, memory, chunk_size)
+            except DeviceLostError as error:
+                self.results[key] = GateResult(GATE_FAILED, reason=str(error))
+                raise
         return self.results[key]
 
     @property

@@ -9,6 +9,7 @@ from modeling_tnt.kernels import local_memory
 from modeling_tnt.train.bench import contenders, gate
 from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.gate import Gate, worst_error
+from modeling_tnt.train.common import timing
 from modeling_tnt.train.common.costs import BOTH
 
 
@@ -50,6 +51,20 @@ def test_a_backend_that_crashes_fails_the_gate(run, monkeypatch, capsys):
     status, rows = run("kernels")
     assert status == 1 and {row["status"] for row in rows} == {"gate failed"}
     assert "gate failed: failed: RuntimeError: a kernel went wrong" in capsys.readouterr().out
+
+
+def test_a_backend_that_loses_the_device_fails_the_gate(run, monkeypatch, capsys):
+    def crash(o, q):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def dead(device, reason):
+        raise timing.DeviceLostError(f"the device answers no more after this: {reason}")
+
+    wrong_backend(monkeypatch, crash)
+    monkeypatch.setattr(timing, "_check_alive", dead)
+    status, rows = run("kernels", "--peers", "flash")
+    assert status == 1 and {row["status"] for row in rows} == {"not run"}
+    assert "torch mlp C=16: gate failed: the device answers no more after this" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [ValueError, ImportError])
