@@ -15,7 +15,6 @@ from modeling_tnt.configuration import TNTConfig, available_presets
 from modeling_tnt.kernels import BACKENDS
 
 from ..common.costs import MODES
-from ..common.models import make_titans_config, make_tnt_config
 from ..common.output_folder import OutputFolder
 from ..options import find_blocked_folder, flag_of, option
 
@@ -215,10 +214,15 @@ class ModelBenchArguments(_GridArguments):
     output_dir: Path = option(Path("runs/bench-model"), "output", "folder for model.csv and model.png")
 
     def tnt_config(self, chunk_size: int) -> TNTConfig:
-        return make_tnt_config(self.preset, chunk_size, self.backend)
+        """The preset with one local memory of this chunk size. Raises ValueError if the two do not fit."""
+        return TNTConfig.from_preset(self.preset, local_chunk_sizes=[chunk_size], kernel_backend=self.backend)
 
     def titans_config(self) -> TNTConfig:
-        return make_titans_config(self.preset, self.titans_chunk_size, self.backend)
+        """The preset as a Titans model: `titans-150m` is `tnt-150m` with these changes. Raises ValueError as above."""
+        return TNTConfig.from_preset(
+            self.preset, global_chunk_size=None, local_chunk_sizes=[self.titans_chunk_size], local_shard_lengths=None,
+            qk_projection="none", use_momentum=True, use_forget_gate=True, kernel_backend=self.backend,
+        )  # fmt: skip
 
     def _find_problems(self) -> Iterable[str]:
         yield from super()._find_problems()

@@ -1,4 +1,4 @@
-"""The models that `tnt bench model` trains, of one size: TNT, the same as a Titans model, and a Llama."""
+"""The Llama that TNT models are compared with."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from modeling_tnt import TNTConfig, TNTForCausalLM
 
 LLAMA_WIDTH_STEP = 64  # of the feed-forward layer, so that its matrices stay a good size for tensor cores
-
-
-def make_tnt_config(preset: str, chunk_size: int, backend: str) -> TNTConfig:
-    """The preset with one local memory of this chunk size. Raises ValueError if the two do not fit."""
-    return TNTConfig.from_preset(preset, local_chunk_sizes=[chunk_size], kernel_backend=backend)
-
-
-def make_titans_config(preset: str, chunk_size: int, backend: str) -> TNTConfig:
-    """The preset as a Titans model: `titans-150m` is `tnt-150m` with these changes. Raises ValueError as above."""
-    return TNTConfig.from_preset(
-        preset, global_chunk_size=None, local_chunk_sizes=[chunk_size], local_shard_lengths=None,
-        qk_projection="none", use_momentum=True, use_forget_gate=True, kernel_backend=backend,
-    )  # fmt: skip
 
 
 def make_llama_config(config: TNTConfig, max_length: int) -> LlamaConfig:

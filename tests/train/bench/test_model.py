@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.bench import model
+from modeling_tnt.train.bench.arguments import ModelBenchArguments
 from modeling_tnt.train.bench.model import find_crossover, summarize_crossovers
 from modeling_tnt.train.bench.rows import ModelRow
-from modeling_tnt.train.common.models import build_llama, make_llama_config, make_titans_config
+from modeling_tnt.train.common.models import build_llama, make_llama_config
 
 
 def test_model_measures_writes_and_prints(run, output_dir: Path, capsys):
@@ -63,7 +64,7 @@ def test_the_llama_has_as_many_parameters(preset: str):
 
 
 def test_the_titans_model_is_the_preset():
-    made, preset = make_titans_config("tnt-150m", 8, "auto"), TNTConfig.from_preset("titans-150m")
+    made, preset = ModelBenchArguments(preset="tnt-150m").titans_config(), TNTConfig.from_preset("titans-150m")
     assert made.to_diff_dict() == preset.to_diff_dict()
 
 
