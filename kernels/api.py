@@ -81,6 +81,7 @@ def global_memory(
     chunk_size: int,
     momentum: Tensor | None = None,
     decay: Tensor | None = None,
+    update: str = "gradient",
     cu_seqlens: Tensor | None = None,
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
@@ -90,10 +91,13 @@ def global_memory(
     """Read a sequence with the global memory: `o_t = f(V_anchor, q_t)` (TNT eq. 5, 13, 15).
 
     Token t reads the state at the *start* of its chunk, at the raw query, and the memory is never reset, so only
-    T / chunk_size steps are sequential. Arguments and returns as in `local_memory`.
+    T / chunk_size steps are sequential. Arguments and returns as in `local_memory`, and:
+
+        update: "gradient": the chunk's last weights are the next anchor; "muon": what the chunk has added to a weight
+            matrix is made orthogonal, and its columns keep the norms of the initial ones, see `muon`. Not by Triton.
     """
     problem = check_global(
         q, k, v, lr, params, chunk_size=chunk_size, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens,
-        initial_state=initial_state, memory_type=memory_type,
+        initial_state=initial_state, memory_type=memory_type, update=update,
     )  # fmt: skip
     return load_backend(backend, problem, is_global=True).global_memory(problem, output_final_state)

@@ -16,10 +16,12 @@ from .transfer import to_host
 from .types import MemoryParams, MemoryState, is_of
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
+UPDATES = ("gradient", "muon")
 
 
 class MemoryProblem(NamedTuple):
-    """The checked arguments of one call; see `local_memory` for their meaning. cu_seqlens is in the host's memory."""
+    """The checked arguments of one call; see `local_memory` and `global_memory` for their meaning. cu_seqlens is in the
+    host's memory."""
 
     q: Tensor
     k: Tensor
@@ -36,6 +38,7 @@ class MemoryProblem(NamedTuple):
     cu_seqlens: Tensor | None = None
     initial_state: MemoryState | None = None
     memory_type: str | None = None
+    update: str = "gradient"
 
     @property
     def kind(self) -> MemoryKind:
@@ -125,13 +128,17 @@ def check_global(
     cu_seqlens: Tensor | None,
     initial_state: MemoryState | None,
     memory_type: str | None = None,
+    update: str = "gradient",
 ) -> MemoryProblem:
     """Check a `global_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
-    return check_local(
+    if update not in UPDATES:
+        raise ValueError(f"update={update!r} is unknown; use one of {UPDATES}")
+    problem = check_local(
         q, k, v, lr, params, chunk_size=chunk_size, shard_length=None, qk_projection="none",
         normalize_projection=False, momentum=momentum, decay=decay, token_scale=None, cu_seqlens=cu_seqlens,
         initial_state=initial_state, memory_type=memory_type,
     )  # fmt: skip
+    return problem._replace(update=update)
 
 
 def _expect(name: str, x: object, shape: tuple[int, ...], like: Tensor, layout: str, same_dtype: bool) -> None:

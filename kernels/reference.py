@@ -77,6 +77,8 @@ def _read_row(
             outputs.append(memory(p.kind, params, weights, _project(token.q, state.projection, p.normalize_projection)))
         position += 1
         if position % p.chunk_size == 0:
+            if p.update == "muon":
+                weights = _orthogonal_step(state, params)
             state = _start_chunk(state._replace(weights=weights), p.qk_projection)
     return outputs, state._replace(position=torch.full_like(state.position, position))
 
@@ -107,7 +109,10 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _learn(p: MemoryProblem, state: MemoryState, token: _Token, params: MemoryParams) -> MemoryState:
-    """One more token: `S = momentum S − lr G(W_anchor)`, `W = (1 − decay) W + S`, `M = M + k kᵀ/‖k‖²`."""
+    """One more token: `S = momentum S − lr G(W_anchor)`, `W = (1 − decay) W + S`, `M = M + k kᵀ/‖k‖²`.
+
+    With Muon a matrix decays towards the anchor: `W = W_anchor + (1 − decay) (W − W_anchor) + S`.
+    """
     gradient = inner_gradient(p.kind, params, state.anchor, token.k, token.v)
     step = gradient.map(lambda g: -_per_head(token.lr, g) * g)
     momentum = None
@@ -115,7 +120,8 @@ def _learn(p: MemoryProblem, state: MemoryState, token: _Token, params: MemoryPa
         step = state.momentum.zip_map(lambda s, u: _per_head(token.momentum, s) * s + u, step)
         momentum = step
     keep = torch.ones_like(token.lr) if token.decay is None else 1 - token.decay
-    weights = state.weights.zip_map(lambda w, s: _per_head(keep, w) * w + s, step)
+    rest = state.anchor.map(lambda a: a if p.update == "muon" and a.dim() == 3 else torch.zeros_like(a))
+    weights = state.weights.zip_map(lambda w, r, s: r + _per_head(keep, w) * (w - r) + s, rest, step)
     projection = state.projection
     if p.qk_projection != "none":
         unit = _unit(token.k)
@@ -131,6 +137,26 @@ def _per_head(c: Tensor, like: Tensor) -> Tensor:
 def _scaled(state: MemoryState, r: Tensor) -> FastWeights:
     """`W_anchor − r Σ lr G`, from weights that hold `W_anchor − Σ lr G` (token scale)."""
     return state.weights.zip_map(lambda w, anchor: anchor + r * (w - anchor), state.anchor)
+
+
+def _orthogonal_step(state: MemoryState, params: MemoryParams) -> FastWeights:
+    """Muon: `W_anchor + NS(W − W_anchor)` of each matrix, its columns rescaled to the norms of the learned start."""
+
+    def learn(w: Tensor, anchor: Tensor, initial: Tensor) -> Tensor:
+        if w.dim() < 3:
+            return w
+        w = anchor + _newton_schulz(w - anchor)
+        return _unit(w.mT).mT * initial.norm(dim=1, keepdim=True)
+
+    return state.weights.zip_map(learn, state.anchor, params.fast_weights)
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Five times `X ← 3.4445 X − 4.775 (X Xᵀ) X + 2.0315 (X Xᵀ)² X`, from x of Frobenius norm 1, x [H, in, out]."""
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    return x
 
 
 def _project(q: Tensor, projection: Tensor | None, normalize: bool) -> Tensor:

@@ -36,7 +36,8 @@ HIDDEN_MULTIPLE = 16
 class StepMemory(NamedTuple):
     """One memory of a layer and the gates of its new token; the fields are those of `local_memory`.
 
-    lr, momentum and decay are [rows, H]; token_scale is [chunk_size]. A global memory has a chunk_size only.
+    lr, momentum and decay are [rows, H]; token_scale is [chunk_size]. A global memory has a chunk_size and an update
+    only, a local one no update.
     """
 
     params: MemoryParams
@@ -50,12 +51,13 @@ class StepMemory(NamedTuple):
     decay: Tensor | None = None
     token_scale: Tensor | None = None
     memory_type: str | None = None
+    update: str = "gradient"
 
     @property
     def step_options(self) -> MemoryOptions:
         return MemoryOptions(
             self.chunk_size, self.shard_length, self.is_global, self.qk_projection, self.normalize_projection,
-            self.token_scale is not None, self.memory_type,
+            self.token_scale is not None, self.memory_type, self.update,
         )  # fmt: skip
 
 
@@ -143,23 +145,26 @@ def _stack_gates(gates: list[Tensor | None]) -> Tensor | None:
     return None if gates[0] is None else torch.stack(gates)
 
 
-def choose_step_backend(backend: str, params: MemoryParams, memory_type: str | None = None) -> BackendChoice:
+def choose_step_backend(
+    backend: str, params: MemoryParams, memory_type: str | None = None, update: str = "gradient"
+) -> BackendChoice:
     """The backend that a step of memories with parameters like these runs on, and why; memory_type as in
-    `local_memory`.
+    `local_memory`, update as in `global_memory`.
 
-    "auto" is triton on CUDA where its kernel supports the shapes, and torch elsewhere.
+    "auto" is triton on CUDA where its kernel supports the shapes and the global memory's update, and torch elsewhere.
 
     Raises:
         ValueError: for an unknown name, and for "triton" where it cannot run.
     """
     weights = params.fast_weights
     kind = memory_type or inferred_type(weights)
-    return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device)
+    return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device, update)
 
 
 def step_backend_for(
-    backend: str, memory_type: str, maps: int, head_dim: int, hidden: int, device: torch.device
-) -> BackendChoice:
+    backend: str, memory_type: str, maps: int, head_dim: int, hidden: int, device: torch.device,
+    update: str = "gradient",
+) -> BackendChoice:  # fmt: skip
     """`choose_step_backend` of memories of this kind with so many maps, the first [head_dim, hidden], on `device`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
@@ -167,7 +172,7 @@ def step_backend_for(
         return BackendChoice(backend, "named by the caller")
     if backend == "auto" and device.type != "cuda":
         return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
-    obstacle = _why_not_triton(memory_type, maps, head_dim, hidden, device)
+    obstacle = _why_not_triton(memory_type, maps, head_dim, hidden, device, update)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
@@ -181,7 +186,8 @@ def _choose(
     backend: str, q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
 ) -> BackendChoice:
     """The backend of one step. "auto" tries the kernel first, once for all steps of a configuration."""
-    choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type)
+    update = next((m.update for m in memories if m.update != "gradient"), "gradient")
+    choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type, update)
     if backend != "auto" or choice.name != "triton" or isinstance(q, FakeTensor):
         return choice
     failure = probe.failure(probe.StepConfiguration.of(q, memories, stack, active))
@@ -190,13 +196,15 @@ def _choose(
     return BackendChoice("torch", f"the triton kernel cannot run this step: {failure}", is_fallback=True)
 
 
-def _why_not_triton(memory_type: str, maps: int, D: int, M: int, on: torch.device) -> str | None:
+def _why_not_triton(memory_type: str, maps: int, D: int, M: int, on: torch.device, update: str) -> str | None:
     """What keeps the kernel from running, in words, or None."""
     obstacle = missing(on.type)
     if obstacle is not None:
         return obstacle
     from .fused import limits  # imports triton
 
+    if update != "gradient":
+        return limits.why_not_update(update)
     device = limits.device_of(on)
     if device is None or device.capability < limits.MIN_CAPABILITY:
         return (
@@ -255,6 +263,8 @@ def _check(
 def _check_memory(memory: StepMemory, q: Tensor, k: Tensor, v: Tensor, state: MemoryState) -> None:
     arguments = _arguments(memory, state)
     if not memory.is_global:
+        if memory.update != "gradient":
+            raise ValueError(f'a local memory learns by update="gradient" alone, got {memory.update!r}; leave it out')
         check_local(q.unsqueeze(1), *_with_time(k, v, memory.lr), memory.params, cu_seqlens=None, **arguments)
         return
     for name in ("shard_length", "qk_projection", "normalize_projection", "token_scale"):
@@ -278,7 +288,7 @@ def _arguments(memory: StepMemory, state: MemoryState) -> dict[str, object]:
         "memory_type": memory.memory_type,
     }  # fmt: skip
     if memory.is_global:
-        return shared
+        return shared | {"update": memory.update}
     local = ("shard_length", "qk_projection", "normalize_projection", "token_scale")
     return shared | {name: getattr(memory, name) for name in local}
 

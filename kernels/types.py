@@ -90,8 +90,8 @@ class MemoryParams(NamedTuple):
 
 
 class MemoryOptions(NamedTuple):
-    """How a memory reads; the fields are those of `local_memory`. A global memory has a chunk_size and a memory_type
-    only. memory_type None: "linear" for one linear map, "mlp" for more."""
+    """How a memory reads; the fields are those of `local_memory`. A global memory has a chunk_size, a memory_type and an
+    update only. memory_type None: "linear" for one linear map, "mlp" for more."""
 
     chunk_size: int
     shard_length: int | None = None
@@ -100,6 +100,7 @@ class MemoryOptions(NamedTuple):
     normalize_projection: bool = False
     has_token_scale: bool = False
     memory_type: str | None = None
+    update: str = "gradient"
 
 
 class MemoryGates(NamedTuple):
@@ -121,7 +122,8 @@ class MemoryState(NamedTuple):
     For N rows (batch rows, or packed sequences), in float32 (float64 when the inputs are):
 
     weights     fast weights after the last token. With `token_scale`, in mid-chunk, the *unscaled* sum
-                `W_anchor − Σ lr_τ G_τ`: the scale belongs to the reading position.
+                `W_anchor − Σ lr_τ G_τ`: the scale belongs to the reading position. With `update="muon"`, in mid-chunk,
+                the plain sum too: only a whole chunk's step is made orthogonal.
     anchor      fast weights at the start of the chunk that the *next* token belongs to (equal to `weights` when
                 `position` is a multiple of the chunk size).
     momentum    the accumulated surprise S, shaped like `weights`, or None without momentum.

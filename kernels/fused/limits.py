@@ -110,6 +110,8 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     unknown = kind_obstacle(p.kind.name, len(params.fast_weights.maps))
     if unknown is not None:
         return unknown
+    if p.update != "gradient":
+        return why_not_update(p.update)
     device = device_of(p.q.device)
     if device is None:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {p.q.device}; move them to 'cuda'"
@@ -128,6 +130,11 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     if no_room is not None and p.chunk_size <= tile_rows(p, device) and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
+
+
+def why_not_update(update: str) -> str:
+    """The obstacle that an `update` other than "gradient" is, to reads and steps alike."""
+    return f'the global memory learns by update="gradient" alone, got {update!r}; use update="gradient"'
 
 
 def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:

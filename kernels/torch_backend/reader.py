@@ -38,10 +38,13 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
 
 def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
     """See `api.global_memory`."""
-    return Reader(problem, intra=False, output_final_state=output_final_state).read()
+    from .muon import MuonReader  # a Reader
+
+    reader = MuonReader if problem.update == "muon" else Reader
+    return reader(problem, intra=False, output_final_state=output_final_state).read()
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """The tokens of some pieces: tensors [pieces, length, H, …], scalars [pieces, length, H]."""
 
     tokens: Tokens
@@ -108,16 +111,16 @@ class Reader:
         """Read independent jobs of whole chunks; see `scan_chunks`."""
         return scan_chunks(inputs, self.problem.kind.name, lengths, self.problem.chunk_size, self.intra)
 
-    def _block(self, pieces: list[Piece], dtype: torch.dtype) -> _Block:
+    def _block(self, pieces: list[Piece], dtype: torch.dtype) -> Block:
         p, tokens = self.problem, Tokens(pieces, self.problem.q)
 
         def block(t: Tensor | None, dtype: torch.dtype = self.dtype) -> Tensor | None:
             return None if t is None else tokens.gather(t.flatten(0, 1)).to(dtype)
 
         q, k, v = (block(t, dtype) for t in (p.q, p.k, p.v))
-        return _Block(tokens, q, k, v, block(p.lr), block(p.momentum), block(p.decay))
+        return Block(tokens, q, k, v, block(p.lr), block(p.momentum), block(p.decay))
 
-    def _read_heads(self, pieces: list[Piece], b: _Block) -> tuple[Tensor, MemoryState]:
+    def _read_heads(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
         """Finish chunks that an earlier call began: gradients at its anchor, reads from its weights on."""
         start = self._gather([piece.source for piece in pieces])
         x, projection = self._project(b, start.projection)
@@ -137,13 +140,16 @@ class Reader:
         def per_row(t: Tensor) -> Tensor:
             return ends.view(-1, *[1] * (t.dim() - 1))
 
+        weights = weights.zip_map(
+            lambda w, end: torch.where(per_row(w), end, w), self._end_chunk(weights, start.anchor)
+        )
         anchor = weights.zip_map(lambda w, a: torch.where(per_row(w), w, a), start.anchor)
         if self.problem.qk_projection == "chunk":
             projection = projection.masked_fill(per_row(projection), 0.0)
         has_momentum = start.momentum is not None
         return o, MemoryState(weights, anchor, momentum if has_momentum else None, projection, start.position)
 
-    def _scaled_head(self, pieces: list[Piece], b: _Block, ends: Tensor) -> Coefficients:
+    def _scaled_head(self, pieces: list[Piece], b: Block, ends: Tensor) -> Coefficients:
         """Token scale in mid-chunk: with U = W_anchor − Σ lr G so far, W_t = (1 − r_t) W_anchor + r_t (U − Σ_new lr G).
 
         The anchor takes the place of the momentum. After the chunk's last token the state is W_t, before it U.
@@ -161,7 +167,7 @@ class Reader:
             end_gain=end, end_decay=end, end_momentum=1 - end,
         )  # fmt: skip
 
-    def _read_jobs(self, pieces: list[Piece], b: _Block) -> tuple[Tensor, MemoryState]:
+    def _read_jobs(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
         """Read whole chunks up to a reset or the end: the scan."""
         p, C = self.problem, self.problem.chunk_size
         start = self._gather([piece.source for piece in pieces])
@@ -183,7 +189,7 @@ class Reader:
             projection = torch.zeros_like(start.projection)
         return o, MemoryState(weights, weights, momentum, projection, start.position)
 
-    def _read_tails(self, pieces: list[Piece], b: _Block) -> tuple[Tensor, MemoryState | None]:
+    def _read_tails(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState | None]:
         """Begin chunks that a later call may finish; the state is only advanced if somebody wants it."""
         start = self._gather([piece.source for piece in pieces])
         if not self.intra and not self.output_final_state:
@@ -203,7 +209,7 @@ class Reader:
             return o, None
         return o, MemoryState(weights, start.weights, momentum, projection, start.position)
 
-    def _gates(self, b: _Block) -> Gates:
+    def _gates(self, b: Block) -> Gates:
         """Momentum and decay in rows [N, length]."""
         valid = b.tokens.valid()
         H = b.q.shape[2]
@@ -217,7 +223,7 @@ class Reader:
 
     def _chunk(
         self,
-        b: _Block,
+        b: Block,
         x: Tensor,
         c: Coefficients,
         anchor: FastWeights,
@@ -245,12 +251,16 @@ class Reader:
             weights, momentum = advance(self.stages, anchor if current is None else current, momentum, s, c)
         return _blocks(o, b), unrows(weights), unrows(momentum)
 
+    def _end_chunk(self, weights: FastWeights, anchor: FastWeights) -> FastWeights:
+        """What the next chunk starts from, given the weights after the last token of this one."""
+        return weights
+
     def _norm(self, pieces: int) -> Norm | None:
         if self.params.norm_weight is None:
             return None
         return Norm(*(t.repeat(pieces, 1).unsqueeze(1) for t in self.params.norm))
 
-    def _project(self, b: _Block, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _project(self, b: Block, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows to read at, and M after them."""
         p = self.problem
         if not self.projects:
@@ -317,6 +327,6 @@ def _rows(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(0, 1)
 
 
-def _blocks(rows: Tensor, b: _Block) -> Tensor:
+def _blocks(rows: Tensor, b: Block) -> Tensor:
     """[pieces · H, C, F] -> [pieces, C, H, F]."""
     return rows.unflatten(0, (b.q.shape[0], b.q.shape[2])).transpose(1, 2)

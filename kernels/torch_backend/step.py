@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..memories.kinds import inferred_type, memory_kind
+from ..muon import chunk_step, end_chunk
 from ..stack import MemoryStack
 from ..types import MemoryGates, MemoryOptions, MemoryParams
 from .chunk import NORM_EPS, sum_products
@@ -66,6 +67,13 @@ class TorchStep:
         self._has_bias = like.b1 is not None
         self._dim = like.w1.shape[-2]
         self._positions = stack.position[:, :, 0]
+        # Under Muon a matrix [rows, H, in, out] decays towards its anchor.
+        self._tied_to_anchor = [
+            (w, anchor)
+            for state, o in zip(stack.states, options, strict=True)
+            for (w, _), (anchor, _) in zip(state.weights.maps, state.anchor.maps, strict=True)
+            if o.update == "muon"
+        ]
         self._weights, anchor, *momentum = (self._matrices(group) for group in stack.weights)
         self._anchor, self._momentum = anchor, momentum[0] if momentum else None
         self._anchor_transposed = [
@@ -154,7 +162,7 @@ class TorchStep:
                 matrices = self._matrices(weights)
             outputs.append(self._read(run, matrices, norm))
         self.stack.position.add_(1)
-        self._finish(positions, scaled)
+        self._finish(positions, scaled, params)
         total = None
         for o in outputs:
             o = o[0] if o.shape[0] == 1 else o.sum(0)
@@ -180,12 +188,23 @@ class TorchStep:
             if state.projection is not None:
                 state.projection[rows] = 0
 
-    def _finish(self, positions: list[list[int]], scaled: dict[int, Tensor]) -> None:
+    def _finish(self, positions: list[list[int]], scaled: dict[int, Tensor], params: Sequence[MemoryParams]) -> None:
         """After the token that ends a chunk: its weights, scaled where they are, are the next anchor."""
         for i, rows in self._at_boundary(positions, self._chunk_sizes, 1):
             if i in scaled:
                 self.stack.weights[0, i][rows] = scaled[i][rows]
+            if self.options[i].update == "muon":
+                self._learn_by_muon(i, rows, params[i])
             self._begin_chunk(i, rows)
+
+    def _learn_by_muon(self, i: int, rows: slice | list[int], params: MemoryParams) -> None:
+        state = self.stack.states[i]
+        weights, anchor = (group.map(lambda t: t[rows]) for group in (state.weights, state.anchor))
+        initial = params.fast_weights.map(lambda t: t.to(self.stack.weights.dtype))
+        learned = end_chunk(chunk_step(weights, anchor, initial), anchor, initial)
+        for target, new in zip(state.weights, learned, strict=True):
+            if target is not None:
+                target[rows] = new
 
     def _begin_chunk(self, i: int, rows: slice | list[int]) -> None:
         weights, anchor = self.stack.weights[0, i], self.stack.weights[1, i]
@@ -238,7 +257,11 @@ class TorchStep:
         """S = momentum S − lr G, W = (1 − decay) W + S; ys: each stage's outputs [N, lines, width]; delta [N, 1, D]."""
         stack, target = self.stack, self._weights
         if gates.decay is not None:
+            for w, anchor in self._tied_to_anchor:
+                w.sub_(anchor)
             stack.weights[0].mul_((1 - gates.decay.to(delta.dtype)).unsqueeze(-1))
+            for w, anchor in self._tied_to_anchor:
+                w.add_(anchor)
         if gates.momentum is not None:
             target = self._momentum
             stack.weights[2].mul_(gates.momentum.unsqueeze(-1))

@@ -51,12 +51,14 @@ class Case:
     lengths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    update: str = "gradient"
 
     def __str__(self) -> str:
         words = ["global" if self.is_global else "local", self.memory, self.rule, self.projection]
         words += [] if self.norm else ["no_norm"]
         words += [] if self.bias else ["no_bias"]
         words += ["never_reset"] if self.shard_length is None and not self.is_global else []
+        words += [] if self.update == "gradient" else [self.update]
         return "-".join(words)
 
     @property
@@ -73,6 +75,11 @@ class Case:
         depth = self.memory.removeprefix(self.memory_type)
         depth = int(depth) if depth else memory_kind(self.memory_type).depth
         return weight_shapes(self.memory_type, depth, self.heads, self.head_dim, self.hidden, self.bias)
+
+    @property
+    def amplification(self) -> float:
+        """How much larger differences may be: Newton-Schulz multiplies rounding by up to 485, here by 20 as seen."""
+        return 1.0 if self.update == "gradient" else 100.0
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)
@@ -104,7 +111,15 @@ KIND_CASES = (
     Case(is_global=True, memory="swiglu", rule="both", shard_length=None),
     Case(is_global=True, memory="mlp3", rule="decay", bias=False, shard_length=None),
 )
-CASES = LOCAL_CASES + GLOBAL_CASES + KIND_CASES
+# Square, wide and tall matrices; a memory of another kind.
+MUON_CASES = (
+    Case(is_global=True, memory="mlp", rule="both", shard_length=None, update="muon"),
+    Case(is_global=True, memory="mlp", rule="plain", norm=False, hidden=3, shard_length=None, update="muon"),
+    Case(is_global=True, memory="linear", rule="momentum", bias=False, shard_length=None, update="muon"),
+    Case(is_global=True, memory="linear", rule="decay", norm=False, shard_length=None, update="muon"),
+    Case(is_global=True, memory="swiglu", rule="plain", norm=False, shard_length=None, update="muon"),
+)
+CASES = LOCAL_CASES + GLOBAL_CASES + KIND_CASES + MUON_CASES
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:
@@ -184,7 +199,7 @@ def call(
     }
     qkv_lr = (x["q"], x["k"], x["v"], x["lr"])
     if case.is_global:
-        return global_memory(*qkv_lr, params, **shared)
+        return global_memory(*qkv_lr, params, update=case.update, **shared)
     return local_memory(
         *qkv_lr,
         params,

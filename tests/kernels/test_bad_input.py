@@ -239,6 +239,13 @@ def test_good_arguments_are_good():
     assert o.shape == X.shape and state is None
 
 
+def test_an_unknown_update():
+    arguments = good() | {"update": "adam"}
+    del arguments["shard_length"]
+    with pytest.raises(ValueError, match="update='adam' is unknown; use one of"):
+        global_memory(**arguments)
+
+
 def test_auto_says_what_it_picks_and_why():
     choice = choose_backend("cpu")
     assert choice.name in BACKENDS and "cpu" in choice.reason
@@ -287,6 +294,7 @@ TOO_MUCH = {
         "must have at most 16384 numbers a head to stay on the chip with torch.float16, got 32768; use bfloat16",
     ),
     "momentum": ({"D": 128, "M": 256, "momentum": True}, H200, "numbers a head to stay on the chip"),
+    "update": ({"update": "muon"}, H200, "learns by update=\"gradient\" alone, got 'muon'; use update=\"gradient\""),
     "anchor": ({"M": 256, "momentum": True, "chunk_size": 17}, H200, "a chunk_size up to 16 or no momentum"),
     "mid-chunk": (IN_MID_CHUNK | {"M": 256, "momentum": True}, H200, "got 98304"),
     "shared memory": (

@@ -16,6 +16,7 @@ from memory_cases import (
     FLOAT64_TOLERANCE,
     KINDS,
     LOCAL_CASES,
+    MUON_CASES,
     Case,
     assert_same,
     call,
@@ -38,7 +39,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
 def tensors_are_on_the_cpu(request):
     """Except in one test, so the others need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and callspec.params.get("backend") == "torch":
+    if callspec is not None and callspec.params.get("backend") in ("torch", "reference"):
         return
     if not INTERPRETED and request.function is not test_a_captured_step_goes_on_when_replayed:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
@@ -79,7 +80,10 @@ def step_memory(case, x, t):
     params = MemoryParams(**{n.removeprefix("params."): p for n, p in x.items() if n.startswith("params.")})
     gates = {name: x[name][:, t] if name in x else None for name in ("lr", "momentum", "decay")}
     if case.is_global:
-        return StepMemory(params, chunk_size=case.chunk_size, is_global=True, memory_type=case.memory_type, **gates)
+        return StepMemory(
+            params, chunk_size=case.chunk_size, is_global=True, memory_type=case.memory_type, update=case.update,
+            **gates,
+        )  # fmt: skip
     return StepMemory(
         params, chunk_size=case.chunk_size, shard_length=case.shard_length,
         qk_projection=case.projection.removesuffix("_normalized"),
@@ -105,6 +109,7 @@ def decode(cases, inputs, backend="triton"):
 
 
 BOTH = pytest.mark.parametrize("backend", ["triton", "torch"])
+MUON = [case.with_(**SMALL | {"heads": 2}) for case in MUON_CASES]
 
 
 @BOTH
@@ -122,6 +127,33 @@ def test_every_kind_token_by_token_is_the_reference(case):
     x = make_inputs(case)
     o, (state,) = decode([case], [x], "torch")
     assert_same(named(o, state), named(*call(case, "reference", x)), FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("case", MUON, ids=str)
+@torch.no_grad()
+def test_a_memory_that_learns_by_muon(case, backend):
+    """Beside a local memory; Triton's kernel refuses."""
+    local = case.with_(is_global=False, update="gradient", shard_length=8)
+    x, y = make_inputs(case), make_inputs(local.with_(seed=1))
+    o, states = decode([case, local], [x, y], backend)
+    qkv = {name: x[name] for name in "qkv"}
+    wants = [call(one, "reference", given) for one, given in ((case, x), (local, y | qkv))]
+    assert_same({"o": o}, {"o": wants[0][0] + wants[1][0]}, FLOAT64_TOLERANCE * case.amplification)
+    for got, (_, want) in zip(states, wants, strict=True):
+        assert_same(got.tensors(), want.tensors(), FLOAT64_TOLERANCE * case.amplification)
+    with pytest.raises(ValueError, match='by update="gradient" alone, got .muon.; use update="gradient"'):
+        decode([case], [x], "triton")
+
+
+@torch.no_grad()
+def test_a_step_of_muon_without_a_step_size():
+    """Weights that decay towards an anchor that they are equal to stay there: no rounding that would be a step."""
+    case = MUON[3].with_(dtype=torch.float32, start=None, length=9)
+    x = make_inputs(case)
+    x["lr"].zero_()
+    _, (state,) = decode([case], [x], "torch")
+    torch.testing.assert_close(state.weights.w1, x["params.w1"].expand_as(state.weights.w1))
 
 
 @BOTH

@@ -36,9 +36,7 @@ def the_cpu_is_a_gpu(monkeypatch):
     choose, choose_step = backends.choose_backend, step.choose_step_backend
     monkeypatch.setattr(backends, "choose_backend", lambda device_type, *call: choose("cuda", *call))
     monkeypatch.setattr(
-        step,
-        "choose_step_backend",
-        lambda name, params, kind: choose_step({"auto": "triton"}.get(name, name), params, kind),
+        step, "choose_step_backend", lambda name, *given: choose_step({"auto": "triton"}.get(name, name), *given)
     )
     monkeypatch.setattr(probe, "_failures", {})
     backends.warn_of_fallback.cache_clear()

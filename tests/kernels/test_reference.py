@@ -26,6 +26,7 @@ GRADCHECK_CASES = [
     TINY.with_(is_global=True, memory="linear", norm=False),
     TINY.with_(memory="swiglu", rule="both", projection="shard"),
     TINY.with_(memory="mlp3", rule="momentum"),
+    TINY.with_(is_global=True, rule="both", update="muon"),
 ]
 
 
