@@ -64,6 +64,8 @@ class TNTConfig(PreTrainedConfig):
             with it. None: 1.7/sqrt(D), with which gamma * LN(y) is as long as v - k of a fresh model (0.3 at D = 32); 1
             is TTT's. Without the residual norm it stays None.
         global_chunk_size: tokens between two updates of the global memory (TNT eq. 5). None: no global memory.
+        global_update: how a chunk changes the global memory: "gradient" (TNT), or "muon": the chunk's step is made
+            orthogonal, and the weights keep the norms of the initial ones (LaCT, arXiv 2505.23884; not by Triton).
         local_chunk_sizes: one local memory for each; may be empty (TNT eq. 6, 14).
         local_shard_lengths: tokens after which a local memory is reset to its learned initial state, a multiple of its
             chunk size: one int for all, a list with one entry each, or None: never.
@@ -113,6 +115,7 @@ class TNTConfig(PreTrainedConfig):
     memory_norm_init: float | None = None
 
     global_chunk_size: int | None = 2048
+    global_update: str = "gradient"
     local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
     local_shard_lengths: int | list[int | None] | None = 2048
     qk_projection: str = "shard"

@@ -17,6 +17,7 @@ from ..kernels.memories.kinds import memory_kind, memory_types
 from .version import VERSION
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
+GLOBAL_UPDATES = ("gradient", "muon")
 KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
 
 # A file of somebody else's must not keep its reader busy: numbers are bounded, and so is what is said of them.
@@ -178,7 +179,10 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     ):  # fmt: skip
         if not isinstance(getattr(c, name), bool):
             yield f"{name} must be True or False, got {getattr(c, name)!r}"
-    choices = {"memory_type": memory_types(), "qk_projection": QK_PROJECTIONS, "kernel_backend": KERNEL_BACKENDS}
+    choices = {
+        "memory_type": memory_types(), "global_update": GLOBAL_UPDATES, "qk_projection": QK_PROJECTIONS,
+        "kernel_backend": KERNEL_BACKENDS,
+    }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             yield f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(c, name)!r}"
@@ -251,6 +255,16 @@ def _find_contradictions(c: Any) -> Iterator[str]:
         yield (
             f"memory_norm_init={c.memory_norm_init!r} needs the residual norm; use memory_residual_norm=True, or "
             "memory_norm_init=None"
+        )
+    if c.global_update == "muon" and c.global_chunk_size is None:
+        yield (
+            'global_update="muon" is for the global memory, got global_chunk_size=None; set global_chunk_size, e.g. '
+            '2048, or use global_update="gradient"'
+        )
+    if c.global_update == "muon" and c.memory_initializer_range == 0:
+        yield (
+            'global_update="muon" keeps the norms of the initial weights, which memory_initializer_range=0 makes zero; '
+            'use None or a number above 0, or global_update="gradient"'
         )
     if c.token_scale is True and (c.use_momentum is True or c.use_forget_gate is True):
         given = " and ".join(f"{n}=True" for n in ("use_momentum", "use_forget_gate") if getattr(c, n) is True)

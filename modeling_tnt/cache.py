@@ -27,9 +27,11 @@ LAYER_TYPE = "tnt_memory"
 # A state can be read on only by a model that agrees in these: they fix its shapes and what "mid-chunk" means.
 _SIGNATURE_FIELDS = (
     "num_hidden_layers", "num_heads", "head_dim", "memory_type", "memory_depth", "memory_expansion", "memory_bias",
-    "global_chunk_size",
+    "global_chunk_size", "global_update",
     "local_chunk_sizes", "shard_lengths", "qk_projection", "use_momentum", "token_scale", "conv_kernel_size",
 )  # fmt: skip
+# What a state of an earlier version does not say of itself.
+_SIGNATURE_BEFORE = {"global_update": "gradient"}
 
 
 class TNTCacheLayer(CacheLayerMixin):
@@ -292,6 +294,7 @@ def check_mask(cache: Cache, attention_mask: Tensor | None, columns: int) -> Non
 
 def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ValueError, about the cache or file called `what`, unless the two signatures agree."""
+    filled = _SIGNATURE_BEFORE | filled
     names = [name for name in wanted if filled.get(name) != wanted[name]]
     differences = [f"{name}={filled.get(name)!r} (now {wanted[name]!r})" for name in names]
     if differences:

@@ -55,7 +55,9 @@ def step_options(config: TNTConfig) -> tuple[MemoryOptions, ...]:
     """How the memories of any layer read, in their order. Read from the config at each call: sizes may change."""
     options, kind = [], config.memory_type
     if config.global_chunk_size is not None:
-        options.append(MemoryOptions(config.global_chunk_size, is_global=True, memory_type=kind))
+        options.append(
+            MemoryOptions(config.global_chunk_size, is_global=True, memory_type=kind, update=config.global_update)
+        )
     projection = (config.qk_projection, config.normalize_projection, config.token_scale, kind)
     for chunk_size, shard_length in zip(config.local_chunk_sizes, config.shard_lengths, strict=True):
         options.append(MemoryOptions(chunk_size, shard_length, False, *projection))
@@ -131,7 +133,7 @@ def read_memory(
         "memory_type": options.memory_type,
     }  # fmt: skip
     if options.is_global:
-        return global_memory(q, k, v, gates.lr, inputs.params, **given)
+        return global_memory(q, k, v, gates.lr, inputs.params, update=options.update, **given)
     return local_memory(
         q, k, v, gates.lr, inputs.params, shard_length=options.shard_length, qk_projection=options.qk_projection,
         normalize_projection=options.normalize_projection, token_scale=inputs.token_scale, **given,
@@ -147,6 +149,7 @@ def reads_by_triton(
     problem = MemoryProblem(
         q, k, v, gates.lr, inputs.params, options.chunk_size, options.shard_length, options.qk_projection,
         options.normalize_projection, gates.momentum, gates.decay, inputs.token_scale, memory_type=options.memory_type,
+        update=options.update,
     )  # fmt: skip
     return choose_backend(q.device.type, problem, options.is_global).name == "triton"
 
@@ -236,8 +239,10 @@ class TNTMemoryLayer(nn.Module):
         """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
         it as any other number of tokens."""
         shapes = [shape for name, shape in fast_weight_shapes(self.config).items() if name.startswith("w")]
-        backend, memory_type = self.config.kernel_backend, self.config.memory_type
-        return step_backend_for(backend, memory_type, len(shapes), *shapes[0][1:], self.norm.weight.device).name
+        c, device = self.config, self.norm.weight.device
+        return step_backend_for(
+            c.kernel_backend, c.memory_type, len(shapes), *shapes[0][1:], device, c.global_update
+        ).name
 
     def _read(
         self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
@@ -311,8 +316,9 @@ class TNTMemoryLayer(nn.Module):
                 q, k, v,
                 [
                     StepMemory(
-                        p, lr, *options[:5], momentum=m, decay=d, token_scale=scale, memory_type=options.memory_type
-                    )
+                        p, lr, *options[:5], momentum=m, decay=d, token_scale=scale, memory_type=options.memory_type,
+                        update=options.update,
+                    )  # fmt: skip
                     for options, p, scale, lr, m, d in per_memory
                 ],
                 stack, active=step.active, backend=self.config.kernel_backend,

@@ -134,7 +134,7 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
 
 def why_not_update(update: str) -> str:
     """The obstacle that an `update` other than "gradient" is, to reads and steps alike."""
-    return f'the global memory learns by update="gradient" alone, got {update!r}; use update="gradient"'
+    return f"the global memory's update (global_update of a model) must be 'gradient', got {update!r}; use that"
 
 
 def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:

@@ -156,6 +156,17 @@ def test_all_problems_at_once():
         ),
         ({"memory_bias": 1}, "memory_bias must be True or False, got 1"),
         ({"memory_type": "deep"}, "memory_type must be one of 'mlp', 'linear', 'swiglu', got 'deep'"),
+        ({"global_update": "adam"}, "global_update must be one of 'gradient', 'muon', got 'adam'"),
+        (
+            {"global_update": "muon", "global_chunk_size": None},
+            'global_update="muon" is for the global memory, got global_chunk_size=None; set global_chunk_size, e.g. '
+            '2048, or use global_update="gradient"',
+        ),
+        (
+            {"global_update": "muon", "memory_initializer_range": 0.0},
+            'global_update="muon" keeps the norms of the initial weights, which memory_initializer_range=0 makes zero; '
+            'use None or a number above 0, or global_update="gradient"',
+        ),
         ({"qk_projection": None}, "qk_projection must be one of 'shard', 'chunk', 'none', got None"),
         (
             {"kernel_backend": "cuda"},
@@ -235,6 +246,7 @@ def test_names_agree_with_the_memory_operations():
 
     assert validation.KERNEL_BACKENDS == backends.BACKENDS
     assert validation.QK_PROJECTIONS == checks.QK_PROJECTIONS
+    assert validation.GLOBAL_UPDATES == checks.UPDATES
 
 
 def test_a_saved_config_records_the_version(tmp_path):

@@ -294,7 +294,7 @@ TOO_MUCH = {
         "must have at most 16384 numbers a head to stay on the chip with torch.float16, got 32768; use bfloat16",
     ),
     "momentum": ({"D": 128, "M": 256, "momentum": True}, H200, "numbers a head to stay on the chip"),
-    "update": ({"update": "muon"}, H200, "learns by update=\"gradient\" alone, got 'muon'; use update=\"gradient\""),
+    "update": ({"update": "muon"}, H200, "(global_update of a model) must be 'gradient', got 'muon'; use that"),
     "anchor": ({"M": 256, "momentum": True, "chunk_size": 17}, H200, "a chunk_size up to 16 or no momentum"),
     "mid-chunk": (IN_MID_CHUNK | {"M": 256, "momentum": True}, H200, "got 98304"),
     "shared memory": (

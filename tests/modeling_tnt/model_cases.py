@@ -24,6 +24,7 @@ VARIANTS = {
     },
     "swiglu-forget": {"memory_type": "swiglu", "use_forget_gate": True, "memory_base_lr": 0.2},
     "mlp-three-maps-momentum": {"memory_depth": 3, "use_momentum": True, "memory_base_lr": 0.2},
+    "mlp-muon": {"global_update": "muon", "use_momentum": True, "use_forget_gate": True, "local_shard_lengths": None},
     "global-only": {"local_chunk_sizes": [], "qk_projection": "none", "tie_word_embeddings": True},
 }  # fmt: skip
 

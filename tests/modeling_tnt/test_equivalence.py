@@ -189,7 +189,7 @@ def test_gradients_flow_through_the_cache(variant):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("variant", ["mlp", "linear"])
+@pytest.mark.parametrize("variant", ["mlp", "linear", "mlp-muon"])
 @torch.no_grad()
 def test_float32(variant):
     """The default precision keeps what float64 shows: cut = whole = float64."""

@@ -58,10 +58,12 @@ def test_a_training_step_is_one_graph(model: TNTForCausalLM):
 
 
 @pytest.mark.filterwarnings("ignore:backend='auto' runs the torch backend")
-@pytest.mark.parametrize("momentum, apart", [(False, 0), (True, 1)])
-def test_auto_keeps_what_torch_reads_out_of_graphs(momentum: bool, apart: int, monkeypatch):
+@pytest.mark.parametrize(
+    "changes, apart", [({}, []), ({"use_momentum": True}, ["local"]), ({"global_update": "muon"}, ["global"])], ids=str
+)
+def test_auto_keeps_what_torch_reads_out_of_graphs(changes: dict, apart: list[str], monkeypatch):
     """In float32 the state of such a local memory with momentum does not fit on the chip, while a global memory's need
-    not, and a step's neither. Here the CPU counts as a GPU."""
+    not, and a step's neither. No kernel learns by Muon. Here the CPU counts as a GPU."""
     for module in (memory_layer, backends):
         monkeypatch.setattr(module, "choose_backend", lambda device_type, *call: choose_backend("cuda", *call))
     read, reads = memory_layer._read_apart_from_graphs, []
@@ -69,10 +71,10 @@ def test_auto_keeps_what_torch_reads_out_of_graphs(momentum: bool, apart: int, m
     monkeypatch.setattr(backends.probe, "failure", lambda configuration: None)
     config = TNTConfig.from_preset(
         "tiny", num_hidden_layers=1, hidden_size=32, num_heads=1, head_dim=64, intermediate_size=32, vocab_size=64,
-        memory_expansion=2, use_momentum=momentum, global_chunk_size=8, local_chunk_sizes=[4], local_shard_lengths=8,
-        kernel_backend="auto",
+        memory_expansion=2, global_chunk_size=8, local_chunk_sizes=[4], local_shard_lengths=8, kernel_backend="auto",
+        **changes,
     )  # fmt: skip
     model = TNTForCausalLM(config)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=False)
-    assert len(reads) == apart and all(not options.is_global for _, _, options, *_ in reads)
+    assert ["global" if options.is_global else "local" for _, _, options, *_ in reads] == apart

@@ -14,6 +14,9 @@ beyond the recomputation named here. A chunk has C tokens, a head D entries, the
   Causal attention over T tokens: Q Kᵀ and its use, half of it masked: 2·T·D forward; the backward has five such
     products to the forward's two: 7·T·D in all.
 
+  Muon, once a chunk: an iteration on a D × M matrix, n the smaller side and m the larger, has X Xᵀ, its square and
+    their product with X: 4·n²·m + 2·n³; five iterations, and the backward has twice as many.
+
 Bytes: every input read once and every output written once, weights left out (they are read once a call).
   memory     forward q, k, v, o and lr (float32); the backward reads q, k, v, lr and o's gradient, and writes four.
   attention  the same without lr; its backward also reads o.
@@ -21,12 +24,15 @@ Bytes: every input read once and every output written once, weights left out (th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (BOTH, FORWARD)
 
 LR_BYTES = 4  # the step size is float32 whatever the dtype of q
 MLP_PRODUCTS = {FORWARD: 7, BOTH: 7 + 5 + 14}
 LINEAR_PRODUCTS = {FORWARD: 3, BOTH: 3 + 2 + 6}
+NEWTON_SCHULZ_STEPS = 5
 PROJECTION_SQUARES = {FORWARD: 4, BOTH: 4 + 6}
 PROJECTION_CHUNKS = {FORWARD: 4, BOTH: 4 + 10}
 
@@ -46,6 +52,16 @@ def memory_operations(
     if qk_projection == "shard":
         projection += PROJECTION_SQUARES[mode] * D * D
     return products * 2 * D * M + inside_chunk + projection
+
+
+def muon_operations(mode: str, *, matrices: Iterable[tuple[int, int]], chunk_size: int) -> float:
+    """Floating-point operations, per token and head, that Newton-Schulz takes at the end of each chunk.
+
+    matrices: (inputs, outputs) of each linear map of the memory.
+    """
+    sides = [(min(shape), max(shape)) for shape in matrices]
+    forward = NEWTON_SCHULZ_STEPS * sum(4 * n * n * m + 2 * n**3 for n, m in sides)
+    return (1 if mode == FORWARD else 3) * forward / chunk_size
 
 
 def attention_operations(mode: str, *, head_dim: int, length: int) -> int:

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_tnt import TNTConfig
+from modeling_tnt.cache import fast_weight_shapes
 
-from .costs import FORWARD, attention_operations, memory_operations
+from .costs import FORWARD, attention_operations, memory_operations, muon_operations
 
 # Dense peak of the vendors' data sheets, operations a second with bfloat16 operands.
 _PEAK_BF16 = {
@@ -53,4 +54,7 @@ def _mixer_operations(model: PreTrainedModel, seq_len: int) -> float:
     if config.global_chunk_size is not None:
         # Its tokens read the state before the chunk, so that there are no products within one.
         operations += memory_operations(FORWARD, chunk_size=0, qk_projection="none", **shape)
+    if config.global_update == "muon":
+        matrices = [shape[1:] for shape in fast_weight_shapes(config).values() if len(shape) == 3]
+        operations += muon_operations(FORWARD, matrices=matrices, chunk_size=config.global_chunk_size)
     return heads * operations

@@ -32,6 +32,9 @@ def test_a_tnt_by_hand():
     linear = 5 * 32 * 32 + 3 * 32 * 48 + 2 * 32 * H + 32 * V
     memories = H * (2 * 3 * 2 * D * D + 2 * C * 2 * D)
     assert operations_per_token(TNTForCausalLM(config), 64) == 3 * (2 * linear + memories)
+    config.global_update = "muon"  # five times three products of D × D matrices, once in 8 tokens
+    memories += H * 5 * 3 * 2 * D**3 / 8
+    assert operations_per_token(TNTForCausalLM(config), 64) == 3 * (2 * linear + memories)
 
 
 @pytest.mark.parametrize(
