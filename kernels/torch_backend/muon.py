@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..muon import chunk_step, end_chunk, plain_sum
 from ..types import FastWeights, MemoryState
@@ -22,7 +23,7 @@ class MuonReader(Reader):
     """Reads with `update="muon"`."""
 
     def _read_jobs(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
-        C, initial = self.problem.chunk_size, self.params.fast_weights
+        C = self.problem.chunk_size
         start = self._gather([piece.source for piece in pieces])
         weights, momentum = start.weights, start.momentum
         lengths = [piece.count // C for piece in pieces]
@@ -30,17 +31,25 @@ class MuonReader(Reader):
         for index in range(lengths[0]):
             jobs, going_on = (sum(length > i for length in lengths) for i in (index, index + 1))  # the first ones
             chunk = Block(b.tokens, *(None if t is None else t[:jobs, index * C : (index + 1) * C] for t in b[1:]))
-            gates = Gates(
-                *(None if t is None else t.transpose(1, 2).flatten(0, 1) for t in (chunk.momentum, chunk.decay))
+            o, weights, momentum = checkpoint(
+                self._read_whole_chunk, chunk, weights, momentum, use_reentrant=False, preserve_rng_state=False
             )
-            nothing = chunk_step(weights, weights, initial)
-            o, step, momentum = super()._chunk(chunk, chunk.q, global_coefficients(gates), weights, nothing, momentum)
             outputs.append(F.pad(o, (0, 0, 0, 0, 0, 0, 0, len(pieces) - jobs)))
-            weights = end_chunk(step, weights, initial)
             ends.insert(0, (_rows(weights, going_on, jobs), _rows(momentum, going_on, jobs)))
             weights, momentum = _rows(weights, 0, going_on), _rows(momentum, 0, going_on)
         weights, momentum = (_cat(group) for group in zip(*ends, strict=True))
         return torch.cat(outputs, dim=1), MemoryState(weights, weights, momentum, None, start.position)
+
+    def _read_whole_chunk(
+        self, b: Block, anchor: FastWeights, momentum: FastWeights | None
+    ) -> tuple[Tensor, FastWeights, FastWeights | None]:
+        """The chunk's outputs, and what the next one starts from. The backward runs it again: of each chunk only the
+        state before it is kept."""
+        initial = self.params.fast_weights
+        gates = Gates(*(None if t is None else t.transpose(1, 2).flatten(0, 1) for t in (b.momentum, b.decay)))
+        nothing = chunk_step(anchor, anchor, initial)
+        o, step, momentum = super()._chunk(b, b.q, global_coefficients(gates), anchor, nothing, momentum)
+        return o, end_chunk(step, anchor, initial), momentum
 
     def _chunk(
         self,

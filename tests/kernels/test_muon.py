@@ -77,3 +77,20 @@ def test_without_a_step_nothing_is_learned(case: Case, dtype: torch.dtype, backe
     torch.testing.assert_close(state.weights.w1.detach(), initial)
     grads = torch.autograd.grad(o.sum() + state.weights.w1.sum(), list(x.values()), allow_unused=True)
     assert all(g is None or g.isfinite().all() for g in grads)
+
+
+def test_the_backward_keeps_the_state_before_each_chunk_only():
+    """Besides the inputs, of which some are kept as they were cut; all of a chunk would be nine times as much."""
+    case = Case(is_global=True, update="muon", chunk_size=32, shard_length=None, batch=1, length=512, head_dim=16)
+    saved = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = make_inputs(case.with_(hidden=32))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call(case, "torch", x, output_final_state=False)
+    one_state = sum(x[name].nbytes for name in ("params.w1", "params.b1", "params.w2", "params.b2"))
+    inputs = 4 * x["q"].nbytes + x["lr"].nbytes
+    assert sum(saved.values()) < 2 * inputs + (512 // 32 + 4) * one_state
