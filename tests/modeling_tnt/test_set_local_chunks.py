@@ -18,9 +18,11 @@ def logits(model, tokens):
     return model(tokens).logits
 
 
-@pytest.mark.parametrize("through_base_model", [False, True])
-def test_equals_loading_with_the_new_chunks_and_is_saved(tmp_path, through_base_model):
-    model, tokens = make_model(dtype=torch.float32), make_tokens(2, 13)
+@pytest.mark.parametrize(
+    "through_base_model, global_update", [(False, "gradient"), (True, "gradient"), (False, "muon")]
+)
+def test_equals_loading_with_the_new_chunks_and_is_saved(tmp_path, through_base_model, global_update):
+    model, tokens = make_model(dtype=torch.float32, global_update=global_update), make_tokens(2, 13)
     model.save_pretrained(tmp_path / "before")
     before = logits(model, tokens)
     weights = {name: p.clone() for name, p in model.named_parameters()}
