@@ -203,17 +203,15 @@ def _why_not_triton(memory_type: str, maps: int, D: int, M: int, on: torch.devic
         return obstacle
     from .fused import limits  # imports triton
 
-    if update != "gradient":
-        return limits.why_not_update(update)
+    unknown = limits.update_obstacle(update) or limits.kind_obstacle(memory_type, maps)
+    if unknown is not None:
+        return unknown
     device = limits.device_of(on)
     if device is None or device.capability < limits.MIN_CAPABILITY:
         return (
             f"its tensors are on {on}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
             "TRITON_INTERPRET=1: slowly, a CPU)"
         )
-    unknown = limits.kind_obstacle(memory_type, maps)
-    if unknown is not None:
-        return unknown
     if D not in limits.HEAD_DIMS:
         return f"its head dim must be one of {', '.join(map(str, limits.HEAD_DIMS))}, got {D}"
     if M % HIDDEN_MULTIPLE:

@@ -104,14 +104,19 @@ def kind_obstacle(memory_type: str, maps: int) -> str | None:
     )
 
 
+def update_obstacle(update: str) -> str | None:
+    """Why the kernels cannot learn by an update of the global memory, or None."""
+    if update == "gradient":
+        return None
+    return f"the global memory's update (global_update of a model) must be 'gradient', got {update!r}; use that"
+
+
 def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     """Why the kernels cannot run a call, with the rule, what was got and the remedy; None if they can."""
     p, params = problem, problem.params
-    unknown = kind_obstacle(p.kind.name, len(params.fast_weights.maps))
+    unknown = update_obstacle(p.update) or kind_obstacle(p.kind.name, len(params.fast_weights.maps))
     if unknown is not None:
         return unknown
-    if p.update != "gradient":
-        return why_not_update(p.update)
     device = device_of(p.q.device)
     if device is None:
         return f"it needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {p.q.device}; move them to 'cuda'"
@@ -130,11 +135,6 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
     if no_room is not None and p.chunk_size <= tile_rows(p, device) and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
-
-
-def why_not_update(update: str) -> str:
-    """The obstacle that an `update` other than "gradient" is, to reads and steps alike."""
-    return f"the global memory's update (global_update of a model) must be 'gradient', got {update!r}; use that"
 
 
 def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
