@@ -18,7 +18,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
-from .kernels.memories.kinds import weight_shapes
+from .kernels.memories.kinds import memory_kind, weight_shapes
 from .kernels.stack import MemoryStack
 from .packing import TokenStep
 
@@ -30,8 +30,6 @@ _SIGNATURE_FIELDS = (
     "global_chunk_size", "global_update",
     "local_chunk_sizes", "shard_lengths", "qk_projection", "use_momentum", "token_scale", "conv_kernel_size",
 )  # fmt: skip
-# What a state of an earlier version does not say of itself.
-_SIGNATURE_BEFORE = {"global_update": "gradient"}
 
 
 class TNTCacheLayer(CacheLayerMixin):
@@ -292,9 +290,16 @@ def check_mask(cache: Cache, attention_mask: Tensor | None, columns: int) -> Non
         )
 
 
+def _unsaid(filled: dict[str, Any]) -> dict[str, Any]:
+    """What a state of a version in which there was no choice does not say of itself."""
+    memory_type = filled.get("memory_type")
+    depth = memory_kind(memory_type).depth if memory_type in ("mlp", "linear") else None
+    return {"memory_depth": depth, "global_update": "gradient"}
+
+
 def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise ValueError, about the cache or file called `what`, unless the two signatures agree."""
-    filled = _SIGNATURE_BEFORE | filled
+    filled = _unsaid(filled) | filled
     names = [name for name in wanted if filled.get(name) != wanted[name]]
     differences = [f"{name}={filled.get(name)!r} (now {wanted[name]!r})" for name in names]
     if differences:

@@ -17,7 +17,6 @@ from transformers import Cache, DynamicCache
 from .cache import LAYER_TYPE, cache_signature, check_signature, fast_weight_shapes
 from .configuration import TNTConfig
 from .kernels import MemoryState
-from .kernels.memories.kinds import memory_kind
 
 _FORMAT, _VERSION = "tnt-cache-", 1
 
@@ -71,7 +70,6 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     try:
         signature, origin = json.loads(metadata["signature"]), json.loads(metadata.get("origin", "null"))
         signature, columns = dict(signature), int(metadata["cumulative_length"])
-        signature.setdefault("memory_depth", memory_kind(signature["memory_type"]).depth)  # files of 0.1 have none
         before = json.loads(metadata.get("tokens_before", "null"))  # files of 0.1 have none
         before = torch.tensor(before, dtype=torch.int64, device=device) if isinstance(before, list) else before
         if origin is not None:

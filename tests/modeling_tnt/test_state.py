@@ -352,7 +352,6 @@ def test_files_of_others_are_refused(read, tmp_path):
 
 
 def test_a_state_says_by_which_update_it_was_learned(tmp_path):
-    """Those of versions that had no choice were learned by the gradient."""
     gradient, muon = make_model(), make_model(global_update="muon")
     for model, other in ((gradient, muon), (muon, gradient)):
         folder = tmp_path / model.config.global_update
@@ -360,14 +359,21 @@ def test_a_state_says_by_which_update_it_was_learned(tmp_path):
         model.load_memory(folder)
         with pytest.raises(ValueError, match=f"filled by a model with global_update='{model.config.global_update}'"):
             other.load_memory(folder)
-    path = tmp_path / "gradient" / "memory.safetensors"
+
+
+@pytest.mark.parametrize("variant", ["mlp", "linear"])
+def test_a_state_of_a_version_without_a_choice_loads(variant, tmp_path):
+    """Before there were memory_depth and global_update, of which it says nothing."""
+    model = make_model(variant)
+    model.memorize(make_tokens(1, 11), progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "memory.safetensors"
     with safe_open(path, "pt") as file:
         signature = json.loads(file.metadata()["signature"])
-    del signature["global_update"]
+    del signature["global_update"], signature["memory_depth"]
     rewrite(path, signature=json.dumps(signature))
-    gradient.load_memory(path.parent)
-    with pytest.raises(ValueError, match="global_update='gradient' \\(now 'muon'\\)"):
-        muon.load_memory(path.parent)
+    model.load_memory(tmp_path)
+    with pytest.raises(ValueError, match=r"global_update='gradient' \(now 'muon'\); use"):
+        make_model(variant, global_update="muon").load_memory(tmp_path)
 
 
 def test_other_weights_give_a_warning_and_a_config_asks_none(read, tmp_path, recwarn):
