@@ -111,8 +111,8 @@ def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens)
     assert state.layers[0].conv_tail is None
     reference = make_model(**config)
     start = reference.model.layers[0].memory.global_memory
-    for name, tensor in learned._asdict().items():
-        getattr(start, name).copy_(tensor[0])
+    for name in start.weight_names:
+        getattr(start, name).copy_(getattr(learned, name)[0])
     logits = [model(more, cache=state).logits]  # several tokens, or one in place
     logits += [model(make_tokens(1, 1, seed=3), cache=state).logits]
     expected = reference(torch.cat([more, make_tokens(1, 1, seed=3)], dim=1)).logits
