@@ -90,8 +90,8 @@ class MemoryParams(NamedTuple):
 
 
 class MemoryOptions(NamedTuple):
-    """How a memory reads; the fields are those of `local_memory`. A global memory has a chunk_size, a memory_type and an
-    update only. memory_type None: "linear" for one linear map, "mlp" for more."""
+    """How a memory reads; the fields are those of `local_memory`. A global memory has a chunk_size, a memory_type and
+    an update only. memory_type None: "linear" for one linear map, "mlp" for more."""
 
     chunk_size: int
     shard_length: int | None = None
