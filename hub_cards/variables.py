@@ -118,7 +118,9 @@ def _model_rows(facts: CardFacts) -> Iterable[tuple[str, Any]]:
         memory, expansion = describe_memory(config), config.get("memory_expansion")
         wider = "" if expansion in (None, 1) else f" with {expansion} times the head's width inside"
         yield "Memory of a head", f"{memory}{wider}"
-    yield "Global memory", config.get("global_chunk_size") and f"updated every {config['global_chunk_size']:,} tokens"
+    if config.get("global_chunk_size"):
+        how = " by Muon" if config.get("global_update") == "muon" else ""
+        yield "Global memory", f"updated every {config['global_chunk_size']:,} tokens{how}"
     if chunks:
         yield "Local memories, tokens in a chunk", chunks
         yield "Local memories, tokens until they are reset", _shards(config)

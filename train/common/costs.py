@@ -3,12 +3,12 @@
 Matrix products only, counted as dense; elementwise work is not counted, nor what an implementation computes twice
 beyond the recomputation named here. A chunk has C tokens, a head D entries, the hidden layer of an MLP memory M.
 
-  C × D × M products (2·D·M operations a token), see "What it costs" in the derivation of the backward:
-    MLP     forward 7: K W1, A W2, Δ2 W2ᵀ, X W1, H W2 and the updates Kᵀ Δ1, Aᵀ Δ2; recomputed by the backward 5 (all
-            but the updates); backward 14. So 14·D·M forward, 52·D·M forward + backward: 7/26 of it is the forward.
-    linear  forward 3: K W, X W and the update Kᵀ Δ; recomputed 2; backward 6. So 6·D² and 22·D².
-  C × C products: each layer from `in` to `out` has its scores and their use, 2·C·(in + out) a token; they are computed
-    in the forward, again by the backward, and the backward has twice as many: 4 times the forward's.
+  Products of a linear map (2·in·out operations a token each), see "Cost" in kernels/README.md:
+    a map of the first stage: forward 3: A W, H W and the update Aᵀ Δ; recomputed by the backward 2; backward 6.
+    a map behind it: Δ Wᵀ, too, so forward 4, recomputed 3, backward 8.
+    So an MLP of two maps has 14·D·M forward and 52·D·M forward + backward, a linear memory 6·D² and 22·D².
+  C × C products: each stage has its scores (in) and each of its maps their use (out), 2·C·(in + out) a token; they are
+    computed in the forward, again by the backward, and the backward has twice as many: 4 times the forward's.
   Q-K projection: "shard" forward Q M and Kᵀ K: 4·D², Q Kᵀ and its use: 4·C·D; backward 6·D² and 10·C·D. "chunk" has no
     M from before the chunk: 4·C·D and 10·C·D.
   Causal attention over T tokens: Q Kᵀ and its use, half of it masked: 2·T·D forward; the backward has five such
@@ -26,32 +26,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from modeling_tnt.kernels.memories.kinds import memory_kind
+
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (BOTH, FORWARD)
 
 LR_BYTES = 4  # the step size is float32 whatever the dtype of q
-MLP_PRODUCTS = {FORWARD: 7, BOTH: 7 + 5 + 14}
-LINEAR_PRODUCTS = {FORWARD: 3, BOTH: 3 + 2 + 6}
+FIRST_PRODUCTS = {FORWARD: 3, BOTH: 3 + 2 + 6}
+LATER_PRODUCTS = {FORWARD: 4, BOTH: 4 + 3 + 8}
 NEWTON_SCHULZ_STEPS = 5
 PROJECTION_SQUARES = {FORWARD: 4, BOTH: 4 + 6}
 PROJECTION_CHUNKS = {FORWARD: 4, BOTH: 4 + 10}
 
 
 def memory_operations(
-    mode: str, *, memory: str, head_dim: int, expansion: int, chunk_size: int, qk_projection: str
+    mode: str,
+    *,
+    memory: str,
+    head_dim: int,
+    expansion: int,
+    chunk_size: int,
+    qk_projection: str,
+    depth: int | None = None,
 ) -> int:
-    """Floating-point operations of a local memory per token and head."""
-    D = head_dim
-    M = D * expansion if memory == "mlp" else D
-    products = (MLP_PRODUCTS if memory == "mlp" else LINEAR_PRODUCTS)[mode]
-    layers = 2 if memory == "mlp" else 1
-    inside_chunk = 2 * chunk_size * layers * (D + M) * (1 if mode == FORWARD else 4)
+    """Floating-point operations of a local memory per token and head. memory: its kind; depth None: the usual one."""
+    D, kind = head_dim, memory_kind(memory)
+    maps = kind.maps(kind.depth if depth is None else depth)
+    shapes, stages = kind.shapes(D, D * expansion, maps), kind.stages(maps)
+    products = in_chunk = 0
+    for i, stage in enumerate(stages):
+        per_map = (FIRST_PRODUCTS if i == 0 else LATER_PRODUCTS)[mode]
+        products += sum(2 * per_map * shapes[m][0] * shapes[m][1] for m in stage.maps)
+        in_chunk += shapes[stage.maps[0]][0] + sum(shapes[m][1] for m in stage.maps)
+    inside_chunk = 2 * chunk_size * in_chunk * (1 if mode == FORWARD else 4)
     projection = 0
     if qk_projection != "none":
         projection += PROJECTION_CHUNKS[mode] * chunk_size * D
     if qk_projection == "shard":
         projection += PROJECTION_SQUARES[mode] * D * D
-    return products * 2 * D * M + inside_chunk + projection
+    return products + inside_chunk + projection
 
 
 def muon_operations(mode: str, *, matrices: Iterable[tuple[int, int]], chunk_size: int) -> float:

@@ -29,7 +29,7 @@ def peak_operations(device: torch.device) -> float | None:
 def operations_per_token(model: PreTrainedModel, seq_len: int) -> float:
     """Floating-point operations of a training step per token: three times those of a forward pass.
 
-    A forward pass has two for each weight of a linear layer, and what `bench.costs` counts for memories or attention.
+    A forward pass has two for each weight of a linear layer, and what `costs` counts for memories or attention.
     What an implementation computes twice is not counted.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -47,6 +47,7 @@ def _mixer_operations(model: PreTrainedModel, seq_len: int) -> float:
     if not isinstance(config, TNTConfig):
         return heads * attention_operations(FORWARD, head_dim=config.head_dim, length=seq_len)
     shape = {"memory": config.memory_type, "head_dim": config.head_dim, "expansion": config.memory_expansion}
+    shape["depth"] = config.memory_depth
     operations = sum(
         memory_operations(FORWARD, chunk_size=chunk_size, qk_projection=config.qk_projection, **shape)
         for chunk_size in config.local_chunk_sizes

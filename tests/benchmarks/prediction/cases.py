@@ -62,7 +62,7 @@ class LayerCase:
         return recording
 
     def operations(self) -> int:
-        """Of the products of all memories, forward and backward, as `bench.costs` counts them."""
+        """Of the products of all memories, forward and backward, as `common.costs` counts them."""
         config = self.config
         shape = {"memory": config.memory_type, "head_dim": config.head_dim, "expansion": config.memory_expansion}
         each = memory_operations(BOTH, chunk_size=self.chunk_size, qk_projection=config.qk_projection, **shape)
