@@ -75,9 +75,9 @@ def _module(name: str) -> ModuleType:
         from .torch_backend import reader
 
         return reader
-    from . import triton_backend
+    from .fused import reader
 
-    return triton_backend
+    return reader
 
 
 @torch.compiler.assume_constant_result

@@ -58,9 +58,9 @@ class ReadConfiguration(NamedTuple):
         )  # fmt: skip
 
     def run(self) -> None:
-        from . import triton_backend
+        from .fused import reader
 
-        operation = triton_backend.global_memory if self.is_global else triton_backend.local_memory
+        operation = reader.global_memory if self.is_global else reader.local_memory
         with torch.set_grad_enabled(self.needs_grad):
             o, _ = operation(self.problem(), output_final_state=False)
             if self.needs_grad:

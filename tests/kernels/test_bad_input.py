@@ -336,9 +336,7 @@ def test_what_the_kernels_can_run(options: dict, device: tuple, limits):
     """And "auto" then picks them."""
     with limits.assume_device(*device):
         assert choose_backend("cuda", problem_of(**options)).name == "triton"
-        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith(
-            "triton_backend"
-        )
+        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith("fused.reader")
 
 
 def test_a_global_memory_need_not_fit_on_the_chip(limits):

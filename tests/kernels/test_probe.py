@@ -22,8 +22,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import KernelInterface
 
-from modeling_tnt.kernels import triton_backend
-from modeling_tnt.kernels.fused import decode, limits, local_scan
+from modeling_tnt.kernels.fused import decode, limits, local_scan, reader
 
 SMALL = {"head_dim": 16, "hidden": 16, "heads": 1, "dtype": torch.float32}
 TINY = Case(memory="linear", rule="both", projection="shard", batch=1, length=5, **SMALL)
@@ -125,7 +124,7 @@ def test_a_global_memory_whose_kernels_fail(monkeypatch):
     def scan(*_):
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(triton_backend, "scan_global_chunks", scan)
+    monkeypatch.setattr(reader, "scan_global_chunks", scan)
     case = Case(is_global=True, shard_length=None, length=9, **SMALL)
     with pytest.warns(UserWarning, match="a kernel does not compile or launch"):
         got = outcome("auto", case)

@@ -38,8 +38,7 @@ from modeling_tnt.modeling import TNTBlock
 
 pytest.importorskip("triton")
 
-from modeling_tnt.kernels import triton_backend
-from modeling_tnt.kernels.fused import local_scan
+from modeling_tnt.kernels.fused import local_scan, reader
 from modeling_tnt.kernels.fused.limits import Tiles, assume_device, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +181,7 @@ def test_tiles_of_more_rows(i: int, turn: int, monkeypatch):
         multi = multi_start or chunk_size > rows
         return tiles_for(problem, multi_start)._replace(rows=rows, multi=multi)
 
-    monkeypatch.setattr(triton_backend, "tiles_for", tiles)
+    monkeypatch.setattr(reader, "tiles_for", tiles)
     case = LOCAL[i].with_(chunk_size=chunk_size, batch=1, heads=1, length=chunk_size + 3, start=(start,))
     case = case.with_(shard_length=case.shard_length and chunk_size)
     assert_right(run(case), case)
@@ -395,8 +394,8 @@ TINY = Case(memory="linear", rule="both", projection="shard", batch=1, heads=1, 
 @pytest.fixture
 def scans(monkeypatch) -> list[tuple]:
     """The arguments of each fused scan of a local memory: inputs, table of segments, plan."""
-    calls, scan = [], triton_backend.scan_segments
-    monkeypatch.setattr(triton_backend, "scan_segments", lambda *args: calls.append(args) or scan(*args))
+    calls, scan = [], reader.scan_segments
+    monkeypatch.setattr(reader, "scan_segments", lambda *args: calls.append(args) or scan(*args))
     return calls
 
 

@@ -1,4 +1,4 @@
-"""The triton backend.
+"""Reads by Triton's kernels.
 
 A local memory is read by a kernel that walks the chunks of a segment with the fast weights on chip; this module turns a
 checked problem into what it takes: a table of segments, packed states, float32 scalars. The global memory has few and
@@ -12,14 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import MemoryProblem
-from .fused.global_scan import scan_global_chunks
-from .fused.limits import tiles_for
-from .fused.local_scan import EndState, Plan, ScanInputs, scan_segments
-from .torch_backend.reader import Reader
-from .torch_backend.segments import final_positions, plan_segments, segment_table, sequence_lengths
-from .torch_backend.slab import ScanInputs as ChunkInputs
-from .types import FastWeights, MemoryParams, MemoryState
+from ..checks import MemoryProblem
+from ..torch_backend.reader import Reader
+from ..torch_backend.segments import final_positions, plan_segments, segment_table, sequence_lengths
+from ..torch_backend.slab import ScanInputs as ChunkInputs
+from ..types import FastWeights, MemoryParams, MemoryState
+from .global_scan import scan_global_chunks
+from .limits import tiles_for
+from .local_scan import EndState, Plan, ScanInputs, scan_segments
 
 _PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}
 
