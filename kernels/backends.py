@@ -1,21 +1,25 @@
-"""Which implementation runs a call, and why."""
+"""Which implementation runs a call, and why.
+
+A checkpoint's copy of this code has no Triton in it: there the "triton" backend is the installed package's, if any.
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 import warnings
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch._subclasses import FakeTensor
-from torch.torch_version import TorchVersion
 
-from . import probe
 from .checks import MemoryProblem
 
-MIN_TRITON = "3.6"
+logger = logging.getLogger(__name__)
+
+INTERFACE = 1
+"""Number of what `triton_backend` offers, and of the containers that it takes. A copy of this code uses the installed
+package's kernels if both have the same number: raise it when a function there or a field of a container changes."""
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -38,10 +42,16 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_gl
         return BackendChoice("torch", f"Triton's kernels need a CUDA device; on {device_type} the torch backend runs")
     obstacle = missing(device_type)
     if obstacle is None and problem is not None:
-        obstacle = _obstacle(problem, is_global) or _failure(problem, is_global)
+        triton = triton_backend()
+        obstacle = triton.obstacle(problem, is_global) or triton.failure(problem, is_global)
     if obstacle is not None:
-        return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}", is_fallback=True)
+        return fall_back(obstacle)
     return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
+
+
+def fall_back(obstacle: str) -> BackendChoice:
+    """What "auto" runs on a GPU in spite of an obstacle to Triton's kernels."""
+    return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}", is_fallback=True)
 
 
 def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleType:
@@ -59,7 +69,7 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
             warn_of_fallback(choice.reason)
         name = choice.name
     elif name == "triton":
-        obstacle = missing(problem.q.device.type) or _obstacle(problem, is_global)
+        obstacle = missing(problem.q.device.type) or triton_backend().obstacle(problem, is_global)
         if obstacle is not None:
             raise ValueError(f"backend='triton' cannot run: {obstacle}; or use backend='torch' or 'auto'")
     return _module(name)
@@ -75,51 +85,40 @@ def _module(name: str) -> ModuleType:
         from .torch_backend import reader
 
         return reader
-    from .fused import reader
+    return triton_backend()
 
-    return reader
+
+def triton_backend() -> ModuleType:
+    """triton_backend.py of this package; asked for where `missing` sees no obstacle."""
+    from . import triton_backend  # of the installed package
+
+    return triton_backend
 
 
 @torch.compiler.assume_constant_result
 def missing(device_type: str) -> str | None:
-    """Why none of Triton's kernels can run here on tensors of this device type, with the remedy; None if some can.
+    """Why none of Triton's kernels can run here on tensors of this device type, with the remedy; None if some can."""
+    return _not_installed() or triton_backend().missing(device_type)
 
-    Asked before anything of `fused` is imported: an older triton need not have what the kernels are written with.
-    """
-    if device_type == "cuda" and torch.version.hip is not None:
+
+@functools.cache
+def _not_installed() -> str | None:
+    """Why this copy of the code has no kernels to use, or None. In the package there always are some."""
+    try:
+        kernels = triton_backend()
+    except ImportError as error:
         return (
-            f"its kernels are for NVIDIA GPUs, and in this torch, built for ROCm {torch.version.hip}, 'cuda' is an AMD "
-            "GPU; run on an NVIDIA GPU"
+            f"a checkpoint's code has none of its own, and those of the package modeling-tnt cannot be imported "
+            f"({error}); install it with pip install modeling-tnt"
         )
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:  # without an origin: some folder of that name
-        return "triton is not installed; install it with pip install triton"
-    version = _triton_version()
-    if TorchVersion(version) < MIN_TRITON:
+    if getattr(kernels, "INTERFACE", None) != INTERFACE:
         return (
-            f"triton {version} is installed, its kernels need {MIN_TRITON} or newer; upgrade torch, each release of "
-            f"which brings its own triton, or pip install -U 'triton>={MIN_TRITON}'"
+            "the installed modeling-tnt is of another version than this checkpoint's code, and its kernels do not fit; "
+            "import modeling_tnt before the model is loaded, which runs the package's own code then"
         )
+    if kernels.__package__ != __package__:
+        logger.warning(f"Triton's kernels are those of the installed package modeling-tnt: {kernels.__file__}")
     return None
-
-
-def _triton_version() -> str:
-    """Of what `import triton` finds, whichever distribution that is (triton, pytorch-triton, triton-windows, …)."""
-    import triton
-
-    return triton.__version__
-
-
-def _obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
-    from .fused import limits
-
-    return limits.obstacle(problem, is_global)
-
-
-def _failure(problem: MemoryProblem, is_global: bool) -> str | None:
-    if isinstance(problem.q, FakeTensor):  # traced without torch.compile: nothing can run
-        return None
-    return probe.failure(probe.ReadConfiguration.of(problem, is_global))
 
 
 @functools.cache

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import MemoryProblem
 from .stack import MemoryStack
+from .step import StepMemory
 from .types import MemoryOptions, MemoryParams, initial_memory_state
-
-if TYPE_CHECKING:
-    from .step import StepMemory
 
 
 class ReadConfiguration(NamedTuple):
@@ -113,7 +111,7 @@ class StepConfiguration(NamedTuple):
         )  # fmt: skip
 
     def run(self) -> None:
-        from .step import StepMemory, launch_step
+        from .fused.decode import launch_step
 
         (H, D, _), (dtype, gate_dtype, params_dtype, state_dtype) = self.sizes, self.dtypes
         q = torch.zeros(1, H, D, dtype=dtype, device=self.device)

@@ -19,18 +19,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from . import probe
 from .api import global_memory, local_memory
-from .backends import BACKENDS, BackendChoice, missing, warn_of_fallback
+from .backends import BACKENDS, BackendChoice, fall_back, missing, triton_backend, warn_of_fallback
 from .checks import check_global, check_local
 from .memories.kinds import inferred_type
 from .stack import MemoryStack
 from .torch_backend.step import TorchStep
 from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState, is_of
-
-HIDDEN_MULTIPLE = 16
 
 
 class StepMemory(NamedTuple):
@@ -101,7 +97,7 @@ def step_memories(
     if choice.is_fallback:
         warn_of_fallback(choice.reason)
     if choice.name == "triton":
-        return launch_step(q, k, v, memories, stack, active)
+        return triton_backend().step(q, k, v, memories, stack, active)
     if choice.name == "reference":
         return _one_by_one(q, k, v, memories, stack, active)
     gates = MemoryGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in MemoryGates._fields))
@@ -172,13 +168,15 @@ def step_backend_for(
         return BackendChoice(backend, "named by the caller")
     if backend == "auto" and device.type != "cuda":
         return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
-    obstacle = _why_not_triton(memory_type, maps, head_dim, hidden, device, update)
+    obstacle = missing(device.type) or triton_backend().step_obstacle(
+        memory_type, maps, update, head_dim, hidden, device
+    )  # fmt: skip
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
         return BackendChoice("triton", "named by the caller")
     if obstacle is not None:
-        return BackendChoice("torch", f"the triton kernel cannot run this step: {obstacle}", is_fallback=True)
+        return fall_back(obstacle)
     return BackendChoice("triton", "one launch for all memories of a layer")
 
 
@@ -188,35 +186,10 @@ def _choose(
     """The backend of one step. "auto" tries the kernel first, once for all steps of a configuration."""
     update = next((m.update for m in memories if m.update != "gradient"), "gradient")
     choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type, update)
-    if backend != "auto" or choice.name != "triton" or isinstance(q, FakeTensor):
+    if backend != "auto" or choice.name != "triton":
         return choice
-    failure = probe.failure(probe.StepConfiguration.of(q, memories, stack, active))
-    if failure is None:
-        return choice
-    return BackendChoice("torch", f"the triton kernel cannot run this step: {failure}", is_fallback=True)
-
-
-def _why_not_triton(memory_type: str, maps: int, D: int, M: int, on: torch.device, update: str) -> str | None:
-    """What keeps the kernel from running, in words, or None."""
-    obstacle = missing(on.type)
-    if obstacle is not None:
-        return obstacle
-    from .fused import limits  # imports triton
-
-    unknown = limits.update_obstacle(update) or limits.kind_obstacle(memory_type, maps)
-    if unknown is not None:
-        return unknown
-    device = limits.device_of(on)
-    if device is None or device.capability < limits.MIN_CAPABILITY:
-        return (
-            f"its tensors are on {on}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
-            "TRITON_INTERPRET=1: slowly, a CPU)"
-        )
-    if D not in limits.HEAD_DIMS:
-        return f"its head dim must be one of {', '.join(map(str, limits.HEAD_DIMS))}, got {D}"
-    if M % HIDDEN_MULTIPLE:
-        return f"the hidden width of its memories must be a multiple of {HIDDEN_MULTIPLE}, got {M}"
-    return None
+    failure = triton_backend().step_failure(q, memories, stack, active)
+    return choice if failure is None else fall_back(failure)
 
 
 def _check(
@@ -296,28 +269,6 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemo
     for memory in memories:
         tensors += [*memory.params, memory.lr, memory.momentum, memory.decay, memory.token_scale]
     return [t for t in tensors if t is not None]
-
-
-def launch_step(
-    q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
-) -> Tensor:
-    from .fused.decode import PARAMS, PROJECTIONS, decode_step
-
-    def each(values: list[Tensor | None]) -> list[Tensor]:
-        return [] if values[0] is None else values
-
-    scaled = [m.token_scale is not None for m in memories]
-    # The kernel does not look at the token scale of a memory that has none.
-    token_scale = [m.lr if m.token_scale is None else m.token_scale for m in memories] if any(scaled) else []
-    return decode_step(
-        q, k, v, active,
-        *(each([getattr(m, name) for m in memories]) for name in ("lr", "momentum", "decay")), token_scale,
-        *(each([getattr(m.params, name) for m in memories]) for name in PARAMS),
-        stack.weights, stack.projection, stack.position,
-        [m.chunk_size for m in memories], [m.shard_length or 0 for m in memories], [m.is_global for m in memories],
-        scaled, [PROJECTIONS.index(m.qk_projection) for m in memories], stack.slots,
-        [m.normalize_projection for m in memories],
-    )  # fmt: skip
 
 
 def _one_by_one(

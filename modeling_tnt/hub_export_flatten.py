@@ -6,9 +6,14 @@ of `try`. So every module that the model can reach becomes a file in one folder,
 
     modeling_tnt/modeling.py                       modeling_tnt.py
     configuration/configuration_tnt.py             configuration_tnt.py
-    kernels/fused/tile.py                          tnt_kernels_fused_tile.py
+    kernels/torch_backend/scan.py                  tnt_kernels_torch_backend_scan.py
     from ..types import FastWeights                from .tnt_kernels_types import FastWeights
     from .kernels import MemoryState               from .tnt_kernels_types import MemoryState
+
+What only the package has stays behind, by a comment at its import:
+
+    # package only                                 fails in a checkpoint
+    # of the installed package                     comes from the package where that is installed: Triton's kernels
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ _ENTRIES = (f"{_PACKAGE}.configuration.configuration_tnt", f"{_PACKAGE}.modeling
 # Written at the end of modeling_tnt.py, which is where `auto_map` points to: they import it themselves.
 _MODELS_BESIDE = {f"{_PACKAGE}.classification": "TNTForSequenceClassification"}
 _PACKAGE_ONLY = "# package only"
-_OPTIONAL = "triton"
+_OF_THE_INSTALLED = "# of the installed package"
 
 
 class Change(NamedTuple):
@@ -68,13 +73,14 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
     for node in _imports(ast.parse(source)):
         if _PACKAGE_ONLY in lines[node.lineno - 1]:
             text = f"raise ImportError({_PACKAGE_ONLY.removeprefix('# ')!r})"
+        elif _OF_THE_INSTALLED in lines[node.lineno - 1]:
+            names = ", ".join(alias.name for alias in node.names)
+            # In a `try`, outside of which transformers would demand that the package is installed.
+            text = f"try:\n    from {_absolute(module, node)} import {names}\nexcept ImportError:\n    raise"
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             origins = [(alias, *_origin(_absolute(module, node), alias.name)) for alias in node.names]
             used += [origin for _, origin, _ in origins]
             text = "\n".join(_flat_imports(origins))
-        elif any(name.split(".")[0] == _OPTIONAL for name in _imported(node)):
-            # Not at the top level of a file, where transformers would demand that it is installed.
-            text = f"try:\n    {ast.unparse(node)}\nexcept ImportError:\n    raise"
         else:
             continue
         indent = " " * node.col_offset
@@ -89,10 +95,6 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
 
 def _imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
-
-
-def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:

@@ -9,12 +9,16 @@ Rows are [1, D] or [1, M], of the state's dtype. `weights`, `anchor` and `moment
 memory and head, see `kernels/stack.py`; `momentum` is not read where there is none.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operators import NAMESPACE
+from ..stack import MemoryStack
+from ..step import StepMemory
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward, unit
 
 WARPS = 8
@@ -389,3 +393,25 @@ def _empty_output(q: Tensor) -> Tensor:
 def tile(D: int, M: int) -> int:
     """Hidden units at a time, a power of two that divides M: as many as registers hold without a spill."""
     return min(M & -M, 128 if D <= 64 else 32)
+
+
+def launch_step(
+    q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
+) -> Tensor:
+    """See `step.step_memories`, whose checks the arguments have passed."""
+
+    def each(values: list[Tensor | None]) -> list[Tensor]:
+        return [] if values[0] is None else values
+
+    scaled = [m.token_scale is not None for m in memories]
+    # The kernel does not look at the token scale of a memory that has none.
+    token_scale = [m.lr if m.token_scale is None else m.token_scale for m in memories] if any(scaled) else []
+    return decode_step(
+        q, k, v, active,
+        *(each([getattr(m, name) for m in memories]) for name in ("lr", "momentum", "decay")), token_scale,
+        *(each([getattr(m.params, name) for m in memories]) for name in PARAMS),
+        stack.weights, stack.projection, stack.position,
+        [m.chunk_size for m in memories], [m.shard_length or 0 for m in memories], [m.is_global for m in memories],
+        scaled, [PROJECTIONS.index(m.qk_projection) for m in memories], stack.slots,
+        [m.normalize_projection for m in memories],
+    )  # fmt: skip

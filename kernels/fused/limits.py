@@ -21,6 +21,7 @@ MAX_HEAD_DIM = HEAD_DIMS[-1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 MIN_HIDDEN = MIN_ROWS = 16  # tl.dot multiplies no fewer
+STEP_HIDDEN_MULTIPLE = 16
 # float32 numbers of state that one program may hold, by bytes of an operand: with half precision as many as a
 # multiprocessor has registers; float32 operands take so many themselves that more than this compiles for minutes.
 MAX_STATE_WORDS = {2: 65536, 4: 16384}
@@ -157,6 +158,27 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
             f"the backward needs {columns} columns of tensor memory, the device has {TENSOR_MEMORY_COLUMNS}; "
             f"use {half}a smaller memory_expansion"
         )
+    return None
+
+
+def step_obstacle(
+    memory_type: str, maps: int, update: str, head_dim: int, hidden: int, on: torch.device
+) -> str | None:
+    """Why the kernel of a step cannot run memories of this kind with so many maps, the first [head_dim, hidden], or
+    None if it can."""
+    unknown = update_obstacle(update) or kind_obstacle(memory_type, maps)
+    if unknown is not None:
+        return unknown
+    device = device_of(on)
+    if device is None or device.capability < MIN_CAPABILITY:
+        return (
+            f"a step's tensors are on {on}, and it needs an NVIDIA GPU of compute capability 8.0 or newer (or "
+            "TRITON_INTERPRET=1: slowly, a CPU)"
+        )
+    if head_dim not in HEAD_DIMS:
+        return f"a step's head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if hidden % STEP_HIDDEN_MULTIPLE:
+        return f"the hidden width of a step's memories must be a multiple of {STEP_HIDDEN_MULTIPLE}, got {hidden}"
     return None
 
 

@@ -20,6 +20,7 @@ from modeling_tnt.kernels import (
     choose_step_backend,
     global_memory,
     local_memory,
+    triton_backend,
 )
 from modeling_tnt.kernels.checks import MemoryProblem
 
@@ -336,7 +337,9 @@ def test_what_the_kernels_can_run(options: dict, device: tuple, limits):
     """And "auto" then picks them."""
     with limits.assume_device(*device):
         assert choose_backend("cuda", problem_of(**options)).name == "triton"
-        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith("fused.reader")
+        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith(
+            "triton_backend"
+        )
 
 
 def test_a_global_memory_need_not_fit_on_the_chip(limits):
@@ -388,7 +391,7 @@ def test_a_triton_that_is_too_old(version: str, monkeypatch):
         choose_step_backend("triton", MemoryParams(torch.zeros(1, 16, 16)))
 
 
-@pytest.mark.parametrize("version", [backends.MIN_TRITON, "3.6.0", "3.10.0", "3.7.1+gitabc"])
+@pytest.mark.parametrize("version", [triton_backend.MIN_TRITON, "3.6.0", "3.10.0", "3.7.1+gitabc"])
 def test_a_triton_that_is_new_enough(version: str, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("triton.__version__", version)
@@ -397,7 +400,7 @@ def test_a_triton_that_is_new_enough(version: str, monkeypatch):
 
 def test_the_oldest_triton_is_that_of_the_requirements():
     setup = (Path(__file__).parents[2] / "setup.cfg").read_text(encoding="utf-8")
-    assert re.findall(r"^ *triton>=([\d.]+)", setup, re.MULTILINE) == [backends.MIN_TRITON]
+    assert re.findall(r"^ *triton>=([\d.]+)", setup, re.MULTILINE) == [triton_backend.MIN_TRITON]
 
 
 def test_an_amd_gpu_is_cuda_by_name_only(monkeypatch):

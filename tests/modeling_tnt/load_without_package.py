@@ -9,6 +9,7 @@ this project may be importable. tests/modeling_tnt/test_hub_export.py runs it, a
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,6 +72,34 @@ def check(folder: Path) -> None:
         assert_same(reloaded(**prompt).logits, logits)
 
 
+def check_kernels(folder: Path) -> None:
+    """Named, Triton's kernels are refused; "auto" on a GPU, which a CPU is taken for here, says once that it goes
+    without. Either way it is said where there are some."""
+    remedy = "install it with pip install modeling-tnt"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, kernel_backend="triton").eval()
+    ids = torch.tensor([[5, 7, 9]])
+    for call in (model, lambda ids: model.generate(ids, max_new_tokens=2, do_sample=False)):
+        try:
+            call(ids)
+        except ValueError as error:
+            assert "backend='triton' cannot run" in str(error) and remedy in str(error), error
+        else:
+            raise AssertionError("kernel_backend='triton' ran without the package")
+
+    code = type(model).__module__.rpartition(".")[0]
+    backends, step = (importlib.import_module(f"{code}.tnt_kernels_{name}") for name in ("backends", "step"))
+    choose, choose_step, on_gpu = backends.choose_backend, step.step_backend_for, torch.device("cuda")
+    backends.choose_backend = lambda device_type, *call: choose("cuda", *call)
+    step.step_backend_for = lambda backend, head_dim, hidden, _: choose_step(backend, head_dim, hidden, on_gpu)
+    model.config.kernel_backend = "auto"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+    said = [str(w.message) for w in caught if "runs the torch backend on cuda" in str(w.message)]
+    assert len(said) == 1 and remedy in said[0], said
+    backends.choose_backend, step.step_backend_for = choose, choose_step
+
+
 def check_refusal(folder: Path) -> None:
     for load in (AutoConfig, AutoModelForCausalLM):
         try:
@@ -85,6 +114,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert importlib.util.find_spec("modeling_tnt") is None, "modeling_tnt can be imported here"
     check_refusal(Path(sys.argv[1]))
+    check_kernels(Path(sys.argv[1]))
     for argument in sys.argv[1:]:
         check(Path(argument))
     print("loaded without the package" + ("" if importlib.util.find_spec("triton") else " and without triton"))

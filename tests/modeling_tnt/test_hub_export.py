@@ -1,11 +1,14 @@
 """A saved model carries its code, and loads with this package, without it, and beside it."""
 
 import ast
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +32,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
 from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.hub_export import AUTO_MAP, COPY_MARK, code_files
+from modeling_tnt.kernels import triton_backend
+from modeling_tnt.kernels.backends import INTERFACE
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 STORED = sorted(path.parent for path in HERE.glob("checkpoints/*/config.json"))
 # What an environment with torch and transformers does not have, or need not have.
 HIDDEN = ("modeling_tnt", "modeling-tnt", "__editable__", "triton", "accelerate", "datasets", "peft", "trl", "lm_eval")
@@ -78,13 +84,17 @@ def without_package(tmp_path: Path, hidden: tuple[str, ...] = HIDDEN) -> dict[st
 
 def run(env: dict[str, str], *arguments: object) -> str:
     command = [sys.executable, "-S", *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    elsewhere = Path(env["PYTHONPATH"]).parent  # python -c finds packages where it is started, too
+    done = subprocess.run(
+        command, env=env, cwd=elsewhere, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_code_is_flat_and_whole():
     files = code_files()
+    from_package = []
     assert {"configuration_tnt.py", "modeling_tnt.py"} < set(files)
     assert all(name.startswith(("configuration_tnt", "modeling_tnt", "tnt_")) for name in files)
     for name, source in files.items():
@@ -94,8 +104,14 @@ def test_the_code_is_flat_and_whole():
                 assert node.level == 1 and "." not in (node.module or ""), f"{name}: {ast.unparse(node)}"
                 modules = [node.module] if node.module else [alias.name for alias in node.names]
                 assert all(f"{module}.py" in files for module in modules), f"{name}: {ast.unparse(node)}"
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                assert "modeling_tnt" not in ast.unparse(node), f"{name}: {ast.unparse(node)}"
+            elif isinstance(node, ast.Import | ast.ImportFrom) and "modeling_tnt" in ast.unparse(node):
+                from_package.append(ast.unparse(node))
+    assert from_package == ["from modeling_tnt.kernels import triton_backend"]
+
+
+def test_the_code_has_no_triton_in_it():
+    for name, source in code_files().items():
+        assert not re.search(r"^\s*(import triton|from triton)\b", source, re.MULTILINE), name
 
 
 def test_transformers_finds_all_of_it_and_demands_no_triton(tmp_path):
@@ -117,28 +133,120 @@ def test_it_loads_without_the_package_and_without_triton(tmp_path, models_of_byt
     assert said.endswith("loaded without the package and without triton\n")
 
 
-TRITON = """
+COPY_ON_TRITON = """
 import sys, torch
 from transformers import AutoModelForCausalLM
+sys.stderr = sys.stdout
+ids = torch.tensor([[5, 7, 9, 11, 13]])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, kernel_backend="triton").eval()
-with torch.no_grad():
-    print(model(torch.tensor([[5, 7, 9, 11, 13]])).logits.flatten().tolist())
-    print(sorted(m.rpartition(".")[2] for m in sys.modules if m.endswith("local_scan")))
+assert "modeling_tnt" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
+try:
+    model(ids)
+    with torch.no_grad():
+        print(model(ids).logits.flatten().tolist())
+except ValueError as error:
+    print(error)
+print([name for name in sys.modules if "fused" in name and "tnt" in name and "local_scan" in name])
 """
 
 
+def run_on_triton(tmp_path: Path, folder: Path) -> list[str]:
+    """What a copy says and computes with kernel_backend="triton" where the package is installed, but not imported."""
+    env = without_package(tmp_path, tuple(name for name in HIDDEN if name != "triton")) | {"TRITON_INTERPRET": "1"}
+    installed = tmp_path / "site/modeling_tnt"
+    installed.mkdir()
+    for path in (*ROOT.glob("modeling_tnt/*.py"), ROOT / "kernels", ROOT / "configuration"):
+        (installed / path.name).symlink_to(path)
+    return run(env, "-c", COPY_ON_TRITON, folder).splitlines()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
-def test_with_triton_the_copy_runs_the_kernels(tmp_path):
+def test_a_copy_runs_the_kernels_of_the_installed_package(tmp_path):
+    """And says once where they come from."""
     model = make_model("mlp", torch.float32)
     model.save_pretrained(tmp_path / "model")
-    hidden = tuple(name for name in HIDDEN if name != "triton")
-    env = without_package(tmp_path, hidden) | {"TRITON_INTERPRET": "1"}
-    logits, modules = run(env, "-c", TRITON, tmp_path / "model").splitlines()[-2:]
-    assert modules == "['tnt_kernels_fused_local_scan']"
+    *said, logits, modules = run_on_triton(tmp_path, tmp_path / "model")
+    assert sum("Triton's kernels are those of the installed package modeling-tnt" in line for line in said) == 1
+    assert modules == "['modeling_tnt.kernels.fused.local_scan']"
     with torch.no_grad():
         expected = model(torch.tensor([[5, 7, 9, 11, 13]])).logits.flatten()
     # Other sums in another order, in float32.
     torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_leaves_the_kernels_of_another_version_alone(tmp_path):
+    make_model("mlp", torch.float32).save_pretrained(tmp_path / "model")
+    backends = tmp_path / "model/tnt_kernels_backends.py"
+    source = backends.read_text()
+    backends.write_text(source.replace(f"INTERFACE = {INTERFACE}", "INTERFACE = 0"))
+    assert backends.read_text() != source
+    *_, refusal, modules = run_on_triton(tmp_path, tmp_path / "model")
+    assert "backend='triton' cannot run" in refusal
+    assert "of another version" in refusal and "import modeling_tnt before the model is loaded" in refusal
+    assert modules == "[]"
+
+
+@pytest.fixture
+def load_copy(tmp_path, monkeypatch) -> Callable[..., PreTrainedModel]:
+    """Loads what a model saves by the code that it carries, each time as classes of their own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which transformers adds the folder below
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        monkeypatch.setitem(mapping, TNTCacheLayer._layer_type, TNTCacheLayer)  # and back to it after the test
+    loaded: list[type] = []
+
+    def load(model: TNTForCausalLM, **options) -> PreTrainedModel:
+        folder = tmp_path / f"copy{len(loaded)}"
+        model.save_pretrained(folder)
+        loaded.append(get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], folder))
+        assert loaded[-1] not in (TNTForCausalLM, *loaded[:-1])
+        return loaded[-1].from_pretrained(folder, **options).eval()
+
+    return load
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+@pytest.mark.parametrize("variant", ["linear", "mlp-momentum-forget"])
+def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
+    """Its containers cross the border, in one graph as well as outside of it, and in the step of decoding."""
+    torch._dynamo.reset()
+    tokens = make_tokens(2, 9)
+    ours = make_model(variant, torch.float32, num_hidden_layers=1)
+    copy = load_copy(ours, dtype=torch.float32, kernel_backend="triton")
+
+    def step(model, call) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = call(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    want = step(ours, ours)
+    for call in (copy, torch.compile(copy, fullgraph=True, backend="aot_eager")):
+        for got, expected in zip(step(copy, call), want, strict=True):  # float32: other sums in another order
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        want = ours(tokens).logits[:, 3:]
+        cache = copy(tokens[:, :3], use_cache=True).cache
+        logits = [copy(tokens[:, t : t + 1], cache=cache).logits for t in (3, 4)]
+        compiled = torch.compile(copy, fullgraph=True, backend="aot_eager")
+        logits += [compiled(tokens[:, t : t + 1], cache=cache).logits for t in (5, 6)]
+        cache = ours(tokens[:, 7:8], cache=cache).cache  # states of one in the other
+        logits.append(copy(tokens[:, 8:], cache=cache).logits)
+    got = torch.cat(logits, 1)
+    torch.testing.assert_close(got, torch.cat([want[:, :4], want[:, 5:]], 1), rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_the_number_of_the_interface_stands_for_what_crosses_it():
+    """A copy of an earlier version calls these functions with these fields, if it has the same number."""
+    containers = {cls.__name__: cls._fields for cls in triton_backend._CONTAINERS.values()}
+    functions = {name: f for name, f in vars(triton_backend).items() if inspect.isfunction(f) and name[0] != "_"}
+    text = repr(sorted(containers.items())) + "".join(f"{name}{inspect.signature(f)}" for name, f in functions.items())
+    assert (INTERFACE, zlib.crc32(text.encode())) == (1, 3760724940), (
+        "raise INTERFACE after a release, and put the new sum here"
+    )
 
 
 def test_the_package_needs_no_remote_code(tmp_path):
@@ -152,12 +260,9 @@ def test_the_package_needs_no_remote_code(tmp_path):
     assert type(AutoModelForCausalLM.from_config(model.config)) is TNTForCausalLM
 
 
-def test_copies_and_the_package_work_in_one_process(tmp_path, monkeypatch):
+def test_copies_and_the_package_work_in_one_process(load_copy):
     """Operators of torch have one name in a process, and transformers one class for a cache layer: a copy must not take
     away those of another."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
-        monkeypatch.setitem(mapping, TNTCacheLayer._layer_type, TNTCacheLayer)  # and back to it after the test
     ours = make_model()
     tokens = make_tokens(2, 13)
 
@@ -168,12 +273,7 @@ def test_copies_and_the_package_work_in_one_process(tmp_path, monkeypatch):
 
     expected = gradient(ours)
     continued = ours.generate(tokens, max_new_tokens=9, do_sample=False)
-    copies = []
-    for name in ("first", "second"):
-        ours.save_pretrained(tmp_path / name)
-        cls = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], tmp_path / name)
-        assert cls not in (TNTForCausalLM, *map(type, copies))
-        copies.append(cls.from_pretrained(tmp_path / name, dtype=torch.float64).eval())
+    copies = [load_copy(ours, dtype=torch.float64) for _ in range(2)]
     for model in (ours, *copies, ours):
         torch.testing.assert_close(gradient(model), expected)
         assert torch.equal(model.generate(tokens, max_new_tokens=9, do_sample=False), continued)

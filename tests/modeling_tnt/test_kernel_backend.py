@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, memory_layer
-from modeling_tnt.kernels import backends, choose_backend
+from modeling_tnt.kernels import backends, choose_backend, probe
 
 pytest.importorskip("triton")
 
@@ -68,7 +68,7 @@ def test_auto_keeps_what_torch_reads_out_of_graphs(changes: dict, apart: list[st
         monkeypatch.setattr(module, "choose_backend", lambda device_type, *call: choose_backend("cuda", *call))
     read, reads = memory_layer._read_apart_from_graphs, []
     monkeypatch.setattr(memory_layer, "_read_apart_from_graphs", lambda *a, **k: reads.append(a) or read(*a, **k))
-    monkeypatch.setattr(backends.probe, "failure", lambda configuration: None)
+    monkeypatch.setattr(probe, "failure", lambda configuration: None)
     config = TNTConfig.from_preset(
         "tiny", num_hidden_layers=1, hidden_size=32, num_heads=1, head_dim=64, intermediate_size=32, vocab_size=64,
         memory_expansion=2, global_chunk_size=8, local_chunk_sizes=[4], local_shard_lengths=8, kernel_backend="auto",

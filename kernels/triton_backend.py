@@ -1,0 +1,119 @@
+"""What the rest asks of Triton's kernels: whether they can run, and to run.
+
+triton is imported only behind `missing`, which says whether it is there and new enough. A checkpoint's copy of this
+code ends here: it has no kernels, and calls these functions of the installed package, with containers of its own
+classes. They are turned into this package's here, and nowhere else; what is returned has this package's classes, which
+any copy takes (see `types.is_of`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.torch_version import TorchVersion
+
+from . import probe
+from .backends import INTERFACE as INTERFACE
+from .checks import MemoryProblem
+from .stack import MemoryStack
+from .step import StepMemory
+from .types import FastWeights, MemoryParams, MemoryState
+
+MIN_TRITON = "3.6"
+
+_CONTAINERS = {cls.__name__: cls for cls in (FastWeights, MemoryParams, MemoryProblem, MemoryState, StepMemory)}
+
+
+def missing(device_type: str) -> str | None:
+    """Why none of the kernels can run here on tensors of this device type, with the remedy; None if some can.
+
+    Asked before anything of `fused` is imported: an older triton need not have what the kernels are written with.
+    """
+    if device_type == "cuda" and torch.version.hip is not None:
+        return (
+            f"its kernels are for NVIDIA GPUs, and in this torch, built for ROCm {torch.version.hip}, 'cuda' is an AMD "
+            "GPU; run on an NVIDIA GPU"
+        )
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # without an origin: some folder of that name
+        return "triton is not installed; install it with pip install triton"
+    version = _triton_version()
+    if TorchVersion(version) < MIN_TRITON:
+        return (
+            f"triton {version} is installed, its kernels need {MIN_TRITON} or newer; upgrade torch, each release of "
+            f"which brings its own triton, or pip install -U 'triton>={MIN_TRITON}'"
+        )
+    return None
+
+
+def _triton_version() -> str:
+    """Of what `import triton` finds, whichever distribution that is (triton, pytorch-triton, triton-windows, …)."""
+    import triton
+
+    return triton.__version__
+
+
+def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
+    """Why the kernels are not made for a call, with the rule, what was got and the remedy; None if they are."""
+    from .fused import limits
+
+    return limits.obstacle(_ours(problem), is_global)
+
+
+def failure(problem: MemoryProblem, is_global: bool) -> str | None:
+    """Why the kernels of a call do not compile or launch, found out by running them once; None if they do."""
+    if isinstance(problem.q, FakeTensor):  # traced without torch.compile: nothing can run
+        return None
+    return probe.failure(probe.ReadConfiguration.of(_ours(problem), is_global))
+
+
+def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory`."""
+    from .fused import reader
+
+    return reader.local_memory(_ours(problem), output_final_state)
+
+
+def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.global_memory`."""
+    from .fused import reader
+
+    return reader.global_memory(_ours(problem), output_final_state)
+
+
+def step_obstacle(
+    memory_type: str, maps: int, update: str, head_dim: int, hidden: int, device: torch.device
+) -> str | None:
+    """`obstacle` of the step of memories of this kind with so many maps, the first [head_dim, hidden], on `device`."""
+    from .fused import limits
+
+    return limits.step_obstacle(memory_type, maps, update, head_dim, hidden, device)
+
+
+def step_failure(q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None) -> str | None:
+    """`failure` of a step."""
+    if isinstance(q, FakeTensor):
+        return None
+    return probe.failure(probe.StepConfiguration.of(q, [_ours(memory) for memory in memories], stack, active))
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
+) -> Tensor:
+    """See `step.step_memories`; of the stack the buffers are taken."""
+    from .fused import decode
+
+    return decode.launch_step(q, k, v, [_ours(memory) for memory in memories], stack, active)
+
+
+def _ours(value: Any) -> Any:
+    """A container of a copy of this code, with those in it, as one of ours; anything else as it is."""
+    cls = _CONTAINERS.get(type(value).__name__)
+    if cls is None or isinstance(value, cls):
+        return value
+    return cls(*(_ours(part) for part in value))
