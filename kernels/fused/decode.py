@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import NAMESPACE
+from ..operators import operator
 from ..stack import MemoryStack
 from ..step import StepMemory
 from .math import gelu_sigmoid, gelu_slope, normalise, normalise_backward, unit
@@ -344,7 +344,7 @@ PROJECTIONS = ("none", "shard", "chunk")
 PARAMS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode_step", mutates_args=("weights", "projection", "position"))
+@operator(lambda q, *_: _empty_output(q), mutates_args=("weights", "projection", "position"))
 def decode_step(
     q: Tensor, k: Tensor, v: Tensor, active: Tensor | None,
     lr: list[Tensor], momentum: list[Tensor], decay: list[Tensor], token_scale: list[Tensor],
@@ -379,11 +379,6 @@ def decode_step(
             num_warps=WARPS,
         )  # fmt: skip
     return o
-
-
-@decode_step.register_fake
-def _(q: Tensor, *_) -> Tensor:
-    return _empty_output(q)
 
 
 def _empty_output(q: Tensor) -> Tensor:

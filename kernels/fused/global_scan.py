@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..operators import NAMESPACE, OPERATORS
+from ..operators import OPERATORS, operator
 from ..torch_backend.slab import ScanInputs, group
 from ..types import FastWeights
 from .global_backward import StateGradients, backward_tiles, chunk_backward
@@ -62,7 +62,14 @@ def _per_token(lr: Tensor, effect: Tensor | None) -> Tensor:
     return lr if effect is None else lr * effect.transpose(2, 3).flatten(1, 2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::global_forward", mutates_args=())
+def _fake_forward(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, keep: bool) -> list[Tensor]:
+    inputs = GlobalInputs.unpack(tensors, names)
+    layout = Layout(lengths, chunk_size, inputs.x.shape[2])
+    o, end = _empty_outputs(inputs, layout)
+    return [o, *end.values(), *(rows for rows in _empty_states(inputs, layout) if keep and rows is not None)]
+
+
+@operator(_fake_forward)
 def global_forward(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, keep: bool) -> list[Tensor]:
     """o, the state after each shard, and with `keep` weights and momentum before each chunk, [P, H, F] each."""
     inputs = GlobalInputs.unpack(tensors, names)
@@ -79,14 +86,6 @@ def global_forward(tensors: list[Tensor], names: str, lengths: list[int], chunk_
             read(inputs, span, states[0], states[0] if operands is None else operands, o)
         end |= _unpack_both(ends, inputs)
     return [o, *end.values(), *(rows for rows in states if keep and rows is not None)]
-
-
-@global_forward.register_fake
-def _(tensors: list[Tensor], names: str, lengths: list[int], chunk_size: int, keep: bool) -> list[Tensor]:
-    inputs = GlobalInputs.unpack(tensors, names)
-    layout = Layout(lengths, chunk_size, inputs.x.shape[2])
-    o, end = _empty_outputs(inputs, layout)
-    return [o, *end.values(), *(rows for rows in _empty_states(inputs, layout) if keep and rows is not None)]
 
 
 def _limit(inputs: GlobalInputs, chunk_size: int) -> int:
@@ -131,7 +130,7 @@ def _unpack_both(rows: tuple[Tensor, Tensor | None], inputs: GlobalInputs) -> di
     return state if momentum is None else state | unpack_state(momentum, inputs.state(), "momentum_")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::global_backward", mutates_args=())
+@operator(lambda tensors, *_: [torch.empty_like(t) for t in tensors])
 def global_backward(
     tensors: list[Tensor],
     names: str,
@@ -148,19 +147,6 @@ def global_backward(
     with torch.autocast(inputs.x.device.type, enabled=False), torch.cuda.device_of(inputs.x):
         out = _backward(inputs, layout, (kept[0], kept[1] if len(kept) > 1 else None), given)
     return [out[name] for name in names.split(",")]
-
-
-@global_backward.register_fake
-def _(
-    tensors: list[Tensor],
-    names: str,
-    kept: list[Tensor],
-    grads: list[Tensor],
-    grad_names: str,
-    lengths: list[int],
-    chunk_size: int,
-) -> list[Tensor]:
-    return [torch.empty_like(t) for t in tensors]
 
 
 def _backward(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators import NAMESPACE, OPERATORS
+from ..operators import OPERATORS, operator
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .limits import gradient_dtype
@@ -178,7 +178,12 @@ def _forward_outputs(inputs: ScanInputs, segments: int, plan: Plan) -> dict[str,
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::fused_forward", mutates_args=())
+def _fake_forward(*arguments) -> list[Tensor]:
+    *tensors, segments, plan = arguments
+    return list(_forward_outputs(ScanInputs(*tensors), segments.shape[0], Plan(*plan)).values())
+
+
+@operator(_fake_forward)
 def fused_forward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -203,20 +208,7 @@ def fused_forward(
     return list(out.values())
 
 
-@fused_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None,
-    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    segments: Tensor, plan: list[int],
-) -> list[Tensor]:  # fmt: skip
-    inputs = ScanInputs(
-        q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
-    )
-    return list(_forward_outputs(inputs, segments.shape[0], Plan(*plan)).values())
-
-
-@torch.library.custom_op(f"{NAMESPACE}::fused_backward", mutates_args=())
+@operator(lambda *arguments: [torch.empty_like(t) for t in arguments[: len(ScanInputs._fields)] if t is not None])
 def fused_backward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -229,17 +221,6 @@ def fused_backward(
     )
     with torch.cuda.device_of(q):
         return _Backward(inputs, kept, grad_o.contiguous(), grad_ends, segments, Plan(*plan)).run()
-
-
-@fused_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None,
-    weights: Tensor, anchor: Tensor | None, momentum_state: Tensor | None, projection: Tensor | None,
-    kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], segments: Tensor, plan: list[int],
-) -> list[Tensor]:  # fmt: skip
-    given = (q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection)
-    return [torch.empty_like(t) for t in given if t is not None]
 
 
 # States that are written down: matrices in the dtype of the inputs, and the biases there are in float32.

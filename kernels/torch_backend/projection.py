@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..operators import NAMESPACE, OPERATORS
+from ..operators import OPERATORS, operator
 
 # Tokens per block, which bounds the quadratic part, and bytes of a block of queries.
 BLOCK = 64
@@ -86,7 +86,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::project_forward", mutates_args=())
+@operator(lambda q, k, start, normalize, need_end, block: _empty_outputs(q, need_end))
 def project_forward(
     q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: bool, block: int
 ) -> list[Tensor]:
@@ -115,12 +115,7 @@ def _empty_outputs(q: Tensor, need_end: bool) -> list[Tensor]:
     return [x, q.new_empty(J, H, D, D)] if need_end else [x]
 
 
-@project_forward.register_fake
-def _(q: Tensor, k: Tensor, start: Tensor | None, normalize: bool, need_end: bool, block: int) -> list[Tensor]:
-    return _empty_outputs(q, need_end)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::project_backward", mutates_args=())
+@operator(lambda q, k, start, *_: _empty_gradients(q, k, start))
 def project_backward(
     q: Tensor, k: Tensor, start: Tensor | None, grad_x: Tensor, grad_end: Tensor | None, normalize: bool, block: int
 ) -> list[Tensor]:
@@ -161,13 +156,6 @@ def project_backward(
 
 def _empty_gradients(q: Tensor, k: Tensor, start: Tensor | None) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, start) if t is not None]
-
-
-@project_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, start: Tensor | None, grad_x: Tensor, grad_end: Tensor | None, normalize: bool, block: int
-) -> list[Tensor]:
-    return _empty_gradients(q, k, start)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..operators import NAMESPACE, OPERATORS
+from ..operators import OPERATORS, operator
 from ..transfer import on_device
 from ..types import FastWeights
 from .slab import MOMENTUM, WEIGHTS, ScanInputs, ScanPlan, Slab, group, named
@@ -71,7 +71,13 @@ def _unpack(tensors: list[Tensor], names: str) -> ScanInputs:
     return ScanInputs.from_tensors(dict(zip(names.split(","), tensors, strict=True)))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scan_forward", mutates_args=())
+def _fake_forward(
+    tensors: list[Tensor], names: str, _type: str, lengths: list[int], _size: int, _intra: bool, interval: int
+):
+    return list(_empty_outputs(_unpack(tensors, names), lengths, interval).values())
+
+
+@operator(_fake_forward)
 def scan_forward(
     tensors: list[Tensor], names: str, memory_type: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
 ) -> list[Tensor]:
@@ -87,13 +93,6 @@ def scan_forward(
     return [outputs[key] for key in ("o", *state_names, *(f"kept_{n}" for n in state_names if interval))]
 
 
-@scan_forward.register_fake
-def _(
-    tensors: list[Tensor], names: str, memory_type: str, lengths: list[int], chunk_size: int, intra: bool, interval: int
-) -> list[Tensor]:
-    return list(_empty_outputs(_unpack(tensors, names), lengths, interval).values())
-
-
 def _empty_outputs(inputs: ScanInputs, lengths: list[int], interval: int) -> dict[str, Tensor]:
     ragged = lengths[-1] < lengths[0]
     o = torch.zeros_like(inputs.x) if ragged else torch.empty_like(inputs.x)
@@ -106,7 +105,7 @@ def _empty_outputs(inputs: ScanInputs, lengths: list[int], interval: int) -> dic
     return outputs
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
+@operator(lambda tensors, *_: [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors])
 def scan_backward(
     tensors: list[Tensor],
     names: str,
@@ -147,22 +146,6 @@ def scan_backward(
     if inputs.norm_weight is not None:
         out["norm_bias"] = given["o"].sum((0, 1)) - out["v"].sum((0, 1))
     return [out[name] for name in names.split(",")]
-
-
-@scan_backward.register_fake
-def _(
-    tensors: list[Tensor],
-    names: str,
-    kept: list[Tensor],
-    grads: list[Tensor],
-    grad_names: str,
-    memory_type: str,
-    lengths: list[int],
-    chunk_size: int,
-    intra: bool,
-    interval: int,
-) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output) -> None:
