@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..kernels.memories.kinds import memory_kind
-from .presets import load_preset
 from .validation import (
     describe_extra_keys,
     find_extra_keys,
@@ -184,6 +183,8 @@ class TNTConfig(PreTrainedConfig):
         Raises:
             ValueError: for an unknown preset, saying which ones exist, and for fields that do not fit together.
         """
+        from .presets import load_preset  # of the installed package
+
         return cls(**{**load_preset(name), **overrides})
 
     @classmethod

@@ -18,8 +18,6 @@ from typing import Any
 def available_presets() -> list[str]:
     """The names that `TNTConfig.from_preset` accepts, sorted."""
     folder = resources.files(__package__).joinpath("presets")
-    if not folder.is_dir():  # the code of a checkpoint, which has no data
-        raise ValueError("presets come with the package, not with a checkpoint's code; install modeling-tnt")
     return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
 
 

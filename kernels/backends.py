@@ -107,10 +107,7 @@ def _not_installed() -> str | None:
     try:
         kernels = triton_backend()
     except ImportError as error:
-        return (
-            f"a checkpoint's code has none of its own, and those of the package modeling-tnt cannot be imported "
-            f"({error}); install it with pip install modeling-tnt"
-        )
+        return str(error)
     if getattr(kernels, "INTERFACE", None) != INTERFACE:
         return (
             "the installed modeling-tnt is of another version than this checkpoint's code, and its kernels do not fit; "

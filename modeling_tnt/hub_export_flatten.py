@@ -13,7 +13,7 @@ of `try`. So every module that the model can reach becomes a file in one folder,
 What only the package has stays behind, by a comment at its import:
 
     # package only                                 fails in a checkpoint
-    # of the installed package                     comes from the package where that is installed: Triton's kernels
+    # of the installed package                     comes from the package where that is installed: kernels, presets
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ _ENTRIES = (f"{_PACKAGE}.configuration.configuration_tnt", f"{_PACKAGE}.modeling
 _MODELS_BESIDE = {f"{_PACKAGE}.classification": "TNTForSequenceClassification"}
 _PACKAGE_ONLY = "# package only"
 _OF_THE_INSTALLED = "# of the installed package"
+_TRY = """\
+try:
+    from {module} import {names}
+except ImportError as error:
+    reason = f"{names} comes with the package modeling-tnt, not with a checkpoint's code ({{error}})"
+    raise ImportError(reason + "; pip install modeling-tnt") from error"""
 
 
 class Change(NamedTuple):
@@ -76,7 +82,7 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
         elif _OF_THE_INSTALLED in lines[node.lineno - 1]:
             names = ", ".join(alias.name for alias in node.names)
             # In a `try`, outside of which transformers would demand that the package is installed.
-            text = f"try:\n    from {_absolute(module, node)} import {names}\nexcept ImportError:\n    raise"
+            text = _TRY.format(module=_absolute(module, node), names=names)
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
             origins = [(alias, *_origin(_absolute(module, node), alias.name)) for alias in node.names]
             used += [origin for _, origin, _ in origins]

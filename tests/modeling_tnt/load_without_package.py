@@ -72,10 +72,10 @@ def check(folder: Path) -> None:
         assert_same(reloaded(**prompt).logits, logits)
 
 
-def check_kernels(folder: Path) -> None:
-    """Named, Triton's kernels are refused; "auto" on a GPU, which a CPU is taken for here, says once that it goes
-    without. Either way it is said where there are some."""
-    remedy = "install it with pip install modeling-tnt"
+def check_what_is_left_behind(folder: Path) -> None:
+    """What the package alone has: Triton's kernels are refused if they are named, and "auto" on a GPU, which a CPU is
+    taken for here, says once that it goes without; presets are refused. Always with the remedy."""
+    remedy = "not with a checkpoint's code (No module named 'modeling_tnt'); pip install modeling-tnt"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, kernel_backend="triton").eval()
     ids = torch.tensor([[5, 7, 9]])
     for call in (model, lambda ids: model.generate(ids, max_new_tokens=2, do_sample=False)):
@@ -86,11 +86,18 @@ def check_kernels(folder: Path) -> None:
         else:
             raise AssertionError("kernel_backend='triton' ran without the package")
 
+    try:
+        type(model.config).from_preset("tiny")
+    except ImportError as error:
+        assert remedy in str(error), error
+    else:
+        raise AssertionError("there was a preset without the package")
+
     code = type(model).__module__.rpartition(".")[0]
     backends, step = (importlib.import_module(f"{code}.tnt_kernels_{name}") for name in ("backends", "step"))
-    choose, choose_step, on_gpu = backends.choose_backend, step.step_backend_for, torch.device("cuda")
+    choose, choose_step = backends.choose_backend, step.step_backend_for
     backends.choose_backend = lambda device_type, *call: choose("cuda", *call)
-    step.step_backend_for = lambda backend, head_dim, hidden, _: choose_step(backend, head_dim, hidden, on_gpu)
+    step.step_backend_for = lambda *call: choose_step(*(torch.device("cuda") if c == model.device else c for c in call))
     model.config.kernel_backend = "auto"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -114,7 +121,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert importlib.util.find_spec("modeling_tnt") is None, "modeling_tnt can be imported here"
     check_refusal(Path(sys.argv[1]))
-    check_kernels(Path(sys.argv[1]))
+    check_what_is_left_behind(Path(sys.argv[1]))
     for argument in sys.argv[1:]:
         check(Path(argument))
     print("loaded without the package" + ("" if importlib.util.find_spec("triton") else " and without triton"))
