@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def load_copy(tmp_path, monkeypatch) -> Callable[..., PreTrainedModel]:
 def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
     """Its containers cross the border, in one graph as well as outside of it, and in the step of decoding."""
     torch._dynamo.reset()
-    tokens = make_tokens(2, 9)
+    tokens = make_tokens(2, 12)
     ours = make_model(variant, torch.float32, num_hidden_layers=1)
     copy = load_copy(ours, dtype=torch.float32, kernel_backend="triton")
 
@@ -232,14 +233,35 @@ def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
     with torch.no_grad():
         want = ours(tokens).logits[:, 3:]
         cache = copy(tokens[:, :3], use_cache=True).cache
-        logits = [copy(tokens[:, t : t + 1], cache=cache).logits for t in (3, 4)]
+        logits = [copy(tokens[:, 3:4], cache=cache).logits]
         compiled = torch.compile(copy, fullgraph=True, backend="aot_eager")
-        logits += [compiled(tokens[:, t : t + 1], cache=cache).logits for t in (5, 6)]
-        cache = ours(tokens[:, 7:8], cache=cache).cache  # states of one in the other
-        logits.append(copy(tokens[:, 8:], cache=cache).logits)
+        logits += [compiled(tokens[:, t : t + 1], cache=cache).logits for t in (4, 5)]
+        logits.append(copy(tokens[:, 6:8], cache=cache).logits)  # from states of a stack
+        cache = ours(tokens[:, 8:9], cache=cache).cache  # from those of the other
+        logits += [ours(tokens[:, 9:10], cache=cache).logits, copy(tokens[:, 10:], cache=cache).logits]
     got = torch.cat(logits, 1)
-    torch.testing.assert_close(got, torch.cat([want[:, :4], want[:, 5:]], 1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got, torch.cat([want[:, :5], want[:, 6:]], 1), rtol=1e-3, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_containers_of_a_copy_become_the_package_s_own(monkeypatch):
+    """With those inside of them, before anything of the kernels sees them."""
+    pytest.importorskip("triton")
+    cls = triton_backend._CONTAINERS
+    copies = {name: namedtuple(name, ours._fields, defaults=[None] * len(ours._fields)) for name, ours in cls.items()}
+    w = torch.zeros(1, 16, 16)
+    weights = copies["FastWeights"](w)
+    state = copies["MemoryState"](weights, weights)
+    problem = copies["MemoryProblem"](q=w, params=copies["MemoryParams"](w, norm_weight=w), initial_state=state)
+    seen = []
+    monkeypatch.setattr("modeling_tnt.kernels.fused.reader.local_memory", lambda *call: seen.append(call[0]))
+    triton_backend.local_memory(problem, False)
+    monkeypatch.setattr("modeling_tnt.kernels.fused.decode.launch_step", lambda *call: seen.extend(call[3]))
+    triton_backend.step(w, w, w, [copies["StepMemory"](problem.params, w)], None, None)
+    problem, memory = seen
+    for got in (problem, problem.params, problem.initial_state, problem.initial_state.weights, memory, memory.params):
+        assert type(got) is cls[type(got).__name__]
+    assert problem.params.norm_weight is w and problem.initial_state.weights.w1 is w and problem.k is None
 
 
 def test_the_number_of_the_interface_stands_for_what_crosses_it():
