@@ -2,13 +2,17 @@
 
 transformers copies a checkpoint's code by following `from .x import y` to `x.py` in the same folder; it follows neither
 subfolders nor `..` nor `from . import x`, and it demands that all packages are installed which a file imports outside
-of `try`. So every module that the model can reach becomes a file in one folder, its imports rewritten:
+of `try`. So the modules that the model can reach become files in one folder, their imports rewritten:
 
     modeling_tnt/modeling.py                       modeling_tnt.py
-    configuration/configuration_tnt.py             configuration_tnt.py
-    kernels/torch_backend/scan.py                  tnt_kernels_torch_backend_scan.py
+    configuration/*.py                             configuration_tnt.py
+    kernels/types.py                               tnt_kernels_types.py
+    kernels/torch_backend/*.py                     tnt_kernels_torch_backend.py
     from ..types import FastWeights                from .tnt_kernels_types import FastWeights
     from .kernels import MemoryState               from .tnt_kernels_types import MemoryState
+
+The modules of `configuration` and of a folder inside of `kernels` are joined to one file, each behind those that it
+imports. One in which a name means something else than in those before it keeps a file of its own.
 
 What only the package has stays behind, by a comment at its import:
 
@@ -23,7 +27,6 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
-from typing import NamedTuple
 
 from .configuration.version import VERSION
 from .hub_export import COPY_MARK
@@ -34,6 +37,8 @@ _ENTRIES = (f"{_PACKAGE}.configuration.configuration_tnt", f"{_PACKAGE}.modeling
 _MODELS_BESIDE = {f"{_PACKAGE}.classification": "TNTForSequenceClassification"}
 _PACKAGE_ONLY = "# package only"
 _OF_THE_INSTALLED = "# of the installed package"
+_HEAD = f"{COPY_MARK}{VERSION} (Apache-2.0) when this model was saved. Changes belong into the package.\n"
+_FUTURE = "from __future__ import annotations"
 _TRY = """\
 try:
     from {module} import {names}
@@ -42,27 +47,78 @@ except ImportError as error:
     raise ImportError(reason + "; pip install modeling-tnt") from error"""
 
 
-class Change(NamedTuple):
-    """Lines first to last of a source, counted from 1, become `text`."""
-
-    first: int
-    last: int
-    text: str
-
-
 @functools.cache
 def flatten() -> dict[str, str]:
     """File name → source of every module that a model can reach."""
-    files, waiting = {}, [*_ENTRIES, *_MODELS_BESIDE]
-    while waiting:
-        module = waiting.pop()
-        name = f"{_flat_name(module)}.py"
-        if name in files:
-            continue
-        source, used = _rewrite(module)
-        files[name] = source
-        waiting += used
-    return dict(sorted(files.items()))
+    modules = _reachable()
+    places = _places(modules)
+    parts: dict[str, list[str]] = {}
+    for module in modules:
+        parts.setdefault(f"{places[module]}.py", []).append(_rewrite(module, places))
+    return {name: _HEAD + _joined(parts[name]) for name in sorted(parts)}
+
+
+def _reachable() -> list[str]:
+    """Every module that a model can reach, those that it imports before it."""
+    found: dict[str, None] = {}
+    begun = set()
+
+    def visit(module: str) -> None:
+        if module in begun:
+            return
+        begun.add(module)
+        for _, origins in _own_imports(module):
+            for _, origin, _ in origins:
+                visit(origin)
+        found[module] = None
+
+    for module in (*_ENTRIES, *_MODELS_BESIDE):
+        visit(module)
+    return list(found)
+
+
+def _places(modules: list[str]) -> dict[str, str]:
+    """The file of each module, without its ending."""
+    places: dict[str, str] = {}
+    meanings: dict[str, dict[str, str]] = {}
+    for module in modules:
+        own = _meanings(module)
+        place = _flat_name(_folder(module) or module)
+        before = meanings.setdefault(place, {})
+        if any(before.get(name, meaning) != meaning for name, meaning in own.items()):
+            place = _flat_name(module)
+        else:
+            before.update(own)
+        places[module] = place
+    return places
+
+
+def _folder(module: str) -> str | None:
+    """What a module is joined to, if anything."""
+    _, part, *inner = module.split(".")
+    if part == "configuration":
+        return _ENTRIES[0]
+    return module.rpartition(".")[0] if part == "kernels" and len(inner) == 2 else None
+
+
+def _meanings(module: str) -> dict[str, str]:
+    """What each name on the top level of a module stands for: where it comes from."""
+    meanings = {
+        alias.asname or alias.name: f"{origin}:{alias.name}"
+        for _, origins in _own_imports(module)
+        for alias, origin, _ in origins
+    }
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            outside = getattr(node, "module", "")
+            names = {alias.asname or alias.name: f"{outside}:{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = {node.name: f"{module}:{node.name}"}
+        else:
+            targets = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+            names = {n.id: f"{module}:{n.id}" for n in targets}
+        meanings = names | meanings
+    return meanings
 
 
 def _flat_name(module: str) -> str:
@@ -71,32 +127,43 @@ def _flat_name(module: str) -> str:
     return named.get(module) or "_".join(["tnt", *parts])
 
 
-def _rewrite(module: str) -> tuple[str, list[str]]:
-    """The source of a module for a flat folder, and the modules of ours that it imports."""
-    source = _source(module)
-    lines, used = source.splitlines(), []
+def _own_imports(module: str) -> Iterator[tuple[ast.ImportFrom, list[tuple[ast.alias, str, bool]]]]:
+    """The imports of modules of ours that a checkpoint has, with the origins of their names."""
+    lines = _source(module).splitlines()
+    for node in _imports(ast.parse(_source(module))):
+        left_behind = any(mark in lines[node.lineno - 1] for mark in (_PACKAGE_ONLY, _OF_THE_INSTALLED))
+        if isinstance(node, ast.ImportFrom) and node.level > 0 and not left_behind:
+            yield node, [(alias, *_origin(_absolute(module, node), alias.name)) for alias in node.names]
+
+
+def _rewrite(module: str, places: dict[str, str]) -> str:
+    """The source of a module for a flat folder."""
+    lines = _source(module).splitlines()
     changes = []
-    for node in _imports(ast.parse(source)):
+    for node in _imports(ast.parse(_source(module))):
         if _PACKAGE_ONLY in lines[node.lineno - 1]:
-            text = f"raise ImportError({_PACKAGE_ONLY.removeprefix('# ')!r})"
+            changes.append((node, f"raise ImportError({_PACKAGE_ONLY.removeprefix('# ')!r})"))
         elif _OF_THE_INSTALLED in lines[node.lineno - 1]:
             names = ", ".join(alias.name for alias in node.names)
             # In a `try`, outside of which transformers would demand that the package is installed.
-            text = _TRY.format(module=_absolute(module, node), names=names)
-        elif isinstance(node, ast.ImportFrom) and node.level > 0:
-            origins = [(alias, *_origin(_absolute(module, node), alias.name)) for alias in node.names]
-            used += [origin for _, origin, _ in origins]
-            text = "\n".join(_flat_imports(origins))
-        else:
-            continue
+            changes.append((node, _TRY.format(module=_absolute(module, node), names=names)))
+    for node, origins in _own_imports(module):
+        names = [(alias, places[origin], is_module) for alias, origin, is_module in origins]
+        changes.append((node, "\n".join(_flat_imports(names, places[module])) or ("pass" if node.col_offset else "")))
+    for node, text in sorted(changes, key=lambda change: change[0].lineno, reverse=True):
         indent = " " * node.col_offset
-        changes.append(Change(node.lineno, node.end_lineno, "\n".join(indent + line for line in text.split("\n"))))
-    for change in sorted(changes, reverse=True):
-        lines[change.first - 1 : change.last] = [change.text]
+        lines[node.lineno - 1 : node.end_lineno] = [indent + line for line in text.split("\n") if line]
     beside = [m for m in _MODELS_BESIDE if module == _ENTRIES[1]]
-    lines += [f"from .{_flat_name(m)} import {_MODELS_BESIDE[m]}" for m in beside]
-    head = f"{COPY_MARK}{VERSION} (Apache-2.0), {module}, when this model was saved. Changes belong into the package."
-    return "\n".join([head, *lines]) + "\n", used
+    lines += [f"from .{places[m]} import {_MODELS_BESIDE[m]}" for m in beside]
+    return "\n".join([f"# {module}", *lines]) + "\n"
+
+
+def _joined(parts: list[str]) -> str:
+    """The parts of a file, `from __future__` in front of them all."""
+    if len(parts) == 1:
+        return parts[0]
+    rest = [part.replace(f"{_FUTURE}\n\n", "", 1) for part in parts]
+    return "\n\n".join([f"{_FUTURE}\n", *rest])
 
 
 def _imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -122,18 +189,20 @@ def _origin(module: str, name: str) -> tuple[str, bool]:
     raise LookupError(f"{module} does not import {name}")
 
 
-def _flat_imports(origins: list[tuple[ast.alias, str, bool]]) -> Iterator[str]:
-    """One statement for each module that the names come from."""
-    names: dict[str, list[str]] = {}
-    for alias, origin, is_module in origins:
-        flat = _flat_name(origin)
+def _flat_imports(names: list[tuple[ast.alias, str, bool]], here: str) -> Iterator[str]:
+    """One statement for each file that the names come from; those of the file `here` are there already."""
+    from_file: dict[str, list[str]] = {}
+    for alias, flat, is_module in names:
         if is_module:
             # The first form is the one by which transformers finds the file.
             yield f"from .{flat} import __name__ as _"
             yield f"from . import {flat} as {alias.asname or alias.name}"
+        elif flat == here:
+            if alias.asname:
+                yield f"{alias.asname} = {alias.name}"
         else:
-            names.setdefault(flat, []).append(f"{alias.name} as {alias.asname}" if alias.asname else alias.name)
-    for flat, imported in names.items():
+            from_file.setdefault(flat, []).append(f"{alias.name} as {alias.asname}" if alias.asname else alias.name)
+    for flat, imported in from_file.items():
         line = f"from .{flat} import {', '.join(imported)}"
         yield line if len(line) <= 116 else f"from .{flat} import (\n    " + ",\n    ".join(imported) + ",\n)"
 

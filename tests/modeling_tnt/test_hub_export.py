@@ -1,8 +1,10 @@
 """A saved model carries its code, and loads with this package, without it, and beside it."""
 
 import ast
+import importlib
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -30,7 +32,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_imports
 
-from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
+from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel, hub_export_flatten
 from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.hub_export import AUTO_MAP, COPY_MARK, code_files
 from modeling_tnt.kernels import triton_backend
@@ -100,6 +102,8 @@ def test_the_code_is_flat_and_whole():
     assert all(name.startswith(("configuration_tnt", "modeling_tnt", "tnt_")) for name in files)
     for name, source in files.items():
         assert source.startswith(COPY_MARK), name
+        made = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert len(made) == len(set(made)), f"{name}: modules are joined whose names meet"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and "." not in (node.module or ""), f"{name}: {ast.unparse(node)}"
@@ -110,6 +114,34 @@ def test_the_code_is_flat_and_whole():
     assert from_package == [
         "from modeling_tnt.configuration.presets import load_preset", "from modeling_tnt.kernels import triton_backend"
     ]  # fmt: skip
+
+
+SOURCES = {
+    "configuration.configuration_tnt": "from .validation import SIZE\n\nsize = SIZE\n",
+    "configuration.validation": "SIZE = 3\n",
+    "kernels.inner.a": "from __future__ import annotations\n\nimport math\n\ndef one() -> Never: return math.pi\n",
+    "kernels.inner.b": "from . import a\nfrom .a import one as uno\n\ndef two():\n    from .a import one\n"
+    "    return a.one, uno, one\n",
+    "kernels.inner.c": "from .b import two\nfrom .a import one\n\nmath = [one, *two()]\n",
+    "modeling": "from .kernels.inner.c import math\nfrom .configuration.configuration_tnt import size\n",
+}  # fmt: skip
+
+
+def test_modules_of_a_folder_are_joined_unless_their_names_meet(tmp_path, monkeypatch):
+    sources = {f"modeling_tnt.{name}": source for name, source in SOURCES.items()}
+    monkeypatch.setattr(hub_export_flatten, "_source", lambda module: sources.get(module, ""))
+    monkeypatch.setattr(hub_export_flatten, "_is_package", lambda module: module == "modeling_tnt.kernels.inner")
+    monkeypatch.setattr(hub_export_flatten, "_find", lambda module: sources.get(module))
+    monkeypatch.setattr(hub_export_flatten, "_MODELS_BESIDE", {})
+    files = hub_export_flatten.flatten.__wrapped__()
+    assert list(files) == [
+        "configuration_tnt.py", "modeling_tnt.py", "tnt_kernels_inner.py", "tnt_kernels_inner_c.py"
+    ]  # fmt: skip
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    modeling = importlib.import_module(f"{tmp_path.name}.modeling_tnt")
+    assert modeling.size == 3 and [f() for f in modeling.math] == [math.pi] * 4
 
 
 def test_the_code_has_no_triton_in_it():
