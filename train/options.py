@@ -222,44 +222,57 @@ def to_arguments(parsed: argparse.Namespace) -> Any:
 # ------------------------------------------------------------------------------------------------------- YAML and JSON
 
 
-def from_mapping(cls: type, mapping: Any, name: str, problems: list[str], path: str = "") -> Any:
+def from_mapping(
+    cls: type, mapping: Any, name: str, problems: list[str], path: str = "", *, base: Any = None, others: Any = ()
+) -> Any:
     """An instance of the dataclass `cls` from nested mappings, as YAML gives them.
 
     Args:
         name: what the mapping is, for messages.
         problems: every unknown key (with a suggestion) and every value of a wrong type is appended as a text.
         path: the section that is read.
+        base: an instance that has what the mapping leaves out; without one, the defaults do. Of a list of sections the
+            mapping gives all; each takes what it leaves out from the base's section of its name. A dict is added to the
+            base's.
+        others: keys that may stand in the mapping besides the fields, and are read elsewhere.
     """
-    result = cls()
+    result = cls() if base is None else copy.deepcopy(base)
     if not isinstance(mapping, dict):
         problems.append(f"{name}: {path.rstrip('.') or 'it'} must be a mapping of fields, got {mapping!r}")
         return result
     hints = get_type_hints(cls)
     for key, value in mapping.items():
-        if key not in hints:
-            known = [path + f.name for f in fields(cls)]
+        if key in hints:
+            below = None if base is None else getattr(base, key)
+            setattr(result, key, _convert(hints[key], value, name, problems, path + key, below))
+        elif key not in others:
+            known = [path + field for field in (*others, *hints)]
             problems.append(f"{name}: {path}{key} is unknown" + _suggestion(f"{path}{key}", known, _choices(known)))
-        else:
-            setattr(result, key, _convert(hints[key], value, name, problems, path + key))
     return result
 
 
-def _convert(hint: Any, value: Any, name: str, problems: list[str], path: str) -> Any:
+def _convert(hint: Any, value: Any, name: str, problems: list[str], path: str, base: Any) -> Any:
     section = _section_of(hint)
     if is_dataclass(hint):
-        return from_mapping(hint, value, name, problems, path + ".")
+        return from_mapping(hint, value, name, problems, path + ".", base=base)
     if section is not None:
         if not isinstance(value, list):
             problems.append(f"{name}: {path} must be a list, got {value!r}")
             return []
-        return [from_mapping(section, item, name, problems, f"{path}[{i}].") for i, item in enumerate(value)]
+        below = {item.name: item for item in base or []}
+        names = [item.get("name", f"{section.name}{i}") if isinstance(item, dict) else None
+                 for i, item in enumerate(value, start=1)]  # fmt: skip
+        return [
+            from_mapping(section, item, name, problems, f"{path}[{i}].", base=below.get(names[i]))
+            for i, item in enumerate(value)
+        ]
     kinds, optional = _alternatives(hint)
     if value is None and optional:
         return None
     for kind in kinds:
         fits, converted = _fit(kind, value)
         if fits:
-            return converted
+            return base | converted if isinstance(base, dict) else converted
     problems.append(f"{name}: {path} must be {_words(hint)}, got {value!r}")
     return value
 

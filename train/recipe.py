@@ -190,33 +190,71 @@ def _shipped_folder() -> Path:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe in a YAML file, or one that is shipped, by its name.
+    """The recipe in a YAML file, or one that is shipped, by its name. Either may name another as its `base:` and hold
+    only what differs from it; see `train/README.md`.
 
     Raises:
         OSError: when there is no such file and no such recipe.
-        ValueError: for a file that is no YAML, and for all unknown keys and values of a wrong type at once.
+        ValueError: for a file that is no YAML, for a base that is not there or leads back to its own file, and for all
+            unknown keys and values of a wrong type at once.
     """
-    from modeling_tnt.hub_cards.strict_yaml import load_yaml  # imported here, as the licences below
-
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        if name not in available_recipes():
-            raise FileNotFoundError(
-                f"--config {name} is no file, and no recipe has this name; use a .yaml file or one of "
-                f"{', '.join(available_recipes())}"
-            )
-        path = _shipped_folder() / f"{name}.yaml"
-    mapping = load_yaml(path.read_bytes(), f"--config {name}")
-    return recipe_from_mapping({} if mapping is None else mapping, f"--config {name}")
+    label, file = f"--config {name}", _find_file(name, Path())
+    if file is None:
+        raise FileNotFoundError(f"{label} is no file, and no recipe has this name; {_name_recipes()}")
+    return _from_layers(_add_bases(label, _read_file(file, label), file))
 
 
 def recipe_from_mapping(mapping: Any, name: str) -> Recipe:
-    """A recipe from nested mappings. Raises one ValueError with all unknown keys and values of a wrong type."""
+    """A recipe from nested mappings; raises ValueError as `load_recipe` does. `name`: what messages call it."""
+    return _from_layers(_add_bases(name, mapping, Path("recipe.yaml")))
+
+
+def _add_bases(label: str, mapping: Any, file: Path) -> list[tuple[str, Any]]:
+    """A mapping and those of its bases, the lowest first, each with what messages call it."""
+    layers, above = [(label, mapping)], [file.resolve()]
+    while isinstance(mapping, dict) and (base := mapping.get("base")) is not None:
+        found = _find_file(base, file.parent) if isinstance(base, str) else None
+        if found is None or not found.is_file():
+            raise ValueError(f"{label}: base {base!r} is no file beside it, and no recipe's name; {_name_recipes()}")
+        if found.resolve() in above:
+            raise ValueError(f"{label}: base {base!r} leads in a circle; leave out the `base:` of one of these files")
+        label, file = f"{label}, base {base}", found
+        mapping = _read_file(file, label)
+        layers.insert(0, (label, mapping))
+        above.append(file.resolve())
+    return layers
+
+
+def _read_file(file: Path, label: str) -> Any:
+    from modeling_tnt.hub_cards.strict_yaml import load_yaml  # imported here, as the licences below
+
+    mapping = load_yaml(file.read_bytes(), label)
+    return {} if mapping is None else mapping
+
+
+def _name_recipes() -> str:
+    return f"use a .yaml file or one of {', '.join(available_recipes())}"
+
+
+def _find_file(name: str, folder: Path) -> Path | None:
+    """The file that a path from `folder`, or the name of a shipped recipe, means."""
+    path = folder / Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    return _shipped_folder() / f"{name}.yaml" if name in available_recipes() else None
+
+
+def _from_layers(layers: list[tuple[str, Any]]) -> Recipe:
     problems: list[str] = []
-    recipe = from_mapping(Recipe, mapping, name, problems)
-    for i, stage in enumerate(recipe.stages):
-        if stage.name == UNNAMED:
-            stage.name = f"stage{i + 1}"
+    recipe = None
+    for name, mapping in layers:
+        model = mapping.get("model") if isinstance(mapping, dict) else None
+        if recipe is not None and isinstance(model, dict) and "preset" in model:
+            recipe.model.override = {}  # which belongs to the base's preset
+        recipe = from_mapping(Recipe, mapping, name, problems, base=recipe, others=("base",))
+        for i, stage in enumerate(recipe.stages):
+            if stage.name == UNNAMED:
+                stage.name = f"{UNNAMED}{i + 1}"
     problems += _find_wrong_names(recipe.stages)  # here already: flags are named after stages
     if problems:
         raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.loop.optim import learning_rate_at
 from modeling_tnt.train.options import from_mapping, leaves, to_mapping
 from modeling_tnt.train.plan import Stage, plan_stages, split_batch
-from modeling_tnt.train.recipe import Recipe, StageOptions, available_recipes, load_recipe, recipe_from_mapping
+from modeling_tnt.train.recipe import (
+    ModelOptions,
+    Recipe,
+    StageOptions,
+    available_recipes,
+    load_recipe,
+    recipe_from_mapping,
+)
 
 
 def _stage(**changes) -> Stage:
@@ -100,6 +108,85 @@ def test_anchors_and_merged_keys_are_no_duplicates(tmp_path: Path):
     (tmp_path / "r.yaml").write_text("stages:\n- " + "\n- ".join(stages))
     read = [(s.name, s.steps, s.schedule) for s in load_recipe(str(tmp_path / "r.yaml")).stages]
     assert read == [("one", 3, "wsd"), ("two", 3, "wsd"), ("three", 1, "wsd")]
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a recipe's file, and returns its name for --config."""
+
+    def write(name: str, content: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_a_recipe_holds_what_differs_from_its_base(write):
+    write("base/low.yaml", "base: tnt-150m\ntraining: {batch_size: 8}\nmodel: {override: {num_heads: 6}}")
+    name = write(
+        "own.yaml",
+        """
+base: base/low.yaml
+training: {seq_len: 2048}
+stages: [{name: stage2, share: null, steps: 9}, {name: more, steps: 1}]""",
+    )
+    recipe, base = load_recipe(name), load_recipe("tnt-150m")
+    assert (recipe.training.seq_len, recipe.training.batch_size, recipe.training.mixed_precision) == (2048, 8, "bf16")
+    assert recipe.model.override == {"local_shard_lengths": 4096, "num_heads": 6}
+    assert recipe.data == base.data and recipe.optimizer == base.optimizer
+    stage2 = replace(base.stages[1], share=None, steps=9)
+    assert recipe.stages == [stage2, StageOptions(name="more", steps=1)], "stage1 is not listed"
+    assert load_recipe(write("more.yaml", "base: own.yaml")) == recipe
+
+
+def test_another_preset_begins_without_the_override_of_the_base(write):
+    recipe = load_recipe(write("r.yaml", "base: tnt-150m\nmodel: {preset: titans-150m}"))
+    assert recipe.model == ModelOptions(preset="titans-150m")
+
+
+def test_stages_without_names_are_matched_by_their_place(write):
+    write("base.yaml", "stages: [{steps: 1, schedule: wsd}, {share: 0.5}]")
+    assert load_recipe(write("r.yaml", "base: base.yaml\nstages: [{}, {share: 0.1}]")).stages == [
+        StageOptions("stage1", steps=1, schedule="wsd"), StageOptions("stage2", share=0.1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("tnt-150", "base 'tnt-150' is no file beside it, and no recipe's name; use a .yaml file or one of"),
+        ("missing.yaml", "base 'missing.yaml' is no file beside it"),
+        ("3", "base 3 is no file beside it"),
+        ("r.yaml", "base 'r.yaml' leads in a circle; leave out"),
+        ("a.yaml", "r.yaml, base a.yaml, base b.yaml: base '../{folder}/a.yaml' leads in a circle; leave out"),
+    ],
+)
+def test_bases_that_are_none(write, tmp_path: Path, base: str, says: str):
+    write("a.yaml", "base: b.yaml")
+    write("b.yaml", f"base: ../{tmp_path.name}/a.yaml")
+    with pytest.raises(ValueError, match=re.escape(says.format(folder=tmp_path.name))):
+        load_recipe(write("r.yaml", f"base: {base}"))
+
+
+def test_problems_of_a_file_and_of_its_base_at_once(write, capsys):
+    base = write("base.yaml", "trainig: {}\nstages: [{name: a, steps: 1}]")
+    name = write("r.yaml", "base: base.yaml\nstages: [{name: a, steps: x}]")
+    assert main(["train", "--config", name]) == 2
+    message = capsys.readouterr().err
+    assert f"--config {name}, base base.yaml: trainig is unknown; did you mean training?" in message
+    assert f"--config {name}: stages[0].steps must be a whole number or null, got 'x'" in message
+    assert main(["train", "--config", write("r.yaml", f"bas: {base}")]) == 2
+    assert "bas is unknown; did you mean base?" in capsys.readouterr().err
+
+
+def test_a_run_keeps_a_recipe_without_a_base(write, flags, tmp_path: Path):
+    write("base.yaml", "optimizer: {beta2: 0.9}\nstages: [{name: one, steps: 1}]")
+    flags = [f for f in flags if f not in ("--stages.stage1.steps", "6")]
+    assert main([*flags, "--config", write("r.yaml", "base: base.yaml\noptimizer: {beta1: 0.8}")]) == 0
+    (tmp_path / "base.yaml").unlink()
+    saved = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert (saved.optimizer.beta1, saved.optimizer.beta2, saved.stages[0].name) == (0.8, 0.9, "one")
 
 
 @pytest.mark.parametrize("name", available_recipes())
