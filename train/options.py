@@ -10,18 +10,26 @@ import argparse
 import copy
 import difflib
 import json
+import math
+import operator
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 NONE = "none"
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+LARGEST_NUMBER = 2**53  # beyond it floats are no longer exact
 
 
-def option(default: Any, group: str, help: str, *, positional: bool = False, alias: str | None = None) -> Any:
+def option(
+    default: Any, group: str, help: str, *, positional: bool = False, alias: str | None = None,
+    ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:  # fmt: skip
     """A field of an arguments dataclass.
 
     Args:
@@ -30,8 +38,12 @@ def option(default: Any, group: str, help: str, *, positional: bool = False, ali
         help: what it means, with its unit.
         positional: given on the command line by its place, without a flag.
         alias: a second, shorter flag.
+        ge, gt, le, lt: bounds of a number, or of each number of a list; `find_broken_rules` checks them. One with a
+            bound must be finite besides, and a whole one at most LARGEST_NUMBER.
+        choices: the texts that are allowed.
     """
-    metadata = {"group": group, "help": help, "positional": positional, "alias": alias}
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"group": group, "help": help, "positional": positional, "alias": alias, "choices": choices} | bounds
     if isinstance(default, list | dict) or is_dataclass(default):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -76,6 +88,29 @@ def leaves(arguments: Any, prefix: str = "") -> Iterator[Leaf]:
                 yield from leaves(item, f"{path}.{item.name}.")
         elif f.metadata:
             yield Leaf(path, hints[f.name], value, f.metadata)
+
+
+def find_broken_rules(arguments: Any) -> Iterator[str]:
+    """The rule of its `option` that a value breaks, for each one that does: flag, rule and value. None breaks none."""
+    for path, _, value, metadata in leaves(arguments):
+        for one in value if isinstance(value, list) else [value]:
+            rule = None if one is None else _find_broken_rule(one, metadata)
+            if rule is not None:
+                yield f"{flag_of(path)} must be {rule}, got {one!r}"
+
+
+def _find_broken_rule(value: Any, metadata: Any) -> str | None:
+    choices, bounds = metadata["choices"], {name: metadata[name] for name in BOUNDS if metadata[name] is not None}
+    if choices is not None and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if not bounds:
+        return None
+    if isinstance(value, int):
+        bounds.setdefault("le", LARGEST_NUMBER)
+    elif not math.isfinite(value):
+        return "finite"
+    broken = (name for name, bound in bounds.items() if not getattr(operator, name)(value, bound))
+    return next((f"{BOUNDS[name]} {bounds[name]}" for name in broken), None)
 
 
 def _section_of(hint: Any) -> type | None:

@@ -21,8 +21,8 @@ from .hub.push_run import find_wrong_push
 from .loop.checkpoint import read_state
 from .loop.distributed import find_wrong_setup, from_main
 from .loop.run_folder import RunFolder
-from .options import flag_of, leaves, to_mapping
-from .recipe import LARGEST_NUMBER, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
+from .options import LARGEST_NUMBER, flag_of, leaves, to_mapping
+from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
 
 # What may differ between a run and its resumption: none of it changes what is computed.
 FREE_TO_CHANGE = (

@@ -6,30 +6,23 @@ A recipe has sections (model, data, optimizer, training, output) and a list of s
 from __future__ import annotations
 
 import difflib
-import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .data import DataOptions
-from .options import find_blocked_folder, flag_of, from_mapping, option
+from .options import find_blocked_folder, find_broken_rules, flag_of, from_mapping, option
 
-ARCHITECTURES = ("tnt", "llama")
-SCHEDULES = ("cosine", "wsd", "constant")
-TRAINABLE = ("all", "local", "lora")
-SHARDINGS = ("none", "fsdp2")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PRECISIONS = ("no", "bf16")
-PUSHES = ("end", "save")
 UNNAMED = "stage"
 LONGEST_NAME = 64
 # Of a run's folders, those that are not named after stages.
 OTHER_FOLDERS = {"best": "the best model", "checkpoints": "the checkpoints", "tnt": "what TensorBoard gets"}
 LARGEST_SEED = 2**32 - 1  # of NumPy
-LARGEST_NUMBER = 2**53  # beyond it floats are no longer exact
 
 
 @dataclass
@@ -40,7 +33,7 @@ class ModelOptions:
     override: dict[str, Any] = option({}, "model", "TNTConfig fields to replace, e.g. num_heads=2 qk_projection=none")
     architecture: str = option(
         "tnt", "model", "tnt, or llama: transformers' Llama of the preset's width, depth, heads and vocabulary and of "
-        "about as many parameters",
+        "about as many parameters", choices=("tnt", "llama"),
     )  # fmt: skip
     start_from: str | None = option(
         None, "model", "folder or Hub name of a TNT checkpoint whose weights and configuration the first stage starts "
@@ -52,11 +45,11 @@ class ModelOptions:
 class OptimizerOptions:
     """AdamW, as in the papers: matrices of the projections decay, and nothing else does (`optim.parameter_groups`)."""
 
-    learning_rate: float = option(3e-3, "optimizer", "peak learning rate of the first stage")
-    beta1: float = option(0.9, "optimizer", "decay of the mean of the gradients, a step")
-    beta2: float = option(0.95, "optimizer", "decay of the mean of the squared gradients, a step")
-    weight_decay: float = option(0.1, "optimizer", "decay of the projections' matrices, and of no others")
-    max_grad_norm: float = option(1.0, "optimizer", "L2 norm that gradients are clipped to")
+    learning_rate: float = option(3e-3, "optimizer", "peak learning rate of the first stage", gt=0)
+    beta1: float = option(0.9, "optimizer", "decay of the mean of the gradients, a step", ge=0, lt=1)
+    beta2: float = option(0.95, "optimizer", "decay of the mean of the squared gradients, a step", ge=0, lt=1)
+    weight_decay: float = option(0.1, "optimizer", "decay of the projections' matrices, and of no others", ge=0, le=10)
+    max_grad_norm: float = option(1.0, "optimizer", "L2 norm that gradients are clipped to", gt=0)
 
 
 @dataclass
@@ -64,55 +57,63 @@ class StageOptions:
     """One stretch of training. Its length is given as one of `steps`, `tokens` and `share`."""
 
     name: str = UNNAMED
-    steps: int | None = option(None, "stages", "optimizer steps")
-    tokens: float | None = option(None, "stages", "tokens, rounded up to whole steps")
-    share: float | None = option(None, "stages", "steps as a share of the first stage's, at least one step")
+    steps: int | None = option(None, "stages", "optimizer steps", ge=1)
+    tokens: float | None = option(None, "stages", "tokens, rounded up to whole steps", gt=0)
+    share: float | None = option(None, "stages", "steps as a share of the first stage's, at least one step", gt=0)
     local_chunk_sizes: list[int] | None = option(
         None, "stages", "tokens in a chunk, one number for each local memory; none: as they are"
     )
     chunk_divisor: int | None = option(
         None, "stages", "instead of local_chunk_sizes: the largest divisor of each chunk size that is at most this "
-        "part of it, at least 1",
+        "part of it, at least 1", ge=1,
     )  # fmt: skip
     local_shard_lengths: list[int | None] | None = option(
         None, "stages", "tokens after which a local memory is reset, one for each (none: never); without: as they are"
     )
-    seq_len: int | None = option(None, "stages", "tokens in a row; none: training.seq_len")
+    seq_len: int | None = option(None, "stages", "tokens in a row; none: training.seq_len", ge=2)
     learning_rate: float | None = option(
-        None, "stages", "peak; none: the optimizer's in the first stage, a tenth of it later, where a cosine has ended"
-    )
+        None, "stages", "peak; none: the optimizer's in the first stage, a tenth of it later, where a cosine has ended",
+        gt=0,
+    )  # fmt: skip
     schedule: str = option(
-        "cosine", "stages", "cosine, wsd (warm-up, stable, decay in a straight line) or constant, each after a warm-up"
+        "cosine", "stages", "cosine, wsd (warm-up, stable, decay in a straight line) or constant, each after a warm-up",
+        choices=("cosine", "wsd", "constant"),
+    )  # fmt: skip
+    warmup_share: float = option(0.1, "stages", "share of the steps with a rising learning rate", ge=0, le=1)
+    decay_share: float = option(0.2, "stages", "wsd: share of the steps with a falling learning rate", ge=0, le=1)
+    final_share: float = option(
+        0.1, "stages", "share of the peak learning rate that cosine and wsd end with", ge=0, le=1
     )
-    warmup_share: float = option(0.1, "stages", "share of the steps with a rising learning rate")
-    decay_share: float = option(0.2, "stages", "wsd: share of the steps with a falling learning rate")
-    final_share: float = option(0.1, "stages", "share of the peak learning rate that cosine and wsd end with")
     trainable: str = option(
         "all", "stages", "all, local (the local memories alone) or lora (adapters on the projections, and the local "
-        "memories; needs peft), merged at the end of the stage",
+        "memories; needs peft), merged at the end of the stage", choices=("all", "local", "lora"),
     )  # fmt: skip
-    lora_rank: int = option(8, "stages", "rank of the adapters")
+    lora_rank: int = option(8, "stages", "rank of the adapters", ge=1)
 
 
 @dataclass
 class TrainingOptions:
     """How a step is taken."""
 
-    seq_len: int = option(1024, "training", "tokens in a row")
-    batch_size: int = option(1, "training", "rows in a step, over all processes")
+    seq_len: int = option(1024, "training", "tokens in a row", ge=2)
+    batch_size: int = option(1, "training", "rows in a step, over all processes", ge=1)
     micro_batch_size: int | None = option(
         None, "training", "rows in a forward pass of one process; none: as many as batch_size and the processes allow. "
-        "Gradients are accumulated over the passes of a step",
+        "Gradients are accumulated over the passes of a step", ge=1,
     )  # fmt: skip
-    seed: int = option(0, "training", "of the initial weights, the order of the data and the sample")
-    mixed_precision: str = option("no", "training", "no (float32) or bf16 (autocast; weights stay float32)")
+    seed: int = option(
+        0, "training", "of the initial weights, the order of the data and the sample", ge=0, le=LARGEST_SEED
+    )
+    mixed_precision: str = option(
+        "no", "training", "no (float32) or bf16 (autocast; weights stay float32)", choices=PRECISIONS
+    )
     gradient_checkpointing: bool = option(False, "training", "keep one activation a block, compute the others again")
     compile: bool = option(False, "training", "torch.compile the model")
     sharding: str = option(
         "none", "training", "none (each process has the whole model, DDP) or fsdp2 (weights, gradients and optimizer "
-        "in parts); fsdp2 is also chosen by an accelerate configuration with FSDP",
+        "in parts); fsdp2 is also chosen by an accelerate configuration with FSDP", choices=("none", "fsdp2"),
     )  # fmt: skip
-    data_workers: int = option(0, "training", "processes that read rows; 0: the training process")
+    data_workers: int = option(0, "training", "processes that read rows; 0: the training process", ge=0)
 
 
 @dataclass
@@ -128,16 +129,16 @@ class OutputOptions:
     accept_changed_data: bool = option(
         False, "output", "resume although the text is not what it was when the checkpoint was saved"
     )
-    checkpoint_every: int = option(200, "output", "steps between checkpoints")
-    keep_checkpoints: int = option(2, "output", "newest checkpoints to keep; the best model is kept besides")
-    eval_every: int | None = option(None, "output", "steps between validations; none: at the end of each stage")
-    health_every: int = option(50, "output", "steps between looks at the memories' inner loops")
+    checkpoint_every: int = option(200, "output", "steps between checkpoints", ge=1)
+    keep_checkpoints: int = option(2, "output", "newest checkpoints to keep; the best model is kept besides", ge=1)
+    eval_every: int | None = option(None, "output", "steps between validations; none: at the end of each stage", ge=1)
+    health_every: int = option(50, "output", "steps between looks at the memories' inner loops", ge=1)
     eval_tokens: int = option(
         131072, "output", "validation tokens to score, rounded down to whole rows; never more than a quarter of the "
-        "tokens that the first stage trains on",
+        "tokens that the first stage trains on", ge=1,
     )  # fmt: skip
-    prompt_tokens: int = option(256, "output", "validation tokens that the sample continues")
-    sample_tokens: int = option(256, "output", "tokens of the sample; 0: none")
+    prompt_tokens: int = option(256, "output", "validation tokens that the sample continues", ge=1)
+    sample_tokens: int = option(256, "output", "tokens of the sample; 0: none", ge=0)
     license: str | None = option(
         None, "output", "licence of the weights for their model cards, an identifier of the Hub, e.g. apache-2.0"
     )
@@ -148,7 +149,7 @@ class OutputOptions:
     )  # fmt: skip
     push_every: str = option(
         "end", "output", "end: push the last stage's model when the run is done; save: also each checkpoint's model, "
-        "for which training waits",
+        "for which training waits", choices=("end", "save"),
     )  # fmt: skip
     push_private: bool = option(False, "output", "make a new repository private; an existing one must be")
     push_revision: str | None = option(None, "output", "branch to push to, made from main if it is new; none: main")
@@ -173,7 +174,7 @@ class Recipe:
     def problems(self) -> list[str]:
         """Every rule that a value breaks by itself, as texts with the flag, the rule, the value and the remedy."""
         return [
-            *_find_wrong_numbers(self), *_find_wrong_choices(self), *self.data.problems(), *_find_wrong_stages(self),
+            *find_broken_rules(self), *_find_contradictions(self), *self.data.problems(), *_find_wrong_stages(self),
             *find_blocked_folder(self.output.dir, "output.dir"),
         ]  # fmt: skip
 
@@ -264,37 +265,7 @@ def _from_layers(layers: list[tuple[str, Any]]) -> Recipe:
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
-def _find_wrong_numbers(recipe: Recipe) -> Iterator[str]:
-    training, output, optimizer = recipe.training, recipe.output, recipe.optimizer
-    least = {
-        "training.seq_len": (training.seq_len, 2), "training.batch_size": (training.batch_size, 1),
-        "training.micro_batch_size": (training.micro_batch_size, 1), "training.seed": (training.seed, 0),
-        "training.data_workers": (training.data_workers, 0), "output.checkpoint_every": (output.checkpoint_every, 1),
-        "output.keep_checkpoints": (output.keep_checkpoints, 1), "output.eval_every": (output.eval_every, 1),
-        "output.health_every": (output.health_every, 1), "output.eval_tokens": (output.eval_tokens, 1),
-        "output.prompt_tokens": (output.prompt_tokens, 1), "output.sample_tokens": (output.sample_tokens, 0),
-    }  # fmt: skip
-    yield from _below(least)
-    positive = {
-        "optimizer.learning_rate": optimizer.learning_rate, "optimizer.max_grad_norm": optimizer.max_grad_norm,
-    }  # fmt: skip
-    yield from _not_positive(positive)
-    yield from _outside({"optimizer.weight_decay": optimizer.weight_decay}, 0, 10)
-    if training.seed > LARGEST_SEED:
-        yield f"--training.seed must be at most {LARGEST_SEED}, got {training.seed}"
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield f"--optimizer.{name} must be at least 0 and below 1, got {getattr(optimizer, name)}"
-
-
-def _find_wrong_choices(recipe: Recipe) -> Iterator[str]:
-    choices = {
-        "model.architecture": (recipe.model.architecture, ARCHITECTURES),
-        "training.mixed_precision": (recipe.training.mixed_precision, PRECISIONS),
-        "training.sharding": (recipe.training.sharding, SHARDINGS),
-        "output.push_every": (recipe.output.push_every, PUSHES),
-    }
-    yield from _not_among(choices)
+def _find_contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.model.architecture == "llama" and recipe.data.boundaries == "marked":
         yield (
             "--data.boundaries marked resets memories at the start of a document, which a Llama does not have; use "
@@ -352,18 +323,11 @@ def _find_wrong_stage(recipe: Recipe, stage: StageOptions, *, first: bool) -> It
         )
     if first and stage.share is not None:
         yield f"--{at}.share is a share of the first stage's steps, which this one is; give steps or tokens"
-    yield from _below({f"{at}.{n}": (getattr(stage, n), m) for n, m in
-                       (("steps", 1), ("seq_len", 2), ("chunk_divisor", 1), ("lora_rank", 1))})  # fmt: skip
-    yield from _not_positive({f"{at}.{n}": getattr(stage, n) for n in ("tokens", "share", "learning_rate")})
-    yield from _outside({f"{at}.{n}": getattr(stage, n) for n in ("warmup_share", "decay_share", "final_share")}, 0, 1)
     if stage.warmup_share + (stage.decay_share if stage.schedule == "wsd" else 0) > 1:
         yield (
             f"{flag_of(f'{at}.warmup_share')}={stage.warmup_share} and {flag_of(f'{at}.decay_share')}="
             f"{stage.decay_share} are shares of the same steps and must not exceed 1 together"
         )
-    yield from _not_among(
-        {f"{at}.schedule": (stage.schedule, SCHEDULES), f"{at}.trainable": (stage.trainable, TRAINABLE)}
-    )
     if stage.local_chunk_sizes is not None and stage.chunk_divisor is not None:
         yield f"--{at} takes local_chunk_sizes or chunk_divisor, got both; set one of them to none"
     swaps = any(x is not None for x in (stage.local_chunk_sizes, stage.chunk_divisor, stage.local_shard_lengths))
@@ -372,29 +336,3 @@ def _find_wrong_stage(recipe: Recipe, stage: StageOptions, *, first: bool) -> It
             f"--{at}: a Llama has no local memories whose chunks could be swapped; use a recipe with one stage, "
             "e.g. --config llama-150m"
         )
-
-
-def _below(least: dict[str, tuple[int | None, int]]) -> Iterable[str]:
-    for name, (value, minimum) in least.items():
-        if value is not None and value < minimum:
-            yield f"{flag_of(name)} must be at least {minimum}, got {value}"
-        elif value is not None and value > LARGEST_NUMBER:
-            yield f"{flag_of(name)} must be at most {LARGEST_NUMBER}, got {value}"
-
-
-def _not_positive(values: dict[str, float | None]) -> Iterable[str]:
-    for name, value in values.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            yield f"{flag_of(name)} must be positive and finite, got {value}"
-
-
-def _outside(values: dict[str, float], low: float, high: float) -> Iterable[str]:
-    for name, value in values.items():
-        if not low <= value <= high:
-            yield f"{flag_of(name)} must lie between {low} and {high}, got {value}"
-
-
-def _not_among(choices: dict[str, tuple[str, tuple[str, ...]]]) -> Iterable[str]:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {value!r}"

@@ -227,7 +227,7 @@ def test_all_problems_of_the_flags_at_once(flags, tmp_path: Path, capsys):
     assert main([*flags, *more]) == 2
     message = capsys.readouterr().err
     assert "--stages.stage1.steps must be at least 1, got 0" in message
-    assert "--optimizer.learning-rate must be positive and finite, got -1.0" in message
+    assert "--optimizer.learning-rate must be above 0, got -1.0" in message
     assert f"{tmp_path / 'file'} is a file; give another folder" in message
     assert "'tnt-1b' does not exist; use one of tiny, titans-150m, tnt-150m" in message
     assert "--training.micro-batch-size 3 must divide the 2 rows of a step" in message and "use 2" in message
@@ -306,11 +306,21 @@ def test_stages_that_cannot_be_trained(stages: list[dict], says: str):
         plan_stages(recipe, TNTConfig.from_preset("tiny", local_chunk_sizes=[]))
 
 
-def test_numbers_have_an_end():
-    recipe = Recipe(stages=[StageOptions(name="a", steps=10**400)])
-    recipe.training.seed = 2**32
-    problems = "\n".join(recipe.problems())
-    assert "--training.seed must be at most 4294967295" in problems and "--stages.a.steps must be at most" in problems
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"training": {"seed": 2**32}}, "--training.seed must be at most 4294967295, got 4294967296"),
+        ({"stages": [{"name": "a", "steps": 10**400}]}, "--stages.a.steps must be at most 9007199254740992, got 1000"),
+        ({"stages": [{"steps": 1, "tokens": ".inf"}]}, "--stages.stage1.tokens must be finite, got inf"),
+        ({"optimizer": {"learning_rate": "nan"}}, "--optimizer.learning-rate must be finite, got nan"),
+        ({"optimizer": {"weight_decay": 11}}, "--optimizer.weight-decay must be at most 10, got 11.0"),
+        ({"optimizer": {"beta2": 1}}, "--optimizer.beta2 must be below 1, got 1.0"),
+        ({"output": {"push_every": "day"}}, "--output.push-every must be one of end, save, got 'day'"),
+    ],
+)
+def test_a_value_outside_of_its_bounds(value: dict, says: str):
+    problems = recipe_from_mapping(yaml.safe_load(yaml.safe_dump(value).replace("'.inf'", ".inf")), "it").problems()
+    assert any(problem.startswith(says) for problem in problems), problems
 
 
 def test_an_unknown_flag_suggests_a_known_one(flags, capsys):
