@@ -1,10 +1,14 @@
-"""The trainer's part of a checkpoint: its state, the random numbers, and checksums of all files."""
+"""What a checkpoint holds besides the model: the trainer's state, the optimizer's, random numbers, and checksums.
+
+Its tensors are whole, whatever the number of processes, so that any number of them can go on from it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,22 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from ..common.files import files_below
 
 STATE_FILE = "trainer_state.json"
 TENSORS_FILE = "trainer_state.safetensors"
 CHECKSUMS_FILE = "SHA256SUMS"  # in the format of sha256sum
+OPTIMIZER = "optimizer/"  # before the names of the optimizer's tensors
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -54,6 +67,44 @@ def restore_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> N
     torch.set_rng_state(tensors["rng/torch"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict as whole tensors on the CPU in the main process, tied ones being one tensor, and an empty
+    dict in the others. Every process must call it."""
+    weights = get_model_state_dict(model, options=WHOLE_ON_CPU)
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name and name in weights:
+            weights[name] = weights[first[parameter]]
+    return weights
+
+
+def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `optimizer/<parameter>/<entry>`; in which processes, as above."""
+    states = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_CPU).get("state", {})
+    return {f"{OPTIMIZER}{name}/{entry}": x for name, state in states.items() for entry, x in state.items()}
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `gather_optimizer` returned, with the rates and decays that the optimizer has now.
+
+    Raises ValueError when it belongs to other parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in (key for key in tensors if key.startswith(OPTIMIZER)):
+        name, _, entry = key.removeprefix(OPTIMIZER).rpartition("/")
+        states[name][entry] = tensors[key]
+    trained = {name: None for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in states:
+        if name not in trained:
+            raise ValueError(f"the optimizer's state has an entry for {name}, which is no parameter that is trained")
+    without = [name for name in trained if name not in states]
+    if without:
+        raise ValueError(f"the optimizer's state lacks {len(without)} parameters that are trained, e.g. {without[0]}")
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    saved = {"state": states, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
 
 
 def write_checksums(folder: Path) -> None:

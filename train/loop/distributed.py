@@ -1,4 +1,4 @@
-"""One process or many: how the model is wrapped, and how its state becomes whole tensors in one process and back.
+"""One process or many: how the model is wrapped, and what the processes tell each other.
 
 FSDP2 is applied here rather than by Accelerate, which knows it on accelerators only: the same code runs with gloo on
 CPUs, where it is tested, and with NCCL on GPUs.
@@ -18,9 +18,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 _SUPPORTED = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU,
@@ -132,70 +131,3 @@ def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-# --------------------------------------------------------------------------------------------------------------- state
-
-
-def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The model's state dict as whole tensors on the CPU, tied ones being one tensor.
-
-    Every process must call it; those with `keep=False` hold one tensor at a time and get an empty dict.
-    """
-    first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first_name.setdefault(id(parameter), name)
-    tied_to = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    gathered = {}
-    for name, tensor in model.state_dict().items():
-        first = tied_to.get(name, name)
-        whole = gathered[first] if first in gathered else _whole(tensor) if keep or first == name else None
-        if keep:
-            gathered[name] = whole
-    return gathered
-
-
-def gather_optimizer(model: nn.Module, optimizer: Optimizer, *, keep: bool) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<entry>`, whole and on the CPU. Every process must call it, as above."""
-    gathered = {}
-    for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            full = _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
-            if keep:
-                gathered[f"{name}/{entry}"] = full
-    return gathered
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = tensor.detach()
-    full = full.full_tensor() if isinstance(full, DTensor) else full
-    return full.cpu().clone()
-
-
-def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
-    """Put back what `gather_optimizer` returned, whatever the number of processes now.
-
-    Raises ValueError when it belongs to other parameters.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for key, value in saved.items():
-        name, _, entry = key.rpartition("/")
-        if name not in states:
-            raise ValueError(f"the optimizer's state has an entry for {name}, which is no parameter that is trained")
-        states[name][entry] = _placed_like(value, parameters[name])
-    without = [name for name, state in states.items() if not state]
-    if without and saved:
-        raise ValueError(f"the optimizer's state lacks {len(without)} parameters that are trained, e.g. {without[0]}")
-    for name, state in states.items():
-        if state:
-            optimizer.state[parameters[name]] = state
-
-
-def _placed_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Scalars (AdamW's step counts) stay on the CPU, where AdamW keeps them."""
-    if value.shape != parameter.shape:
-        return value
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)

@@ -19,6 +19,9 @@ from ..plan import Run
 from .checkpoint import (
     STATE_FILE,
     find_damage,
+    gather_optimizer,
+    gather_weights,
+    load_optimizer,
     random_state,
     read_state,
     read_tensors,
@@ -26,7 +29,7 @@ from .checkpoint import (
     write_checksums,
     write_state,
 )
-from .distributed import from_main, gather_optimizer, gather_weights, load_optimizer
+from .distributed import from_main
 from .report import Reporting
 from .stage_model import resume_model, write_checkpoint_model, write_whole_model
 from .state import Score, State
@@ -46,8 +49,7 @@ class Checkpoint:
     def load_training_state(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
         """The optimizer's state and that of the random number generators."""
         tensors = read_tensors(self.path)
-        saved = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
-        load_optimizer(model, optimizer, saved)
+        load_optimizer(model, optimizer, tensors)
         restore_random_state(read_state(self.path)["random"], tensors)
 
 
@@ -59,10 +61,6 @@ class Saver:
         self.stages = [stage.name for stage in run.stages]
         self.newest: Path | None = None
         self.damaged: list[Path] = []
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
     @contextmanager
     def hold_folder(self) -> Iterator[None]:
@@ -119,10 +117,8 @@ class Saver:
         Args:
             seconds: that this process has run for.
         """
-        weights = gather_weights(model, keep=self.is_main)
-        gathered = gather_optimizer(model, optimizer, keep=self.is_main)
+        weights, optimizer_state = gather_weights(model), gather_optimizer(model, optimizer)
         random, tensors = random_state()
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in gathered.items()}
         stage = self.run.stages[state.stage]
         path = self.folder.checkpoint(stage.name, state.step)
         write_model = write_checkpoint_model(self.run, model, weights)
@@ -133,7 +129,7 @@ class Saver:
                 "stage_name": stage.name, "seconds": seconds, "random": random, "data": self.run.data_summary,
                 "state": state.to_json(),
             }  # fmt: skip
-            write_state(folder, saved, tensors)
+            write_state(folder, saved, tensors | optimizer_state)
             write_checksums(folder)
 
         self._save(path, write)
@@ -157,7 +153,7 @@ class Saver:
 
     def _save_model(self, path: Path, state: State, model: PreTrainedModel, score: Score) -> None:
         """The model with its card."""
-        weights = gather_weights(model, keep=self.is_main)
+        weights = gather_weights(model)
         write_model = write_whole_model(self.run, state.stage, model, weights)
 
         def write(folder: Path) -> None:

@@ -19,8 +19,7 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import RowOrder
 from modeling_tnt.train.loop import trainer
 from modeling_tnt.train.loop.batches import StepBatches
-from modeling_tnt.train.loop.checkpoint import read_state
-from modeling_tnt.train.loop.distributed import gather_weights, load_optimizer
+from modeling_tnt.train.loop.checkpoint import gather_weights, load_optimizer, read_state
 from modeling_tnt.train.loop.report import read_log
 from modeling_tnt.train.loop.run_folder import RunFolder
 
@@ -149,17 +148,17 @@ def test_a_step_reads_the_same_rows_whatever_the_processes(processes: int, micro
 def test_tied_weights_are_gathered_once():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embed"].weight
-    weights = gather_weights(model, keep=True)
-    assert weights["embed.weight"] is weights["head.weight"] and gather_weights(model, keep=False) == {}
+    weights = gather_weights(model)
+    assert weights["embed.weight"] is weights["head.weight"]
 
 
 def test_the_state_of_another_optimizer_is_refused():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="an entry for other, which is no parameter"):
-        load_optimizer(model, optimizer, {"other/exp_avg": torch.zeros(2)})
+        load_optimizer(model, optimizer, {"optimizer/other/exp_avg": torch.zeros(2)})
     with pytest.raises(ValueError, match="lacks 1 parameters that are trained, e.g. bias"):
-        load_optimizer(model, optimizer, {"weight/exp_avg": torch.zeros(2, 2)})
+        load_optimizer(model, optimizer, {"optimizer/weight/exp_avg": torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize("path", sorted((Path(configuration.__file__).parent / "accelerate").glob("*.yaml")))
