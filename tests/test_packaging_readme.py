@@ -56,7 +56,7 @@ def test_versions_that_were_tested_are_those_of_the_constraints():
     assert f"transformers>={sentence[2]}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page, names", [("README.md", 0), ("hub_cards/README.md", 0), ("kernels/README.md", 20)])
+@pytest.mark.parametrize("page, names", [("README.md", 0), ("train/README.md", 0), ("kernels/README.md", 20)])
 def test_links_and_names_into_the_code_exist(page: str, names: int):
     """At least so many names, so that a change of their form is seen."""
     folder, text = (ROOT / page).parent, (ROOT / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every command and all Python of the READMEs, in order and in one folder, as somebody who follows them runs them."""
+"""Every command and all Python of a README, in order and in one folder, as somebody who follows it runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 from modeling_tnt.train.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "hub_cards" / "README.md", ROOT / "kernels" / "README.md"]
+PAGES = [ROOT / name for name in ("README.md", "train/README.md", "kernels/README.md")]
 
 MODEL = (
     "--model.override num_hidden_layers=1 hidden_size=32 num_heads=2 head_dim=16 intermediate_size=64 "
@@ -32,7 +32,8 @@ RUN = (
     f"{MODEL} {DATA} --training.seq-len 64 --output.eval-tokens 64 --output.prompt-tokens 8 --output.sample-tokens 4 "
     "--output.health-every 2"
 )
-MINE = f"{RUN} --stages.wide.steps 2 --stages.ones.tokens 64 --training.batch-size 2 --training.micro-batch-size 1"
+VARIANT = f"{RUN} --stages.wide.steps 2 --training.batch-size 2 --training.micro-batch-size 1"
+MINE = f"{VARIANT} --stages.ones.tokens 64"
 EVAL = f"{DATA} --seq-len 64 --eval-tokens 64 --device cpu --retrieval-documents 1 --retrieval-lengths 48"
 TABLE = "--scale smoke --rows tnt-0 --seeds 1 --no-speed --time-limit 1e-9 --device cpu --override"
 TABLE += " 'data.cache_dir=\"cache\"' data.validation_share=0.3 data.limit_megabytes=0.05"
@@ -45,6 +46,7 @@ NO_TIME = "--device cpu --time-limit 1e-9"  # with it no measurement is begun
 SHORT = {
     "tnt train": f"{RUN} --stages.stage1.steps 4",
     "tnt train --config my-recipe.yaml": MINE,
+    "tnt train --config my-variant.yaml": VARIANT,
     "tnt eval": EVAL,
     "tnt card": "",
     "tnt push": "",
@@ -52,7 +54,6 @@ SHORT = {
     "tnt bench": NO_TIME,
     "tnt bench decode": "--device cpu --contexts 16 --read 16 --case-seconds 0.01",
     "tnt bench decode --preset tnt-150m": f"{NO_TIME} --contexts 16 --overwrite",
-    "python train/examples/share_model.py": "",
     "python train/examples/use_model.py": "--new-tokens 2 --device cpu",
     "python train/examples/memorize_document.py": "--tokens 600 --new-tokens 2",
     "python train/examples/finetune_stage2.py": "--steps 2 --context 64 --batch-size 1",
@@ -74,9 +75,9 @@ class Block(NamedTuple):
     text: str
 
 
-def read_blocks() -> list[Block]:
-    """The fenced blocks of the pages."""
-    blocks, lines = [], iter("\n".join(page.read_text(encoding="utf-8") for page in PAGES).splitlines())
+def read_blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page."""
+    blocks, lines = [], iter(page.read_text(encoding="utf-8").splitlines())
     for line in lines:
         if line.startswith("```"):
             blocks.append(Block(line[3:], "\n".join(iter(lambda: next(lines), "```"))))
@@ -105,7 +106,8 @@ def find_entry(words: list[str]) -> str:
 
 
 def test_every_command_has_an_entry_and_every_entry_a_command():
-    commands = [words for block in read_blocks() if block.language == "bash" for words in split_commands(block.text)]
+    blocks = [block for page in PAGES for block in read_blocks(page) if block.language == "bash"]
+    commands = [words for block in blocks for words in split_commands(block.text)]
     assert len(commands) > 20
     folders = ("configuration", "hub_cards", "kernels", "modeling_tnt", "tests", "train")
     others = [path for folder in folders for path in (ROOT / folder).rglob("README.md") if path not in PAGES]
@@ -168,11 +170,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_readmes_can_be_followed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+# What following a page prints and leaves.
+LEFT = {
+    "README.md": ("200 tokens read", ["runs/quickstart/loss.png", "runs/eval/position.png",
+                                      "runs/quickstart/stage2/README.md"]),
+    "train/README.md": ("resumed  from", ["runs/mine/ones/model.safetensors", "runs/variant/narrow/model.safetensors",
+                                          "my-stage2/model.safetensors", "my-merged-model/model.safetensors"]),
+    "kernels/README.md": ("", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=LEFT)
+def test_a_readme_can_be_followed(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra eval")
     torch.manual_seed(0)
     names: dict = {}
-    for language, text in read_blocks():
+    for language, text in read_blocks(page):
         if language == "python":
             exec(compile(text, "README", "exec"), names)
         elif language == "yaml":
@@ -183,12 +196,6 @@ def test_the_readmes_can_be_followed(folder: Path, monkeypatch: pytest.MonkeyPat
                 check_flags(words)
             else:
                 run([*(OFFLINE.get(word, word) for word in words), *shlex.split(SHORT[entry])], monkeypatch)
-
-    assert names["memory"].get_seq_length() == names["text"]["input_ids"].shape[1]
-    assert names["model"].config.local_chunk_sizes == [1]
-    printed = capsys.readouterr().out
-    assert "200 tokens read" in printed
-    assert "resumed  from" in printed
-    for result in ("runs/quickstart/loss.png", "runs/mine/ones/model.safetensors", "runs/eval/position.png",
-                   "runs/quickstart/stage2/README.md", "my-stage2/model.safetensors"):  # fmt: skip
-        assert (folder / result).stat().st_size > 0
+    printed, files = LEFT[page.relative_to(ROOT).as_posix()]
+    assert printed in capsys.readouterr().out
+    assert all((folder / name).stat().st_size > 0 for name in files)
