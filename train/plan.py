@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training with all defaults filled in.
+    """A stage of the recipe with all defaults filled in; the fields are those of `StageOptions`, and one more.
 
     start_tokens: position in the order of the data at which it begins.
     learning_rate: the peak.
@@ -228,23 +228,12 @@ def plan_stages(recipe: Recipe, config: TNTConfig) -> list[Stage]:
                 "tokens, or a smaller share"
             )
         peak = recipe.optimizer.learning_rate * (0.1 if stages else 1.0)
-        stages.append(
-            Stage(
-                name=options.name,
-                steps=steps,
-                seq_len=seq_len,
-                start_tokens=start,
-                local_chunk_sizes=current.local_chunk_sizes,
-                local_shard_lengths=current.shard_lengths,
-                learning_rate=options.learning_rate or peak,
-                schedule=options.schedule,
-                warmup_share=options.warmup_share,
-                decay_share=options.decay_share,
-                final_share=options.final_share,
-                trainable=options.trainable,
-                lora_rank=options.lora_rank,
-            )  # fmt: skip
-        )
+        as_given = {f.name: getattr(options, f.name) for f in fields(Stage) if hasattr(options, f.name)}
+        filled_in = {
+            "steps": steps, "seq_len": seq_len, "start_tokens": start, "learning_rate": options.learning_rate or peak,
+            "local_chunk_sizes": current.local_chunk_sizes, "local_shard_lengths": current.shard_lengths,
+        }  # fmt: skip
+        stages.append(Stage(**as_given | filled_in))
     longest = max((stage.seq_len for stage in stages), default=1)
     for stage in stages:
         if longest % stage.seq_len:

@@ -31,7 +31,7 @@ from .checkpoint import (
 )
 from .distributed import from_main
 from .report import Reporting
-from .stage_model import resume_model, write_checkpoint_model, write_whole_model
+from .stage_model import resume_model, save_checkpoint_model, save_whole_model
 from .state import Score, State
 
 
@@ -121,10 +121,9 @@ class Saver:
         random, tensors = random_state()
         stage = self.run.stages[state.stage]
         path = self.folder.checkpoint(stage.name, state.step)
-        write_model = write_checkpoint_model(self.run, model, weights)
 
         def write(folder: Path) -> None:
-            write_model(folder)
+            save_checkpoint_model(folder, self.run, model, weights)
             saved = {
                 "stage_name": stage.name, "seconds": seconds, "random": random, "data": self.run.data_summary,
                 "state": state.to_json(),
@@ -154,10 +153,9 @@ class Saver:
     def _save_model(self, path: Path, state: State, model: PreTrainedModel, score: Score) -> None:
         """The model with its card."""
         weights = gather_weights(model)
-        write_model = write_whole_model(self.run, state.stage, model, weights)
 
         def write(folder: Path) -> None:
-            write_model(folder)
+            save_whole_model(folder, self.run, state.stage, model, weights)
             arguments = (folder, path, self.run, state, score, self.accelerator)
             self.reporting(f"the model card of {path.name}", write_run_card, *arguments)
 

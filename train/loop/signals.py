@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that training grants at the end of a step."""
+"""Stop after the current step on SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +61,26 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def write_checkpoint_model(run: Run, model: PreTrainedModel, weights: dict[str, Tensor]) -> Callable[[Path], None]:
-    """A function that writes the model as a checkpoint has it: itself, or with LoRA its adapter alone."""
+def save_checkpoint_model(folder: Path, run: Run, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """The model as a checkpoint has it: itself, or with LoRA its adapter alone."""
+    model.save_pretrained(folder, state_dict=weights)
+    run.tokenizer.save_pretrained(folder)
 
-    def write(folder: Path) -> None:
+
+def save_whole_model(
+    folder: Path, run: Run, stage_index: int, model: PreTrainedModel, weights: dict[str, Tensor]
+) -> None:
+    """The model as others load it: adapters are merged, and saved in `adapter/` besides."""
+    if run.stages[stage_index].trainable == "lora":
+        model.save_pretrained(folder / "adapter", state_dict=weights)
+        save_base_config(model, folder / "adapter")
+        # Merged in a copy: the one that is trained may be sharded, and goes on training.
+        copy = choose_trained(run, stage_index, build_model(run, stage_index))
+        copy.load_state_dict(weights)
+        copy.merge_and_unload().save_pretrained(folder)
+    else:
         model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
-
-    return write
-
-
-def write_whole_model(
-    run: Run, stage_index: int, model: PreTrainedModel, weights: dict[str, Tensor]
-) -> Callable[[Path], None]:
-    """A function that writes the model as others load it: adapters are merged, and written to `adapter/` besides."""
-
-    def write(folder: Path) -> None:
-        if run.stages[stage_index].trainable == "lora":
-            model.save_pretrained(folder / "adapter", state_dict=weights)
-            save_base_config(model, folder / "adapter")
-            # Merged in a copy: the one that is trained may be sharded, and goes on training.
-            copy = choose_trained(run, stage_index, build_model(run, stage_index))
-            copy.load_state_dict(weights)
-            copy.merge_and_unload().save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
-
-    return write
+    run.tokenizer.save_pretrained(folder)
 
 
 def _load(name: str, **options: Any) -> PreTrainedModel:
