@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_NAME, AutoTokenizer
+from transformers import CONFIG_NAME, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 import modeling_tnt
@@ -28,10 +28,13 @@ def has_code(folder: Path) -> bool:
     return "auto_map" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
 
 
-def count_parameters(config: dict[str, Any]) -> int:
-    """Of a model of the class that `config` names, or of a causal one where it names none of ours."""
-    (name, *_) = config.get("architectures") or ["TNTForCausalLM"]
+def count_parameters(config: PreTrainedConfig | dict[str, Any]) -> int:
+    """Parameters of the causal language model of a configuration; of a TNT configuration as a dict, of the class that
+    it names."""
     with torch.device("meta"):
+        if not isinstance(config, dict):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+        (name, *_) = config.get("architectures") or ["TNTForCausalLM"]
         return getattr(modeling_tnt, name, TNTForCausalLM)(TNTConfig.from_dict(config)).num_parameters()
 
 

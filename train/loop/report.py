@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..common.files import atomic_file
+from ..common.model_facts import count_parameters
 from ..common.progress import progress_bar
 from ..options import to_mapping
 from ..plan import Run, Stage
@@ -155,7 +156,7 @@ def save_results(
         "validation_tokens": len(run.validation) * run.validation.seq_len,
         "stages": state.stages,
         "seconds": seconds,
-        "parameters": _count_parameters(run),
+        "parameters": count_parameters(run.config),
         "data": run.data.description,
         "train_bytes": train.num_bytes,
         "documents": {"train": train.num_documents, "validation": held_out.num_documents},
@@ -178,11 +179,6 @@ def save_results(
     for sentence in reporting("the memories' health", find_idle_memories, log, otherwise=[]):
         print(f"warning  {sentence}; see {folder.plot_file.name}", flush=True)
     return metrics
-
-
-def _count_parameters(run: Run) -> int:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(run.config).num_parameters()
 
 
 def _print_summary(run: Run, metrics: dict[str, Any], scores: list[Score]) -> None:
