@@ -30,7 +30,7 @@ COMMANDS = (
         help="train a model in stages",
         description="Train a model in stages: with the preset's chunk sizes, then a few steps with smaller local ones. "
         "Without arguments: the preset tiny, on the source files of Python's standard library. Flags replace what the "
-        "recipe says; where one takes none, that is what it is called.",
+        "recipe says; `none` unsets a value that may be left out.",
     ),
     Command(
         "eval",
@@ -146,7 +146,7 @@ def _load(name: str) -> Any:
 def _build_parser(chosen: Command | None, arguments: Any) -> Parser:
     """The parser of every command, with the flags of the chosen one."""
     parser = Parser(prog="tnt", description="TNT, Titans and TTT memories for transformers.", allow_abbrev=False)
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of this and what it stands on")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that are installed")
     groups = {"": parser.add_subparsers(dest="command", required=True, metavar="command")}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")

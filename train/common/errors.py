@@ -1,4 +1,4 @@
-"""What stops a training run, with words for the person who started it."""
+"""What stops a training run, and what its user is told."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def recover(path: Path, own: Collection[str] = ()) -> None:
 
 def discard(aside: Path, path: Path, own: Collection[str]) -> None:
     """Remove the folder `path`, which was renamed to `aside`: the files named in `own`, and those that are in `path`
-    again. Others go back to `path`. What the disk does not let go of stays for `recover`."""
+    again. Others go back to `path`. What cannot be removed stays for `recover`."""
     with suppress(OSError):
         for file in list(files_below(aside)):
             name = file.relative_to(aside)

@@ -1,4 +1,4 @@
-"""What the optimizer is told: which parameters decay, and the learning rate of every step."""
+"""The optimizer's parameter groups, and the learning rate of every step."""
 
 from __future__ import annotations
 
