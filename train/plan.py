@@ -22,7 +22,7 @@ from .loop.checkpoint import read_state
 from .loop.distributed import find_wrong_setup, from_main
 from .loop.run_folder import RunFolder
 from .options import LARGEST_NUMBER, flag_of, leaves, to_mapping
-from .recipe import TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
+from .recipe import MEASURING, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
 
 # What may differ between a run and its resumption: none of it changes what is computed.
 FREE_TO_CHANGE = (
@@ -30,7 +30,6 @@ FREE_TO_CHANGE = (
     "training.gradient_checkpointing", "data.cache_dir",
 )  # fmt: skip
 SIDES = {"train": "text to train on", "validation": "held-out text"}
-FIXED_OUTPUT = ("output.eval_tokens", "output.eval_every")
 
 T = TypeVar("T")
 
@@ -307,17 +306,13 @@ def split_batch(recipe: Recipe, num_processes: int) -> int:
 
 
 def find_missing_trackers(recipe: Recipe) -> list[str]:
-    """Trackers that are unknown or not installed, as problems."""
-    problems = []
-    for name in recipe.output.trackers:
-        modules = ["tensorboard", "tensorboardX"] if name == "tensorboard" else [name]
-        if name not in TRACKERS:
-            problems.append(f"--output.trackers must be one of {', '.join(TRACKERS)}, got {name!r}")
-        elif not any(importlib.util.find_spec(module) for module in modules):
-            problems.append(
-                f"--output.trackers {name} needs the package of that name, which is not installed; pip install {name}"
-            )
-    return problems
+    """Trackers that are not installed, as problems."""
+    modules = {name: [name] for name in TRACKERS} | {"tensorboard": ["tensorboard", "tensorboardX"]}
+    return [
+        f"--output.trackers {name} needs the package of that name, which is not installed; pip install {name}"
+        for name in recipe.output.trackers
+        if name in modules and not any(map(importlib.util.find_spec, modules[name]))
+    ]
 
 
 def _find_missing_peft(recipe: Recipe) -> list[str]:
@@ -393,5 +388,9 @@ def find_differences(saved: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]
     return [
         (path, to_mapping(old.get(path)), to_mapping(new.get(path)))
         for path in dict.fromkeys([*old, *new])
-        if old.get(path) != new.get(path) and (path in FIXED_OUTPUT or not path.startswith(FREE_TO_CHANGE))
+        if old.get(path) != new.get(path) and not _is_free_to_change(path)
     ]
+
+
+def _is_free_to_change(path: str) -> bool:
+    return path.startswith(FREE_TO_CHANGE) and path not in {f"output.{name}" for name in MEASURING}

@@ -17,7 +17,8 @@ from .data import DataOptions
 from .options import find_blocked_folder, find_broken_rules, flag_of, from_mapping, option
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-PRECISIONS = ("no", "bf16")
+# Of `output`, what decides which numbers are measured; the rest says where they go and what is kept.
+MEASURING = ("eval_tokens", "eval_every")
 UNNAMED = "stage"
 LONGEST_NAME = 64
 # Of a run's folders, those that are not named after stages.
@@ -105,7 +106,7 @@ class TrainingOptions:
         0, "training", "of the initial weights, the order of the data and the sample", ge=0, le=LARGEST_SEED
     )
     mixed_precision: str = option(
-        "no", "training", "no (float32) or bf16 (autocast; weights stay float32)", choices=PRECISIONS
+        "no", "training", "no (float32) or bf16 (autocast; weights stay float32)", choices=("no", "bf16")
     )
     gradient_checkpointing: bool = option(False, "training", "keep one activation a block, compute the others again")
     compile: bool = option(False, "training", "torch.compile the model")
@@ -142,7 +143,7 @@ class OutputOptions:
     license: str | None = option(
         None, "output", "licence of the weights for their model cards, an identifier of the Hub, e.g. apache-2.0"
     )
-    trackers: list[str] = option([], "output", f"report to these as well: {', '.join(TRACKERS)}")
+    trackers: list[str] = option([], "output", f"report to these as well: {', '.join(TRACKERS)}", choices=TRACKERS)
     push_to_hub: str | None = option(
         None, "output", "repository on the Hub to push the model to: user/name, or name for one of your own",
         alias="--push-to-hub",

@@ -10,7 +10,7 @@ from .common.errors import NonFiniteError, OutOfMemory, TrainingStopped
 from .loop.trainer import train
 from .options import fail
 from .plan import find_missing_trackers, prepare
-from .recipe import PRECISIONS, Recipe
+from .recipe import Recipe
 
 
 def run_train(recipe: Recipe) -> int:
@@ -36,11 +36,11 @@ def run_train(recipe: Recipe) -> int:
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate as the launcher configured it, with the recipe's precision and trackers.
 
-    Where those break a rule the defaults are taken: `prepare` reports them, together with everything else.
+    A recipe that breaks a rule gets neither: `prepare` reports that rule, together with everything else.
     """
-    precision = recipe.training.mixed_precision
-    trackers = [] if find_missing_trackers(recipe) else recipe.output.trackers
+    if recipe.problems() or find_missing_trackers(recipe):
+        return Accelerator(mixed_precision="no")
+    output = recipe.output
     return Accelerator(
-        mixed_precision=precision if precision in PRECISIONS else "no", log_with=trackers or None,
-        project_dir=recipe.output.dir,
-    )  # fmt: skip
+        mixed_precision=recipe.training.mixed_precision, log_with=output.trackers or None, project_dir=output.dir
+    )

@@ -14,13 +14,11 @@ from ..data import DataOptions
 from ..data.sources import is_on_hub
 from ..evaluation.arguments import TASKS, EvalArguments
 from ..options import flag_of, leaves, to_mapping
-from ..recipe import Recipe, StageOptions
+from ..recipe import MEASURING, Recipe, StageOptions
 
 LOCAL_TEXT = "your-text"
 LOCAL_MODEL = "your-model"
 LOCAL_TOKENIZER = "your-tokenizer"
-# Fields of `output` that decide what is measured; the others say where results go.
-_MEASURING = ("eval_tokens", "eval_every")
 # Of an evaluation: what says on which machine it ran, beside which models, and where results went.
 _NOT_MEASURING = ("model", "compare", "tasks", "output_dir", "overwrite", "batch_size", "device", "data.cache_dir")
 
@@ -68,7 +66,7 @@ def train_command(recipe: Recipe) -> tuple[str, str | None]:
     if "stages" in changed:
         empty = to_mapping(StageOptions())
         changed["stages"] = [{"name": s["name"]} | _difference(s, empty) for s in to_mapping(recipe)["stages"]]
-    changed["output"] = {k: v for k, v in changed.get("output", {}).items() if k in _MEASURING}
+    changed["output"] = {k: v for k, v in changed.get("output", {}).items() if k in MEASURING}
     _hide_data(changed.get("data", {}))
     start_from = changed.get("model", {}).get("start_from")
     if start_from is not None and is_local(start_from):
