@@ -61,17 +61,18 @@ def train_command(recipe: Recipe) -> tuple[str, str | None]:
 
     The file holds what differs from the defaults. Local files, models and tokenizers are there under a stand-in.
     """
-    changed = _difference(to_mapping(recipe), to_mapping(Recipe()))
-    changed.get("data", {}).pop("cache_dir", None)
-    if "stages" in changed:
+    given, usual = to_mapping(recipe), to_mapping(Recipe())
+    changed = {name: _difference(given[name], usual[name]) for name in given if name != "stages"}
+    if given["stages"] != usual["stages"]:
         empty = to_mapping(StageOptions())
-        changed["stages"] = [{"name": s["name"]} | _difference(s, empty) for s in to_mapping(recipe)["stages"]]
-    changed["output"] = {k: v for k, v in changed.get("output", {}).items() if k in MEASURING}
-    _hide_data(changed.get("data", {}))
-    start_from = changed.get("model", {}).get("start_from")
+        changed["stages"] = [{"name": stage["name"]} | _difference(stage, empty) for stage in given["stages"]]
+    changed["data"].pop("cache_dir", None)
+    changed["output"] = {k: v for k, v in changed["output"].items() if k in MEASURING}
+    _hide_data(changed["data"])
+    start_from = changed["model"].get("start_from")
     if start_from is not None and is_local(start_from):
         changed["model"]["start_from"] = LOCAL_MODEL
-    changed = {section: values for section, values in changed.items() if values}
+    changed = {section: changed[section] for section in given if changed.get(section)}
     if not changed:
         return "tnt train", None
     return "tnt train --config recipe.yaml", yaml.safe_dump(changed, sort_keys=False).rstrip()
@@ -106,13 +107,4 @@ def _hide_data(data: dict[str, Any]) -> None:
 
 
 def _difference(mapping: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What of nested mappings is not as in the defaults."""
-    result = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict) and defaults[key]:
-            value = _difference(value, defaults[key])
-            if value:
-                result[key] = value
-        elif value != defaults.get(key):
-            result[key] = value
-    return result
+    return {key: value for key, value in mapping.items() if value != defaults[key]}
