@@ -294,13 +294,11 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str], path: str, b
         if not isinstance(value, list):
             problems.append(f"{name}: {path} must be a list, got {value!r}")
             return []
-        below = {item.name: item for item in base or []}
-        names = [item.get("name", f"{section.name}{i}") if isinstance(item, dict) else None
-                 for i, item in enumerate(value, start=1)]  # fmt: skip
-        return [
-            from_mapping(section, item, name, problems, f"{path}[{i}].", base=below.get(names[i]))
-            for i, item in enumerate(value)
-        ]
+        below, items = {item.name: item for item in base or []}, []
+        for i, item in enumerate(value):
+            called = str(item.get("name", f"{section.name}{i + 1}")) if isinstance(item, dict) else None
+            items.append(from_mapping(section, item, name, problems, f"{path}[{i}].", base=below.get(called)))
+        return items
     kinds, optional = _alternatives(hint)
     if value is None and optional:
         return None

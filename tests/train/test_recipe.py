@@ -176,6 +176,9 @@ def test_problems_of_a_file_and_of_its_base_at_once(write, capsys):
     message = capsys.readouterr().err
     assert f"--config {name}, base base.yaml: trainig is unknown; did you mean training?" in message
     assert f"--config {name}: stages[0].steps must be a whole number or null, got 'x'" in message
+    assert main(["train", "--config", write("r.yaml", "base: base.yaml\nstages: [{name: [a], steps: 1}, 3]")]) == 2
+    message = capsys.readouterr().err
+    assert "stages[0].name must be text, got ['a']" in message and "stages[1] must be a mapping of fields" in message
     assert main(["train", "--config", write("r.yaml", f"bas: {base}")]) == 2
     assert "bas is unknown; did you mean base?" in capsys.readouterr().err
 
