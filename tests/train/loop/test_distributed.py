@@ -19,7 +19,7 @@ from modeling_tnt.train.cli import main
 from modeling_tnt.train.data import RowOrder
 from modeling_tnt.train.loop import trainer
 from modeling_tnt.train.loop.batches import StepBatches
-from modeling_tnt.train.loop.checkpoint import gather_weights, load_optimizer, read_state
+from modeling_tnt.train.loop.checkpoint import gather_optimizer, gather_weights, load_optimizer, read_state
 from modeling_tnt.train.loop.report import read_log
 from modeling_tnt.train.loop.run_folder import RunFolder
 
@@ -150,6 +150,31 @@ def test_tied_weights_are_gathered_once():
     model["head"].weight = model["embed"].weight
     weights = gather_weights(model)
     assert weights["embed.weight"] is weights["head.weight"]
+
+
+def test_the_optimizers_state_keeps_its_names_and_its_numbers():
+    """The names are those of the files of every earlier version. Rates and decays are the new optimizer's own."""
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.AdamW([{"params": [*m.parameters()], "weight_decay": 0.1}], lr=0.1) for m in models]
+
+    def step(which: int) -> None:
+        models[which](torch.ones(3)).square().sum().backward()
+        optimizers[which].step()
+        optimizers[which].zero_grad()
+
+    step(0)
+    saved = {name: tensor.clone() for name, tensor in gather_optimizer(models[0], optimizers[0]).items()}
+    assert saved.keys() == {f"optimizer/{p}/{e}" for p in ("weight", "bias") for e in ("step", "exp_avg", "exp_avg_sq")}
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].param_groups[0]["lr"] = 0.2
+    load_optimizer(models[1], optimizers[1], saved)
+    assert torch.equal(models[1].weight, models[0].weight), "loading takes no step"
+    assert optimizers[1].param_groups[0]["lr"] == 0.2
+    optimizers[0].param_groups[0]["lr"] = 0.2
+    for which in (0, 1):
+        step(which)
+    assert torch.equal(models[1].weight, models[0].weight) and torch.equal(models[1].bias, models[0].bias)
 
 
 def test_the_state_of_another_optimizer_is_refused():
