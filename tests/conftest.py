@@ -21,6 +21,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where kernels cannot run as compiled code."""
+    compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    if item.get_closest_marker("gpu") and not compiled:
+        pytest.skip("needs a CUDA device, and compiled kernels")
+
+
 @pytest.fixture(scope="session")
 def in_other_process() -> Callable[[Callable, Path], dict]:
     """Call a function of a test module in a process that can compile kernels, as none with TRITON_INTERPRET can.

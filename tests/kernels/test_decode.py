@@ -41,7 +41,7 @@ def tensors_are_on_the_cpu(request):
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") in ("torch", "reference"):
         return
-    if not INTERPRETED and request.function is not test_a_captured_step_goes_on_when_replayed:
+    if not INTERPRETED and request.node.get_closest_marker("gpu") is None:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
 
 
@@ -320,7 +320,7 @@ def test_a_compiled_step_is_one_graph():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
+@pytest.mark.gpu
 @torch.no_grad()
 def test_a_captured_step_goes_on_when_replayed():
     case = MIXED[2].with_(dtype=torch.float32)

@@ -33,7 +33,7 @@ def tensors_are_on_the_cpu(request):
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "torch":
         return
-    if not INTERPRETED and request.function is not test_a_captured_model_decodes:
+    if not INTERPRETED and request.node.get_closest_marker("gpu") is None:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
 
 
@@ -368,7 +368,7 @@ def test_a_compiled_model_with_the_torch_backend_breaks_its_graph_and_is_right()
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
+@pytest.mark.gpu
 @torch.no_grad()
 def test_a_captured_model_decodes():
     """Greedy tokens of graph replays = those of plain calls, over two prompts with the same graph."""

@@ -10,7 +10,6 @@ torch's operators do not say so, and that the kernels can be captured; the last 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,7 +30,6 @@ from modeling_tnt.kernels.fused.limits import assume_device
 
 META = torch.device("meta")
 H200 = ((9, 0), 232448)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Watch(TorchDispatchMode):
@@ -228,7 +226,7 @@ def test_an_operation_asks_for_boundaries_once(watch: Watch, operation: Callable
         assert watch.reads == [[ends.shape]] and watch.waits == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="CUDA graphs need a GPU, and compiled kernels")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 512), (3, 333)], ids=str)
 def test_a_captured_training_step(shape: tuple[int, int]):
     """Replays give the loss and the gradients of plain steps, for other tokens than those of the capture."""
