@@ -42,7 +42,7 @@ class TNTCacheLayer(CacheLayerMixin):
     A call of several tokens replaces these tensors and leaves the old ones alone. A single token (without gradients;
     not with the "reference" backend) writes them in place: the memories are then views of `stack`, whose buffers, and
     that of `conv_tail`, keep their addresses until rows are selected or moved. So a captured CUDA graph of such a call
-    goes on reading and writing them; see `TNTModel.forward`.
+    goes on reading and writing them; see kernels/README.md.
     """
 
     _layer_type = LAYER_TYPE

@@ -201,31 +201,9 @@ class TNTModel(TNTPreTrainedModel):
             output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
             output_attentions: there are none; True raises.
 
-        A single token behind a cache: without gradients the cache is written in place and all memories of a layer are
-        read together, unless `config.kernel_backend` is "reference". With the torch backend (on every CPU)
-        `torch.compile(model)` breaks its graph at the memories. Where `config.kernel_backend` is or chooses triton they
-        are one launch and nothing waits for the device: such a call may be compiled as a whole,
-        `torch.compile(model, fullgraph=True)`, and captured in a CUDA graph, once a first one after the prompt has made
-        the cache's buffers:
-
-            model(prompt, cache=cache)
-            token.copy_(...); model(token, cache=cache)
-            with torch.cuda.graph(graph):
-                out = model(token, cache=cache)
-            token.copy_(...); graph.replay(); out.logits ...
-
-        A replay does not run Python: `layer.advance(1)` counts its column for each of `cache.layers` if
-        `cache.get_seq_length()` is needed (the capture has counted one and read none), and an attention_mask, [B, 1],
-        must be one tensor that is written into. For another prompt with as many rows, `cache.reset()`, read it and its
-        first token as above, and replay.
-
-        A call without a cache waits for the device once if a mask, ids or boundaries are on it. Otherwise it does not,
-        nor does its backward: without padding and packing a whole training step can be captured in a CUDA graph, after
-        one of the same shape, which compiles the kernels.
-
-        `torch.export.export(model, (input_ids,), {"use_cache": False}, strict=False)` makes a program for inputs of
-        that one shape. Others are refused: a mask or boundaries are read by the host, the loop over chunks has a
-        length, and a cache is no plain tensor.
+        A single token behind a cache, without gradients, is written into the cache in place, unless
+        `config.kernel_backend` is "reference". kernels/README.md says which calls `torch.compile` and CUDA graphs can
+        take, modeling_tnt/README.md what `torch.export` can.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
