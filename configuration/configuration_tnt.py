@@ -161,7 +161,7 @@ class TNTConfig(PreTrainedConfig):
         raise_problems(find_problems(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and as `tnt_version` the version of this package, for the one that reads them."""
+        """The fields, and `tnt_version`, the version of this package."""
         return super().to_dict() | {"tnt_version": VERSION}
 
     @property
@@ -173,7 +173,7 @@ class TNTConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What `DynamicCache(config=config)` builds one cache layer each from. Derived, hence not saved."""
+        """One entry for each cache layer that `DynamicCache(config=config)` builds. Derived, hence not saved."""
         return [CACHE_LAYER_TYPE] * self.num_hidden_layers
 
     @classmethod

@@ -135,7 +135,7 @@ def find_problems(config: Any, num_labels: Any = None) -> Iterator[str]:
 
 
 def divisors(number: int) -> list[int]:
-    """In rising order."""
+    """All divisors, in rising order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d < number]
 

@@ -1,4 +1,4 @@
-"""The cache: what the memories of a model know, of a size that does not depend on how much they have read.
+"""The cache of a TNT model: the states of its memories. Its size does not depend on the number of tokens read.
 
 `TNTCacheLayer` registers itself with transformers under the layer type that `TNTConfig.layer_types` names, so that
 `DynamicCache(config=config)`, and with it plain `generate()`, is made of these layers. transformers' own recurrent
@@ -72,12 +72,12 @@ class TNTCacheLayer(CacheLayerMixin):
         return torch.stack(positions).amax(0) if positions else torch.zeros(0, dtype=torch.int64)
 
     def start_prompt(self) -> None:
-        """Let all that has been read stand before column 0 of the next input_ids."""
+        """Count columns from zero: what was read stands before column 0 of the next input_ids."""
         self.cumulative_length = 0
         self.tokens_before = self.tokens_read if self.is_initialized else 0
 
     def forget(self, names: Sequence[str], conv_tail: bool) -> None:
-        """Let the memories of these names, and the convolution, start anew; no memory left means `reset`.
+        """Reset these memories, and the convolution if `conv_tail`, to their initial states. No memory left: `reset`.
 
         The columns that were read stay counted.
         """
@@ -91,14 +91,14 @@ class TNTCacheLayer(CacheLayerMixin):
         self.tokens_before = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TNTCacheLayer:
-        """A layer that holds `fn` of every state tensor; this one stays as it is."""
+        """A copy of this layer with `fn` applied to every state tensor."""
         mapped = self.__new__(type(self))
         mapped.__dict__.update(self.__dict__)
         mapped._map(fn)
         return mapped
 
     def detach(self) -> TNTCacheLayer:
-        """A layer with the same states, cut from the graph that they were computed in."""
+        """A copy of this layer, detached from the autograd graph."""
         return self.map(Tensor.detach)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class TNTCacheLayer(CacheLayerMixin):
         self.store(dict(zip(names, self.stack.states, strict=True)), tail, signature)
 
     def advance_tail(self, tail: Tensor | None, step: TokenStep) -> None:
-        """Take over the convolution's inputs of rows that have a token, in place."""
+        """Update the convolution's last inputs in place, in rows that have a token."""
         if tail is not None:
             self.conv_tail.copy_(step.keep(tail, self.conv_tail))
 
@@ -197,7 +197,7 @@ class TNTCacheLayer(CacheLayerMixin):
             self._map(lambda t: t.to(self.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError unless that removes nothing: what a memory has learned from a token cannot be taken out.
+        """Raises ValueError unless that removes nothing: a memory cannot unlearn a token.
 
         As in transformers, a negative number is that of tokens to remove, and a positive one the length to keep.
         """
@@ -269,7 +269,7 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
 
 
 def check_mask(cache: Cache, attention_mask: Tensor | None, columns: int) -> None:
-    """Raise ValueError if a mask over all columns shows other than as many tokens as the cache has read of them."""
+    """Raise ValueError if a mask over all columns shows more or fewer tokens of the past than the cache has read."""
     layer = cache.layers[0]
     past = layer.cumulative_length
     if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] != past + columns or not past:

@@ -1,4 +1,4 @@
-"""Caches on disk: one safetensors file, which says by itself what filled it and whether it is whole."""
+"""Caches on disk: one safetensors file, with the signature of the model that filled it and a checksum."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
 
 
 def load_cache(path: str | os.PathLike, config: TNTConfig, device: torch.device | str = "cpu") -> DynamicCache:
-    """Read a file of `save_cache`: a cache from which a model of `config` continues where the saved one stood.
+    """Read a file of `save_cache`. A model of `config` continues from the cache where the saved one stood.
 
     Raises:
         ValueError: if the file is no TNT cache or damaged, or was filled by a model whose memories differ.
@@ -100,7 +100,7 @@ def _as_number(tokens_before: Tensor | int | None) -> list[int] | int | None:
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """`write(temporary)` and rename: the file appears under its name when it is complete, or the old one stays."""
+    """Write a file atomically: `write(temporary)`, then rename. If writing fails the old file stays."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""`TNTForSequenceClassification`: an answer for each row of a batch."""
+"""`TNTForSequenceClassification`: logits for each row of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TNTForSequenceClassification(TNTPreTrainedModel):
-    """`TNTModel` with a linear map, `score`, of each row's last token to `config.num_labels` numbers.
+    """`TNTModel` with a linear head, `score`, on each row's last token: `config.num_labels` logits.
 
     It loads from a checkpoint of `TNTForCausalLM`, too; `score` is newly initialised then.
     """

@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that this package runs on: no other module asks for a version.
+"""Differences between the supported releases of transformers. No other module checks a version.
 
 transformers 5.24 calls `cache` what was `past_key_values`, in every forward, in `generate` and in outputs. The models
 take and give both names under any release; inside of this package it is `cache`.

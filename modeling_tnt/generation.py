@@ -1,4 +1,4 @@
-"""What `generate` has to know of memories: a state is copied for several sequences a prompt, and never taken back."""
+"""`generate` for models with memories: states are repeated with their rows, and cannot be rolled back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class _Answers:
-    """How the answers of a call of `generate` end.
+    """What ends the rows of a call of `generate`.
 
     eos_token_ids  behind which `generate` fills a row with padding until the last row has ended, too.
     pad_token_id   that padding.
@@ -34,7 +34,7 @@ class _Answers:
 
     @classmethod
     def of(cls, settings: list[Any]) -> _Answers:
-        """By the first of several mappings or configs that says it, as in `generate`."""
+        """Each value from the first of several mappings or configs that sets it, as in `generate`."""
 
         def find(name: str) -> list[int]:
             given = (s.get(name) if isinstance(s, dict) else getattr(s, name) for s in settings)
@@ -44,7 +44,7 @@ class _Answers:
         return cls(eos, next(iter(find("pad_token_id") or eos), None))
 
     def hide_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """The mask of all columns with zeros where a row has ended before; as it was while none has."""
+        """The mask of all columns with zeros behind each row's end; unchanged while no row has ended."""
         if self.begin is None or not self.eos_token_ids or input_ids.shape[1] - self.begin < 2:
             return attention_mask
         answer = input_ids[:, self.begin :]
@@ -62,7 +62,7 @@ _ANSWERS: ContextVar[_Answers | None] = ContextVar("answers", default=None)
 
 
 def warn_no_cache_when_checkpointing() -> None:
-    """Once a process."""
+    """Warn once a process."""
     logger.warning_once(
         "use_cache=True is incompatible with gradient checkpointing in training: this goes on without a cache. Call "
         "model.eval() to generate with one, or use use_cache=False to do without this warning."
@@ -101,7 +101,7 @@ class TNTGenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """transformers repeats the prompts of a batch for beams and several sequences a prompt: their states, too."""
+        """Repeat the states along with the prompts, for beams and for several sequences a prompt."""
         cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         prompts = input_ids if embeds is None else embeds
         if isinstance(cache, Cache) and prompts is not None:
@@ -133,7 +133,7 @@ class TNTGenerationMixin(GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict
     ) -> None:
-        """Also refuses assisted generation, in either part, before anything is read: it takes rejected tokens back."""
+        """Also refuse assisted generation, in either role, before anything is read: it rolls rejected tokens back."""
         if generation_config.is_assistant:
             raise ValueError(
                 f"assistant_model must be a model whose cache can be cropped, got {type(self).__name__}: its memories "
@@ -148,7 +148,7 @@ class TNTGenerationMixin(GenerationMixin):
 
 
 def _check_something_is_left_to_read(cache: Any, prompt: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Raise ValueError if a cache has read the whole prompt: there is no token that an answer could begin behind."""
+    """Raise ValueError if the cache has read the whole prompt: no token is left to generate from."""
     columns = 1 if prompt is None else prompt.shape[1]
     # With a longer mask the prompt holds new tokens only.
     new_only = attention_mask is not None and attention_mask.shape[-1] != columns

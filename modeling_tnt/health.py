@@ -1,4 +1,4 @@
-"""Numbers that show how the inner loop of a model is doing: step sizes, inner gradients, how far fast weights move."""
+"""Diagnostics of the inner loop: step sizes, inner gradients, losses, and how far the fast weights move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading documents of any length into a `TNTState`, a piece at a time: memory does not grow with what is read."""
+"""Read documents of any length into a `TNTState`, piece by piece, in constant memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_CHUNK_LENGTH = 4096
 
 
 class MemorizeMixin:
-    """What a TNT model does with documents: `memorize` and `load_memory`."""
+    """`memorize` and `load_memory` of a TNT model."""
 
     @torch.no_grad()
     def memorize(
@@ -89,8 +89,8 @@ class MemorizeMixin:
         return TNTState.from_pretrained(save_directory, self, _device_of_inputs(self))
 
     def memory_origin(self) -> dict[str, Any]:
-        """What tells the states of this model from those of others: its name, and a few of the numbers that its first
-        and last layers' memories start from."""
+        """Identify this model in saved states: its name, and a few numbers of the initial fast weights of its first
+        and last layers."""
         name = self.config.name_or_path
         layers = self.base_model.layers
         memories = [memory for block in (layers[0], layers[-1]) for memory in block.memory.memories().values()]
@@ -145,7 +145,7 @@ def _pieces(length: int, chunk_length: int) -> list[tuple[int, int]]:
 
 
 def _keep(state: TNTState, columns: int) -> list[Any]:
-    """The layers as they are now. A call of several columns leaves their tensors alone; one of a single column may
+    """A snapshot of the layers. A call of several columns leaves their tensors alone; one of a single column may
     write them in place."""
     return [layer.map(Tensor.clone if columns == 1 else lambda t: t) for layer in state.layers]
 

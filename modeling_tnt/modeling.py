@@ -67,7 +67,7 @@ class TNTBlock(GradientCheckpointingLayer):
 
 
 class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, PreTrainedModel):
-    """What the models share: how they are saved, how weights are made, what transformers should know of them."""
+    """Base class of the models: saving, initialisation, and settings for transformers."""
 
     config: TNTConfig
     config_class = TNTConfig

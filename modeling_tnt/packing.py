@@ -56,7 +56,7 @@ class Packing(NamedTuple):
         return x if self.active is None else torch.where(self.active.unsqueeze(-1), x, 0)
 
     def to(self, device: torch.device) -> Packing:
-        """The same on a device, `boundaries` apart; nothing waits for the copies."""
+        """Copy to a device without waiting; `boundaries` stay on the host."""
         names = ("cu_seqlens", "sequence_index", "token_index", "active")
         given = {name: t for name in names if (t := getattr(self, name)) is not None}
         return self._replace(**{name: to_device(t, device) for name, t in given.items()})
@@ -104,7 +104,7 @@ def plan_step(
     seq_idx: Tensor | None = None,
     past_length: int = 0,
 ) -> TokenStep:
-    """What `plan_packing` says of a single column. Raises as it does.
+    """`plan_packing` for a single column; raises the same errors.
 
     For the triton backend, which must not wait for the device, without a look at what the tensors hold; for the torch
     backend, whose step looks at them anyway, a mask of ones is none.

@@ -1,4 +1,4 @@
-"""What transformers and PEFT look up by the name of a model's type or class, and which weights decay.
+"""Entries in the tables of models that transformers and PEFT have, and which weights decay.
 
 Both libraries keep tables of the models that they know. `AutoModel.register` fills other ones, which are asked for
 classes and not for names; without an entry the Trainer smooths labels that nobody has shifted, and PEFT has no default
@@ -36,12 +36,12 @@ _MARK = "_tnt_decay"
 
 
 def is_tnt_model(module: nn.Module) -> bool:
-    """By method and not isinstance: a model that was loaded as remote code brings classes of its own."""
+    """Whether a module is a TNT model. By method, not isinstance: remote code brings classes of its own."""
     return hasattr(type(module), "set_local_chunks")
 
 
 def decaying_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters that weight decay is for: the matrices of linear maps.
+    """The ids of the parameters that weight decay applies to: the matrices of linear maps.
 
     What does not decay: embeddings (and an output head tied to them), norms, biases, convolutions, and all of a memory:
     its learned initial state is where the inner optimisation starts, and its scale sets the size of the first
@@ -110,7 +110,7 @@ def _fill_peft_tables(constants: ModuleType) -> None:
 
 
 class _AfterImport:
-    """A finder of one module, which the others find: behind its first import it calls `then(module)` and is gone.
+    """An import hook for one module: calls `then(module)` after its first import and removes itself.
 
     The modules that it is for take seconds to import, and most programs never do.
     """
@@ -150,7 +150,7 @@ class _AfterImport:
 
 
 class _Loader:
-    """The loader of a module, with a call behind it. The module keeps the loader that it would have had."""
+    """Wraps the loader of a module and calls the hook afterwards. The module keeps its own loader."""
 
     def __init__(self, loader: Any, finder: _AfterImport) -> None:
         self.loader = loader

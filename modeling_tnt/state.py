@@ -1,4 +1,4 @@
-"""`TNTState`: what a model knows after reading, as an object that is copied, saved and read on from."""
+"""`TNTState`: the memories of a model after reading, as an object to copy, save and continue from."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TNTState(DynamicCache):
         return state
 
     def start_prompt(self) -> None:
-        """Let all that has been read stand before the next input_ids, which then hold new tokens only."""
+        """Count columns from zero: the next input_ids hold new tokens only."""
         for layer in self.layers:
             layer.start_prompt()
 
@@ -79,8 +79,7 @@ class TNTState(DynamicCache):
         return _map_cache(self, Tensor.clone)
 
     def detach(self) -> TNTState:
-        """The same state, cut from the graph that it was computed in: for truncated back-propagation, see
-        `detach_cache`."""
+        """A copy, detached from the autograd graph; see `detach_cache`."""
         return detach_cache(self)
 
     def repeat(self, repeats: int) -> TNTState:
@@ -159,7 +158,7 @@ class TNTState(DynamicCache):
         return state
 
     def check_origin(self, origin: dict[str, Any], what: str = "the state") -> None:
-        """Warn if the weights of `origin` are others than those that filled the state, as far as that is known."""
+        """Warn if the state was filled by other weights than those of `origin`, as far as that is known."""
         if self.origin is not None and not _same_weights(self.origin, origin):
             filler = self.origin["model"] or "an unnamed model"
             warnings.warn(
@@ -197,7 +196,7 @@ class TNTState(DynamicCache):
 
 
 def detach_cache(cache: Cache) -> Cache:
-    """A cache of the same kind with the same states, cut from the graph that they were computed in.
+    """A copy of a cache, detached from the autograd graph.
 
     For truncated back-propagation through time: `model(piece, cache=detach_cache(cache), use_cache=True)` reads on from
     what the pieces before have taught, and gradients end where the piece begins.
@@ -216,7 +215,7 @@ def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
 
 
 def _map_cache(cache: Cache, fn: Callable[[Tensor], Tensor]) -> Cache:
-    """A cache of the same kind that holds `fn` of every state tensor."""
+    """A copy of a cache with `fn` applied to every state tensor."""
     mapped = copy.copy(cache)
     mapped.layers = [layer.map(fn) for layer in cache.layers]
     return mapped
