@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+HERE = Path(__file__).parent
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it must be set before the first of ours is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Files of large grids: of each test the fast set has one case in so many, the first among them. Odd numbers, since what
+# varies fastest is often one of two backends. The first three run in Triton's interpreter, up to seconds a case.
+ONE_CASE_IN = {
+    "kernels/test_decode.py": 7, "kernels/test_global_scan.py": 7, "kernels/test_triton_backend.py": 7,
+    "kernels/test_equivalence.py": 3, "kernels/test_numerics.py": 3, "kernels/test_torch_backend.py": 3,
+    "modeling_tnt/test_decode_step.py": 3, "modeling_tnt/test_equivalence.py": 3, "modeling_tnt/test_generation.py": 3,
+    "modeling_tnt/test_memorize.py": 3, "modeling_tnt/test_no_waits.py": 3, "modeling_tnt/test_state.py": 3,
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what is slow by its kind. Single tests have the marker in their file."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        file, test = item.path.relative_to(HERE).as_posix(), item.nodeid.partition("[")[0]
+        if cases[test] % ONE_CASE_IN.get(file, 1):
+            item.add_marker("slow")
+        cases[test] += 1
+        if "in_other_process" in item.fixturenames:  # which imports torch again, and compiles
+            item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

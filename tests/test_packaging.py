@@ -114,6 +114,7 @@ def run_from_root(code: str, *python_path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_an_installed_kernels_package_is_not_shadowed(tmp_path):
     package = tmp_path / "kernels"
     package.mkdir()
@@ -136,6 +137,7 @@ def test_an_installed_kernels_package_is_not_shadowed(tmp_path):
     assert ours == "modeling_tnt.kernels.api"
 
 
+@pytest.mark.slow
 def test_without_a_kernels_package_transformers_sees_none():
     available, found, get_kernel, ours = run_from_root(IMPORTS_FROM_ROOT)
     assert available == "False"

@@ -342,6 +342,7 @@ def test_what_the_kernels_can_run(options: dict, device: tuple, limits):
         )
 
 
+@pytest.mark.slow
 def test_a_global_memory_need_not_fit_on_the_chip(limits):
     problem = problem_of(D=128, M=1024, momentum=True)
     with limits.assume_device(*H200):

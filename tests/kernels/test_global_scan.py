@@ -118,6 +118,7 @@ def test_float32_against_the_scan(case: dict):
     assert_same(doubles(got), oracle(case, x), FLOAT32_TOLERANCE)
 
 
+@pytest.mark.slow
 @every_case
 def test_float16_against_the_scan(case: dict):
     """Operands are rounded; the state is not, and has the precision of sums in float32."""
@@ -128,6 +129,7 @@ def test_float16_against_the_scan(case: dict):
     assert_same(doubles(got), oracle(case, x), FLOAT16_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[1], CASES[-1]], ids=["linear", "mlp"])
 def test_float16_with_a_scaled_loss(case: dict):
     """Gradients of a state past float16's range are operands like others: a power of two passes through unrounded."""
@@ -155,6 +157,7 @@ def test_chunk_sizes(chunk_size: int):
     assert_same(doubles(fused(case, x, chunk_size)), oracle(case, x, chunk_size), FLOAT32_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_spans_do_not_matter(limit: int, monkeypatch):
     """A chunk of one shard at a time, or two: the same as all at once."""
@@ -187,6 +190,7 @@ def test_spans_cover_every_chunk_once_in_packed_order(lengths: list[int], limit:
         assert list(range(span.next_rows.start, span.next_rows.stop)) == [r for r in following if r is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["o", "w1", "momentum_b2"])
 def test_upstream_gradient_of_one_output(wanted: str):
     case = CASES[-1] | {"lengths": [2, 1]}
@@ -216,6 +220,7 @@ def test_layout_of_inputs_does_not_matter():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_states_are_kept_but_no_activations():
     """With many tokens a chunk, inputs and the states before the chunks are all that is saved."""
     case = CASES[-2] | {"lengths": [2]}
@@ -254,6 +259,7 @@ def test_token_dtypes():
         scan_global_chunks(ScanInputs.from_tensors({name: t.double() for name, t in x.items()}), [2, 2], 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=["linear", "mlp"])
 def test_operators(case: dict):
     """Schema, fake implementation and autograd registration of the forward, and schema and fake of the backward."""
@@ -272,6 +278,7 @@ def test_operators(case: dict):
     torch.library.opcheck(OPERATORS.global_backward, backward)
 
 
+@pytest.mark.slow
 def test_compile_and_checkpoint():
     case = CASES[-1] | {"lengths": [2, 1]}
     x = make(case, chunk_size=2)

@@ -107,6 +107,7 @@ def test_without_gradients_a_backward_that_fails_is_not_needed(monkeypatch):
         assert torch.equal(call(TINY, "auto", x)[0], call(TINY, "torch", x)[0])
 
 
+@pytest.mark.slow
 def test_kernels_that_work_are_run(monkeypatch):
     runs = []
     run = probe.ReadConfiguration.run
@@ -158,6 +159,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
     assert torch.equal(got, call(TINY, "triton", make_inputs(TINY))[0]) and not probe._failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_attempt_does_not_show_to_checkpointing(fails: bool, monkeypatch):
     """Which counts what is saved: as much must be saved when the region is run again."""
@@ -174,6 +176,7 @@ def test_the_attempt_does_not_show_to_checkpointing(fails: bool, monkeypatch):
     assert_equal(got, outcome("torch" if fails else "triton"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_attempt_does_not_show_to_compilation(fails: bool, monkeypatch):
     """It is made while the call is traced, and is no part of the graph."""
@@ -258,6 +261,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_compiled_is_what_the_call_needs(case: Case, needs_grad: bool, monkeypatch):

@@ -96,6 +96,7 @@ def test_a_computed_table_is_the_planned_one(
 on_the_cpu = pytest.mark.skipif(not INTERPRETED, reason="kernels run on CPU tensors with TRITON_INTERPRET=1 only")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=on_the_cpu), "torch"])
 @pytest.mark.parametrize("is_global", [False, True], ids=["local", "global"])
 def test_a_call_in_a_graph_is_the_same(capture: Callable, backend: str, is_global: bool):

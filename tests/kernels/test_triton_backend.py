@@ -172,6 +172,7 @@ def test_chunk_and_shard_sizes(i: int, chunk_size: int, shard_length: int, lengt
 LARGE_TILES = [(32, 20, 0), (32, 40, 35), (64, 64, 0), (64, 64, 37)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i, turn", list(product(range(len(LOCAL)), range(2))))
 def test_tiles_of_more_rows(i: int, turn: int, monkeypatch):
     """Of every rule, also where the choice is for fewer."""
@@ -200,6 +201,7 @@ def test_rows_at_different_positions(case: Case):
     assert_right(run(case), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOCAL[2:5], ids=str)
 def test_a_start_in_the_second_tile_of_a_chunk(case: Case):
     case = case.with_(chunk_size=40, shard_length=40, start=(21, 16), length=21, heads=1)
@@ -272,6 +274,7 @@ def test_gates_at_the_ends_of_their_range(rule: str, change: Change):
     assert_right(run(case, change), case, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 4)], ids=str
 )  # fmt: skip
@@ -282,6 +285,7 @@ def test_head_dims_and_expansions(sizes: tuple[int, int, int]):
     assert_right(run(case), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", [2, 4, 5])
 @pytest.mark.parametrize("device", [A100, H200], ids=str)
 def test_the_layouts_of_both_generations(i: int, device: tuple):
@@ -292,6 +296,7 @@ def test_the_layouts_of_both_generations(i: int, device: tuple):
     assert_right(got, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory, head_dim, hidden", [("mlp", 64, 128), ("linear", 128, 128)])
 def test_wide_heads(memory: str, head_dim: int, hidden: int):
     case = Case(memory=memory, projection="shard", dtype=torch.float32, head_dim=head_dim, hidden=hidden)
@@ -329,6 +334,7 @@ def gradients_of_a_scaled_loss(case: Case, scale: float, backend: str) -> Result
     return dict(zip(x, (g.cpu() for g in torch.autograd.grad(scale * loss, list(x.values()))), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [Case(rule="both", projection="shard", norm=False), Case(rule="token_scale", projection="chunk_normalized")],
@@ -356,6 +362,7 @@ def biases_near_the_values(x: dict[str, Tensor]) -> None:
     x["params.b2" if "params.b2" in x else "params.b1"] += 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, chunk_size", [("plain", 4), ("momentum", 20)])
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_float16_with_biases_in_float32(memory: str, rule: str, chunk_size: int):
@@ -417,6 +424,7 @@ def test_a_final_state_is_only_made_on_demand(scans: list[tuple]):
     assert torch.equal(o, call(TINY, "triton", x)[0])
 
 
+@pytest.mark.slow
 def test_activation_checkpointing():
     x = inputs(TINY.with_(length=9, start=(3,)))
     case, names = TINY.with_(length=9, start=(3,)), list(x)
@@ -429,6 +437,7 @@ def test_activation_checkpointing():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [TINY.with_(start=(3,), length=2), Case(batch=1, heads=1, length=3, **SMALL)], ids=str)
 def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: list[tuple]):
     """Schema, fake implementation, autograd registration and tracing."""
@@ -446,6 +455,7 @@ def test_the_operators_keep_the_rules_of_custom_operators(case: Case, scans: lis
     )
 
 
+@pytest.mark.slow
 def test_compilation_is_one_graph():
     """Of a call in training: from a learned start, without packing; those ask tensors for their contents."""
     torch._dynamo.reset()
@@ -465,6 +475,7 @@ def test_compilation_is_one_graph():
 # What is kept and what is chosen -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"local_chunk_sizes": [1]}, {"local_chunk_sizes": [64]}, {"memory_expansion": 4},
@@ -511,6 +522,7 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
     assert bytes_of["memory"] + written < bytes_of["block"] - weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [TINY, TINY.with_(rule="token_scale", projection="chunk", memory="mlp")], ids=str)
 def test_kernels_are_compiled_once_for_all_lengths(case: Case, monkeypatch):
     constants: dict[str, set] = {}

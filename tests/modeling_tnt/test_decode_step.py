@@ -332,6 +332,7 @@ def test_auto_steps_by_torch_where_the_kernel_fails(monkeypatch):
     assert_same_states(cache, want.cache, **EXACT)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_one_graph():
     """With `fullgraph=True` nothing may ask a tensor for its contents: no step waits for the device."""
@@ -355,6 +356,7 @@ def test_a_compiled_model_is_one_graph():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_with_the_torch_backend_breaks_its_graph_and_is_right():
     torch._dynamo.reset()

@@ -251,6 +251,7 @@ def test_weights_in_several_files(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_step_equals_the_eager_one():
     """A token a row behind a cache. The backend is eager: what is tested is what dynamo captures."""
@@ -266,6 +267,7 @@ def test_the_compiled_step_equals_the_eager_one():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export_makes_a_program_of_one_shape(tmp_path):
     """As `TNTModel.forward` says: no mask, no cache, no other length."""

@@ -163,6 +163,7 @@ def test_transformers_finds_all_of_it_and_demands_no_triton(tmp_path):
     assert found == {name.removesuffix(".py") for name in files}
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_package_and_without_triton(tmp_path, models_of_bytes):
     said = run(without_package(tmp_path), HERE / "load_without_package.py", *models_of_bytes)
     assert said.endswith("loaded without the package and without triton\n")
@@ -196,6 +197,7 @@ def run_on_triton(tmp_path: Path, folder: Path) -> list[str]:
     return run(env, "-c", COPY_ON_TRITON, folder).splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 def test_a_copy_runs_the_kernels_of_the_installed_package(tmp_path):
     """And says once where they come from."""

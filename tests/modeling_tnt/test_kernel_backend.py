@@ -26,7 +26,9 @@ def loss_and_gradients(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
 def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, checkpointing: bool):
     ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(1))
     model.config.kernel_backend = "torch"
@@ -41,6 +43,7 @@ def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, checkpoin
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_a_training_step_is_one_graph(model: TNTForCausalLM):
     """The kernels are operators that torch.compile sees: no graph break, with `fullgraph=True` that would raise."""
     torch._dynamo.reset()  # an earlier test's other lengths would make this one's symbolic

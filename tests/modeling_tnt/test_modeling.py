@@ -174,6 +174,7 @@ def test_gates_are_computed_in_float32():
         assert gate.dtype == torch.float32 and torch.equal(gate, expected)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     """Logits, gradients and a step on the cache. The backend is eager: what is tested is what dynamo captures."""
     model, tokens = make_model("mlp-momentum-forget"), make_tokens(2, 11)

@@ -156,6 +156,7 @@ def test_a_training_step_waits_for_nothing_and_copies_nothing_twice(watch: Watch
     assert watch.waits == [] and watch.reads == [] and watch.uploads == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tnt-150m", "titans-150m"])
 def test_nor_does_one_on_the_torch_backend(watch: Watch, preset: str):
     model = make_model(watch, preset, "torch", **SHORT)

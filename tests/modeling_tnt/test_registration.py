@@ -155,6 +155,7 @@ assert not any(type(finder).__name__ == "_AfterImport" for finder in sys.meta_pa
 """
 
 
+@pytest.mark.slow
 def test_the_model_before_the_trainer():
     """In a process of its own, where neither has been imported."""
     code = MODEL_FIRST.format(mark=registration._MARK)

@@ -121,6 +121,7 @@ def test_a_cache_filled_before_the_swap_is_refused(tmp_path):
     model(tokens[:, :1], cache=cache)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows():
     """A new graph for the new chunks, not the old one again."""
     model, tokens = make_model(), make_tokens(2, 11)

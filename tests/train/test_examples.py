@@ -63,6 +63,7 @@ def test_finetunes_and_saves(arguments, tmp_path):
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(arguments, tmp_path, monkeypatch):
     """DDP over gloo on half the rows each: the swap at the same step, and the same weights but for float32 rounding."""
     run_here(monkeypatch, *arguments, "--batch-size", "4")
@@ -80,6 +81,7 @@ def test_two_processes_equal_one(arguments, tmp_path, monkeypatch):
     assert max(differences.values()) < 1e-4, differences
 
 
+@pytest.mark.slow
 def test_lora_and_resuming(arguments, tmp_path, monkeypatch):
     run_here(monkeypatch, *arguments, "--lora")
     loaded = load_lora(tmp_path / "stage2")

@@ -23,6 +23,7 @@ def wrong_backend(monkeypatch, change):
     monkeypatch.setattr(contenders, "local_memory", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "where"),
     [
@@ -78,6 +79,7 @@ def test_a_backend_that_says_what_it_cannot_is_no_failure(run, monkeypatch, caps
     assert "torch mlp C=16 T=32 and 3 more: cannot run: head_dim=16 is not supported" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gate_reads_across_resets_and_many_chunks(monkeypatch):
     monkeypatch.setattr(gate, "SHORTEST_SHARD", 128)
     args = KernelBenchArguments(device="cpu", heads=1, head_dim=8).resolve()

@@ -47,6 +47,7 @@ def test_kernels_measures_writes_and_prints(run, output_dir: Path, capsys):
     assert "torch: 4 of 4 memory types and chunk sizes passed, worst" in printed
 
 
+@pytest.mark.slow
 def test_bf16(run):
     status, rows = run("kernels", "--dtype", "bf16", "--peers", "flash")
     assert status == 0 and {row["status"] for row in rows} == {"ok"}
@@ -160,6 +161,7 @@ def test_other_sizes_than_the_predicted_ones_have_no_prediction(output_dir: Path
     assert "none of the cases that were timed is predicted; predictions are for the default sizes" in report
 
 
+@pytest.mark.slow
 def test_a_quick_run_without_a_gpu_says_what_the_comparison_needs(run, capsys):
     assert run("kernels", "--quick", "--lengths", "32")[0] == 0
     (message,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("measured beside predicted")]

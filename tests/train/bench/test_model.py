@@ -46,6 +46,7 @@ def test_model_time_limit_and_failure(run, monkeypatch, capsys):
     assert "llama T=32 and 1 more: failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["autocast-bf16", "bf16"])
 def test_model_precisions(run, precision: str):
     _, rows = run("model", "--precision", precision, "--lengths", "32", "--titans-chunk-size", "0")

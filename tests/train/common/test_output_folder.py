@@ -178,6 +178,7 @@ def test_a_run_does_not_begin_among_a_users_files(flags, tmp_path: Path, capsys,
     assert _content(tmp_path / "run") == mine
 
 
+@pytest.mark.slow
 def test_a_run_that_is_replaced_leaves_a_users_files(flags, tmp_path: Path, capsys):
     short, run = [*flags, "--stages.stage1.steps", "1"], tmp_path / "run"
     assert main(short) == 0
@@ -194,6 +195,7 @@ def test_a_run_that_is_replaced_leaves_a_users_files(flags, tmp_path: Path, caps
     assert json.loads((run / "metrics.json").read_text())["stages"][0]["name"] == "only"
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_resumed_and_not_replaced(flags, tmp_path: Path, capsys):
     """It has no manifest and no checksums."""
     run = tmp_path / "run"

@@ -137,6 +137,7 @@ def make_scores(log: list[dict]) -> list[Score]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [["one"], STAGES, [f"stage{i}" for i in range(12)]], ids=len)
 def test_a_run_of_any_number_of_stages_of_any_name(drawn, tmp_path: Path, stages: list[str]):
     log = make_log(stages)
@@ -177,6 +178,7 @@ def make_row_scores(seed: int, shift: float = 0.0) -> Scores:
     return Scores(nats, torch.full((40,), 99.0), torch.full((40,), 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["stage2"], ["stage2", "stage1", "llama"]], ids=len)
 def test_pictures_of_an_evaluation(drawn, tmp_path: Path, names: list[str]):
     PerplexityTask().draw(tmp_path / "p.png", {name: make_row_scores(i, 0.3 * i) for i, name in enumerate(names)})
@@ -235,6 +237,7 @@ def test_pictures_of_benchmarks(drawn, tmp_path: Path):
     save_model_plot(tmp_path / "model.png", rows, "tiny")
 
 
+@pytest.mark.slow
 def test_an_outlier_squeezes_no_row_of_table_3(drawn, tmp_path: Path):
     lines = [Line(key, Estimate(2.7 + 0.01 * i, 0.02), Estimate(0.01 * i, 0.01)) for i, key in enumerate(ROWS)]
     lines[0] = Line("llama", Estimate(3.3, 0.03), Estimate(0.63, 0.04), [3.28, 3.32])

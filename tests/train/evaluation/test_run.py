@@ -115,6 +115,7 @@ def test_all_tasks_of_two_stages(arguments, models, tmp_path, capsys):
         assert lengths[0]["exact_match"]["trials"] == 5
 
 
+@pytest.mark.slow
 def test_results_are_repeated_by_the_seed_and_not_overwritten(arguments, tmp_path, capsys):
     assert run_eval(arguments(tasks=["retrieval"])) == 0
     first = read(tmp_path / "eval", "retrieval")["models"]
@@ -126,6 +127,7 @@ def test_results_are_repeated_by_the_seed_and_not_overwritten(arguments, tmp_pat
     assert read(tmp_path / "eval", "retrieval")["models"] != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "no_local"])
 def test_other_models_have_no_chunks(arguments, models, tmp_path, capsys, name):
     assert run_eval(arguments(models / name, retrieval_lengths=[64])) == 0
@@ -240,6 +242,7 @@ def test_checkpoints_that_cannot_be_used(arguments, models, tmp_path, capsys):
     assert f"--compare {other} has another tokenizer than" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_diverged_has_no_values(arguments, models, tmp_path, capsys):
     model = TNTForCausalLM.from_pretrained(models / "stage1")
     with torch.no_grad():

@@ -123,7 +123,9 @@ def test_boundaries_that_a_model_cannot_take_are_an_error(llama):
 
 
 @pytest.mark.parametrize(
-    "wrap", [partial(torch.compile, backend="eager"), torch.nn.DataParallel], ids=["compile", "parallel"]
+    "wrap",
+    [pytest.param(partial(torch.compile, backend="eager"), marks=pytest.mark.slow), torch.nn.DataParallel],
+    ids=["compile", "parallel"],
 )
 def test_a_wrapped_model_is_asked_what_it_takes_behind_its_wrapper(tnt, wrap):
     rows = StubRows(2, [[3], [4]])

@@ -71,6 +71,7 @@ def test_a_run_leaves_a_card_with_each_model(flags, output_dir: Path, tmp_path: 
     assert "PEFT" in (output_dir / "stage2" / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatch, capsys):
     """A finished stage has its card at once; the rest comes when the run is done, unless somebody edited it."""
     finish_stage = trainer.Session.finish_stage
@@ -99,6 +100,7 @@ def test_cards_of_a_run_that_was_interrupted(flags, output_dir: Path, monkeypatc
     assert f"{best} was edited, and is kept; tnt card --overwrite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_edited_card_outlives_the_model_that_it_was_written_for(flags, output_dir: Path, monkeypatch):
     """The folder of the best model is replaced whenever a better one is found."""
     save_best, edited = trainer.Saver.save_best, []
@@ -118,6 +120,7 @@ def test_an_edited_card_outlives_the_model_that_it_was_written_for(flags, output
     assert facts["stages"][-1]["steps"] != 10  # a later model than the one whose card was edited
 
 
+@pytest.mark.slow
 def test_a_card_that_breaks_a_rule_keeps_no_model_from_being_saved(flags, output_dir: Path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise ValueError("this model card cannot be used: language")

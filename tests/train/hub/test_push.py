@@ -215,6 +215,7 @@ def test_the_same_command_goes_on_after_the_connection_broke(hub, model, capsys)
     assert len(hub.uploads) == 3 and len(hub.repos["user/name"].commits) == 2
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_it_was_killed(hub, saved, tmp_path):
     hub.break_upload(3, "stall")
     command = [sys.executable, "-m", "modeling_tnt.train.cli", "push", str(saved), "user/name"]
@@ -384,6 +385,7 @@ def folder_of(flags: list[str]) -> Path:
     return Path(flags[flags.index("--output.dir") + 1])
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_last_model_at_the_end(hub, run_flags, capsys):
     assert main([*run_flags, "--output.push-private", "--output.push-revision", "v1"]) == 0
     repo, folder = hub.repos["user/run"], folder_of(run_flags)
@@ -396,6 +398,7 @@ def test_a_run_pushes_its_last_model_at_the_end(hub, run_flags, capsys):
     assert f"commit   {hub.url}/user/run/commit/" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_push_on_the_way_that_fails_stops_nothing(hub, run_flags, capsys):
     hub.break_commit()
     assert main([*run_flags, "--output.push-every", "save", "--overwrite"]) == 0
@@ -409,6 +412,7 @@ def test_a_push_on_the_way_that_fails_stops_nothing(hub, run_flags, capsys):
     assert "stage1-00000003 was not pushed: " in out and "training goes on, and pushes again later" in out
 
 
+@pytest.mark.slow
 def test_a_push_at_the_end_that_fails_can_be_finished(hub, run_flags, capsys):
     hub.break_commit()
     assert main(run_flags) == 1
@@ -443,6 +447,7 @@ def test_a_run_that_could_not_push_does_not_begin(hub, run_flags, monkeypatch, c
     assert not folder_of(run_flags).exists() and not hub.repos
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_needs_no_token(hub, run_flags, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     assert main([*run_flags, "--output.push-dry-run"]) == 0
@@ -469,6 +474,7 @@ def used_hub(saved, tmp_path_factory):
         yield hub
 
 
+@pytest.mark.slow
 def test_models_that_were_pushed_in_every_way_load_with_equal_logits(used_hub):
     """Which hub_user.py asserts; here is what it left."""
     repos = used_hub.repos
@@ -509,6 +515,7 @@ def test_the_example_shares_a_model_and_loads_it_back(used_hub):
     assert f"commit   {used_hub.url}/user/shared/commit/" in real and "and computes the same" in real
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_by_its_own_code(hub, saved, tmp_path):
     """In a process that cannot import the package, from a branch of a private repository; and is pushed from there."""
     assert push(saved, "--private", "--revision", "v2") == 0

@@ -154,6 +154,7 @@ def test_it_may_join_a_run_that_began_without_it(tmp_path):
     assert saved_chunks(tmp_path) == [[8]] * 4 + [[1]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "first"), [(0.0, 1), (0.5, 4), (0.8, 6), (0.99, 6)])
 def test_share_of_the_steps(tmp_path, share, first):
     """Of the steps that epochs amount to, too: 18 rows, 3 at a time. The last step is always one of stage 2."""
@@ -172,6 +173,7 @@ def test_gradient_accumulation_swaps_between_optimizer_steps(tmp_path):
     assert seen == [[8]] * 3 + [[2]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best_step", [3, 5])
 def test_the_best_model_is_loaded_with_its_chunks(tmp_path, best_step):
     """Evaluated at the swap's step with the chunks of stage 1."""
@@ -203,6 +205,7 @@ def test_training_again_begins_with_stage_1_again(tmp_path):
         assert recorded(trainer).steps == {1: [8], 2: [8], 3: [8], 4: [1], 5: [1], 6: [1]}
 
 
+@pytest.mark.slow
 def test_compiled_by_the_trainer(tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
     trainer = make_trainer(tmp_path, TwoStageCallback([2], step=1), max_steps=2, **options)
@@ -229,6 +232,7 @@ def test_the_model_is_found_inside_of_wrappers(tmp_path):
     assert find_tnt_model(torch.nn.Sequential(base)) is base
 
 
+@pytest.mark.slow
 def test_with_peft(tmp_path):
     """Adapters have no config of their own: the callback saves the one that they were trained with."""
     make_model().save_pretrained(tmp_path / "base")
@@ -305,6 +309,7 @@ def test_a_checkpoint_that_was_swapped_elsewhere_is_refused(uninterrupted, tmp_p
         resumed.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_the_package_loads_the_trainer_only_when_asked():
     code = (
         "import sys, modeling_tnt.train as t\n"

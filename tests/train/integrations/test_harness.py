@@ -104,6 +104,7 @@ def log_likelihood(model, before: str, text: str) -> float:
     return log_probs[len(context) - 1 :].sum().item()
 
 
+@pytest.mark.slow
 def test_multiple_choice(evaluated):
     model, scores, samples = evaluated
     right = []
@@ -114,6 +115,7 @@ def test_multiple_choice(evaluated):
     assert scores["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / 3)
 
 
+@pytest.mark.slow
 def test_rolling_likelihood(evaluated):
     model, scores, _ = evaluated
     texts = [question["question"] for question in QUESTIONS]
@@ -122,6 +124,7 @@ def test_rolling_likelihood(evaluated):
     assert scores["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(bits, **CLOSE)
 
 
+@pytest.mark.slow
 def test_generation(evaluated):
     """Batches of two are padded on the left."""
     model, _, samples = evaluated

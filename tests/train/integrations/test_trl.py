@@ -45,6 +45,7 @@ def fine_tune(base, data="text", lora=False, **arguments):
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_batches_without_padding_give_the_losses_of_padded_ones(base):
     trainer, padded = fine_tune(base)
     assert padded[-1] < padded[0]
@@ -55,12 +56,14 @@ def test_batches_without_padding_give_the_losses_of_padded_ones(base):
     assert fine_tune(base, padding_free=True, max_length=None)[1] == pytest.approx(padded, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"data": "completion"}, {"packing": True, "max_length": 64}])
 def test_other_layouts(base, options):
     losses = fine_tune(base, **options)[1]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_lora(base):
     trainer, losses = fine_tune(base, lora=True)
     assert losses[-1] < losses[0]

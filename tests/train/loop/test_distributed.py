@@ -71,6 +71,7 @@ def _assert_equal_within_float_error(run: Path, expected: Path) -> None:
     assert [values[0][n] for n in names] == pytest.approx([values[1][n] for n in names], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ddp_goes_on_with_a_run_of_one_process(flags, one_process: Path, tmp_path: Path, monkeypatch):
     take_step = trainer.Session.take_step
 
@@ -88,6 +89,7 @@ def test_ddp_goes_on_with_a_run_of_one_process(flags, one_process: Path, tmp_pat
     _assert_equal_within_float_error(tmp_path / "run", one_process)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_run_of_fsdp2(flags, one_process: Path, tmp_path: Path, capsys):
     """Stopped by SIGTERM in stage 2, so that FSDP2 trains, validates, saves and swaps before."""
     sharded = _launch([*flags, "--training.sharding", "fsdp2"])
@@ -104,6 +106,7 @@ def test_one_process_goes_on_with_a_run_of_fsdp2(flags, one_process: Path, tmp_p
     _assert_equal_within_float_error(tmp_path / "run", one_process)
 
 
+@pytest.mark.slow
 def test_processes_in_a_folder_in_use_fail_together(flags, tmp_path: Path):
     with RunFolder(tmp_path / "run").hold():
         launched = _launch(flags)

@@ -64,7 +64,13 @@ def expected(flags, uninterrupted, tmp_path_factory) -> Path:
     return uninterrupted["run"]
 
 
-@pytest.mark.parametrize(("steps", "where"), [(3, "stage1"), (7, "the swap"), (9, "stage2"), (11, "the end of stage2")])
+@pytest.mark.parametrize(
+    ("steps", "where"),
+    [
+        pytest.param(3, "stage1", marks=pytest.mark.slow), (7, "the swap"), (9, "stage2"),
+        pytest.param(11, "the end of stage2", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_stopped_and_resumed(flags, expected: Path, tmp_path: Path, monkeypatch, capsys, steps: int, where: str):
     """By SIGTERM in mid-stage-1, at the swap, in mid-stage-2 and at the end: equal losses and weights, bit by bit."""
     taken = []
@@ -107,6 +113,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_one_at_once(flags, tmp_path: P
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_adapters_are_resumed(flags, tmp_path: Path, monkeypatch):
     """A checkpoint within a stage with LoRA holds the adapter; its base is the stage before."""
     flags = [*flags, "--stages.stage2.share", "none", "--stages.stage2.steps", "4", "--stages.stage2.trainable", "lora"]
@@ -129,6 +136,7 @@ def test_adapters_are_resumed(flags, tmp_path: Path, monkeypatch):
     assert all(torch.equal(weights[k], wanted[k]) for k in wanted)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(flags, expected: Path, tmp_path: Path, monkeypatch,
                                                                   capsys):  # fmt: skip
     take_step = trainer.Session.take_step
@@ -155,6 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(flags, expecte
     _assert_same_run(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_no_whole_checkpoint_is_an_error_and_a_lost_log_is_not(flags, tmp_path: Path, capsys):
     run, short = tmp_path / "run", [*flags, "--stages.stage1.steps", "2", "--resume"]
     assert main(short) == 0
@@ -185,6 +194,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path):
     assert folder.newest_first(["a"]) == [folder.checkpoint("a", 2)] and not folder.prune(["a"], 1)
 
 
+@pytest.mark.slow
 def test_resume_on_changed_data_is_refused(flags, text_folder: Path, tmp_path: Path, capsys):
     short = [*flags, "--stages.stage1.steps", "1"]
     assert main(short) == 0
@@ -201,6 +211,7 @@ def test_resume_on_changed_data_is_refused(flags, text_folder: Path, tmp_path: P
     assert main([*short, "--resume", "--output.accept-changed-data"]) == 0
 
 
+@pytest.mark.slow
 def test_resume_without_a_run_begins_one(flags, tmp_path: Path):
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0
     assert main([*flags, "--resume", "--stages.stage1.steps", "1"]) == 0  # finished: scored again, nothing trained
@@ -241,6 +252,7 @@ def _start(flags: list[str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(flags, expected: Path, tmp_path: Path):
     """SIGKILL, at moments drawn anew each time, until the run gets through. TNT_KILLS sets how often (3)."""
     kills, draw = int(os.environ.get("TNT_KILLS", "3")), random.Random(time.time_ns())

@@ -77,6 +77,7 @@ def test_a_run_from_the_command_line(flags, text_folder: Path, output_dir: Path,
     assert AutoModelForCausalLM.from_pretrained(output_dir / "stage2").config.local_chunk_sizes == [2]
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs(flags, tmp_path: Path):
     runs = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -88,6 +89,7 @@ def test_equal_seeds_give_equal_runs(flags, tmp_path: Path):
     assert runs[0] == runs[1] and runs[0][0] != runs[2][0]
 
 
+@pytest.mark.slow
 def test_training_learns(flags, output_dir: Path):
     """60 steps halve the bits of an untrained model (8.6); a text of 16 words has few bits per byte."""
     more = ["--stages.stage1.steps", "60", "--optimizer.learning-rate", "0.01", "--output.checkpoint-every", "50"]
@@ -95,6 +97,7 @@ def test_training_learns(flags, output_dir: Path):
     assert _metrics(output_dir)["validation_bits_per_byte"]["after_stage1"] < 4.3
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(flags, tmp_path: Path):
     """With documents marked, passes predict different numbers of tokens, and each counts by its tokens."""
     losses, weights = [], []
@@ -110,6 +113,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(flags, tmp_path: Pat
         torch.testing.assert_close(weights[2][name], expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_a_wsd_schedule_and_more_stages(flags, tmp_path: Path, output_dir: Path):
     recipe = {
         "stages": [
@@ -153,6 +157,7 @@ def test_a_stage_with_adapters_is_merged_at_its_end(flags, output_dir: Path):
         name for name in changed if "local_memories" in name})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_llama_of_the_same_size(flags, output_dir: Path, tmp_path: Path):
     (tmp_path / "one.yaml").write_text("stages: [{name: stage1, steps: 2}]")
     flags = [f for f in flags if f not in ("--stages.stage1.steps", "6")]
@@ -173,6 +178,7 @@ def test_training_starts_from_a_checkpoint(flags, output_dir: Path, tmp_path: Pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "second" / "stage2").config.hidden_size == 32
 
 
+@pytest.mark.slow
 def test_trackers_get_what_the_log_gets(flags, output_dir: Path, fresh_accelerator):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert main([*flags, "--output.trackers", "tensorboard"]) == 0
@@ -269,6 +275,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(flags, output_dir: Path, monkeypa
     assert main([*flags, "--resume"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_full_disk_is_given_room_by_the_checkpoints_before_the_newest(flags, output_dir: Path, monkeypatch, capsys,
                                                                         keep: int):  # fmt: skip
@@ -304,6 +311,7 @@ def test_weight_decay_is_for_matrices_of_projections_only():
     assert all(not isinstance(m, nn.Embedding) or m.weight is not p for m in untied.modules() for p in decayed)
 
 
+@pytest.mark.slow
 def test_bfloat16(flags, output_dir: Path, fresh_accelerator):
     """On a CPU too; the saved weights stay float32."""
     assert main([*flags, "--stages.stage1.steps", "2", "--training.mixed-precision", "bf16"]) == 0
@@ -311,6 +319,7 @@ def test_bfloat16(flags, output_dir: Path, fresh_accelerator):
     assert AutoModelForCausalLM.from_pretrained(output_dir / "stage1").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiled(flags, output_dir: Path, tmp_path: Path):
     """The same losses as without torch.compile, up to the order of float32 sums; names in checkpoints do not change."""
     short = [*flags, "--stages.stage1.steps", "2"]

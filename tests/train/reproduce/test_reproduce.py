@@ -342,6 +342,7 @@ def test_a_reproduction_replaces_its_own_files_only(smoke, tmp_path: Path, capsy
     assert left == {f"runs/{job.name}/notes.txt"}
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(overrides, tmp_path: Path, capsys):
     folder = tmp_path / "table3"
     flags = ["--rows", BASE, "llama", "--device", "cpu", "--workers", "2", "--override", *_as_flags(overrides)]
