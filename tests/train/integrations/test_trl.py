@@ -63,7 +63,6 @@ def test_other_layouts(base, options):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_lora(base):
     trainer, losses = fine_tune(base, lora=True)
     assert losses[-1] < losses[0]
