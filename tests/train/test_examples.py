@@ -52,6 +52,7 @@ def test_is_short(script):
     assert len(script.read_text().splitlines()) < 65
 
 
+@pytest.mark.slow
 def test_finetunes_and_saves(arguments, tmp_path):
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -137,6 +138,7 @@ def test_a_model_is_used_without_a_trained_one(monkeypatch, capsys):
     assert "all prompts as one batch, chunks [16]:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [False, True], ids=["new", "language model"])
 def test_classifier_learns_the_toy_texts(arguments, tmp_path, monkeypatch, capsys, pretrained):
     """Also from the weights of a language model, whose tokenizer it saves."""

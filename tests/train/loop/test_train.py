@@ -167,6 +167,7 @@ def test_a_llama_of_the_same_size(flags, output_dir: Path, tmp_path: Path):
     assert list(_metrics(output_dir)["validation_bits_per_byte"]) == ["bigram", "after_stage1"]
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_checkpoint(flags, output_dir: Path, tmp_path: Path):
     """What one run saved, another goes on with: its first loss is that of the saved model on the same rows."""
     assert main(flags) == 0

@@ -167,6 +167,7 @@ def test_runs_of_other_settings_are_refused(smoke):
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_another_ones_first_stage_is_an_ordinary_run(smoke, tmp_path: Path):
     jobs = {job.row: job for job in smoke(rows=["stage2"], seeds=1)}
     base, branch = jobs[BASE], jobs["stage2"]
