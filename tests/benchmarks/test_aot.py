@@ -245,6 +245,7 @@ def test_recording_runs_nothing_and_leaves_triton_as_it_was(recorded):
     assert (recorded["driver"], recorded["compiler"]) == ("None", "_do_compile")
 
 
+@pytest.mark.slow
 def test_an_old_triton_is_told_so(tmp_path):
     command = [sys.executable, str(Path(__file__).resolve()), run_with_an_old_triton.__name__, "facts.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
