@@ -11,7 +11,7 @@ import torch
 
 from ..common.output_folder import OutputFolder
 from ..data import DataOptions
-from ..options import find_blocked_folder, flag_of, option
+from ..options import find_blocked_folder, find_broken_rules, option
 
 # In the order in which they are done: the class of each as `module:name`, which is not imported for the flags alone.
 TASKS = {
@@ -37,12 +37,14 @@ class EvalArguments:
     tasks: list[str] = option(
         [], "evaluation", f"of {', '.join(TASKS)}, in this order; by default all, without chunks if a model is no TNT"
     )
-    seq_len: int = option(1024, "evaluation", "tokens in a row of held-out text")
-    eval_tokens: int = option(131072, "evaluation", "held-out tokens to score, rounded down to whole rows")
-    batch_size: int = option(4, "evaluation", "rows, or documents, in a forward pass")
+    seq_len: int = option(1024, "evaluation", "tokens in a row of held-out text", ge=2)
+    eval_tokens: int = option(131072, "evaluation", "held-out tokens to score, rounded down to whole rows", ge=1)
+    batch_size: int = option(4, "evaluation", "rows, or documents, in a forward pass", ge=1)
     device: str | None = option(None, "evaluation", "cpu, cuda, cuda:1 …; by default cuda if there is one")
-    dtype: str = option("auto", "evaluation", "of the weights: fp32, bf16, fp16, or auto: as they were saved")
-    seed: int = option(0, "evaluation", "of the key-value documents")
+    dtype: str = option(
+        "auto", "evaluation", "of the weights: fp32, bf16, fp16, or auto: as they were saved", choices=tuple(DTYPES)
+    )
+    seed: int = option(0, "evaluation", "of the key-value documents", ge=0)
 
     data: DataOptions = option(
         DataOptions(tokenizer=OWN_TOKENIZER), "data", "held-out text; the tokenizer `model` is the model's own"
@@ -50,12 +52,14 @@ class EvalArguments:
 
     chunk_sizes: list[int] = option(
         [], "chunks", "of the local memory with the smallest chunks, in tokens; the others are scaled alike. By "
-        "default 1, 2, 4 … up to the shard length or seq_len",
+        "default 1, 2, 4 … up to the shard length or seq_len", ge=1,
     )  # fmt: skip
     retrieval_lengths: list[int] = option(
-        [], "retrieval", f"tokens in a document; by default {' '.join(map(str, RETRIEVAL_LENGTHS))}"
+        [], "retrieval", f"tokens in a document; by default {' '.join(map(str, RETRIEVAL_LENGTHS))}", ge=1
     )
-    retrieval_documents: int = option(50, "retrieval", "documents of each length, their needles spread over all depths")
+    retrieval_documents: int = option(
+        50, "retrieval", "documents of each length, their needles spread over all depths", ge=1
+    )
 
     output_dir: Path = option(Path("runs/eval"), "output", "folder for a JSON file and a PNG of each task")
     overwrite: bool = option(False, "output", "replace the results of the same tasks that output_dir holds")
@@ -70,22 +74,12 @@ class EvalArguments:
     def problems(self) -> list[str]:
         """Every rule that a value breaks by itself, as texts with the flag, the rule, the value and the remedy."""
         return [
-            *self._find_wrong_numbers(),
+            *find_broken_rules(self),
             *self._find_wrong_choices(),
             *self.data.problems(),
             *find_blocked_folder(self.output_dir),
             *self._find_old_results(),
         ]
-
-    def _find_wrong_numbers(self) -> Iterable[str]:
-        least = {"seq_len": 2, "eval_tokens": 1, "batch_size": 1, "seed": 0, "retrieval_documents": 1}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                yield f"{flag_of(name)} must be at least {minimum}, got {getattr(self, name)}"
-        for name in ("chunk_sizes", "retrieval_lengths"):
-            for number in getattr(self, name):
-                if number < 1:
-                    yield f"{flag_of(name)} must be at least 1, got {number}"
 
     def _find_wrong_choices(self) -> Iterable[str]:
         if not self.model:
@@ -95,8 +89,6 @@ class EvalArguments:
                 near = difflib.get_close_matches(task, TASKS, n=1)
                 remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(TASKS)}"
                 yield f"--tasks {task} is unknown; {remedy}"
-        if self.dtype not in DTYPES:
-            yield f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
         yield from self._find_wrong_device()
 
     def _find_wrong_device(self) -> Iterable[str]:
