@@ -46,7 +46,8 @@ RUN = (
     f"{MODEL} {DATA} --training.seq-len 64 --output.eval-tokens 64 --output.prompt-tokens 8 --output.sample-tokens 4 "
     "--output.health-every 2"
 )
-MINE = f"{RUN} --stages.wide.steps 2 --stages.ones.tokens 64 --training.batch-size 2 --training.micro-batch-size 1"
+VARIANT = f"{RUN} --stages.wide.steps 2 --training.batch-size 2 --training.micro-batch-size 1"
+MINE = f"{VARIANT} --stages.ones.tokens 64"
 EVAL = f"{DATA} --seq-len 64 --eval-tokens 64 --device cpu --retrieval-documents 1 --retrieval-lengths 48"
 TABLE = "--scale smoke --rows tnt-0 --seeds 1 --no-speed --time-limit 1e-9 --device cpu --override"
 TABLE += " 'data.cache_dir=\"cache\"' data.validation_share=0.3 data.limit_megabytes=0.05"
@@ -59,6 +60,7 @@ NO_TIME = "--device cpu --time-limit 1e-9"  # with it no measurement is begun
 SHORT = {
     "tnt train": f"{RUN} --stages.stage1.steps 4",
     "tnt train --config my-recipe.yaml": MINE,
+    "tnt train --config my-variant.yaml": VARIANT,
     "tnt eval": EVAL,
     "tnt card": "",
     "tnt push": "",
@@ -92,7 +94,12 @@ LEFT = {
     "README.md": ["runs/quickstart/loss.png", "my-model/model.safetensors"],
     "hub_cards/README.md": ["runs/quickstart/stage2/README.md"],
     "modeling_tnt/README.md": ["memory.safetensors", "book-memory/memory.safetensors"],
-    "train/README.md": ["runs/mine/ones/model.safetensors", "my-stage2/model.safetensors"],
+    "train/README.md": [
+        "runs/mine/ones/model.safetensors",
+        "runs/variant/narrow/model.safetensors",
+        "my-stage2/model.safetensors",
+        "my-merged-model/model.safetensors",
+    ],
     "train/evaluation/README.md": ["runs/eval/position.png"],
     "train/reproduce/README.md": ["runs/table3-smoke/table3.json"],
 }

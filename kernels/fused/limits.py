@@ -161,9 +161,7 @@ def _no_room(p: MemoryProblem, device: Device, multi: bool) -> str | None:
     return None
 
 
-def step_obstacle(
-    memory_type: str, maps: int, update: str, head_dim: int, hidden: int, on: torch.device
-) -> str | None:
+def step_obstacle(memory_type: str, maps: int, update: str, head_dim: int, hidden: int, on: torch.device) -> str | None:
     """Why the kernel of a step cannot run memories of this kind with so many maps, the first [head_dim, hidden], or
     None if it can."""
     unknown = update_obstacle(update) or kind_obstacle(memory_type, maps)

@@ -127,8 +127,8 @@ ASSUMPTIONS = f"""\
   program of a launch stands for all; a branch over more than 60 instructions is taken to jump; loops besides the hot
   one count once.
 - Products of torch (cuBLAS): the longer of operations at the peak of their dtype and bytes at full bandwidth. Its other
-  kernels: bytes. Share of the peak: operations that the mathematics needs (`train/common/costs.py`), not those of padded
-  tiles.
+  kernels: bytes. Share of the peak: operations that the mathematics needs (`train/common/costs.py`), not those of
+  padded tiles.
 - FlashAttention is **assumed**, not predicted: {ATTENTION_RATES[0] / 1e12:.0f} to {ATTENTION_RATES[1] / 1e12:.0f}
   TFLOP/s with heads of 64, forward and backward together.
 - flash-linear-attention: all configurations of its autotuners are compiled, and the fastest by this model counts.

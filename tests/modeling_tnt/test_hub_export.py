@@ -303,7 +303,7 @@ def test_the_number_of_the_interface_stands_for_what_crosses_it():
     containers = {cls.__name__: cls._fields for cls in triton_backend._CONTAINERS.values()}
     functions = {name: f for name, f in vars(triton_backend).items() if inspect.isfunction(f) and name[0] != "_"}
     text = repr(sorted(containers.items())) + "".join(f"{name}{inspect.signature(f)}" for name, f in functions.items())
-    assert (INTERFACE, zlib.crc32(text.encode())) == (1, 3760724940), (
+    assert (INTERFACE, zlib.crc32(text.encode())) == (1, 222626404), (
         "raise INTERFACE after a release, and put the new sum here"
     )
 
@@ -443,7 +443,7 @@ def test_every_kind_of_model_is_the_same_after_a_round_trip(tmp_path, variant):
     model = make_model(variant, torch.float32)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = make_tokens(1, 9)
+    tokens = make_tokens(1, 222626404)
     with torch.no_grad():
         # Equal but for the order of sums, which depends on where weights lie in memory.
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
