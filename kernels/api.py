@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import load_backend
-from .checks import check_global, check_local
-from .types import MemoryParams, MemoryState
+from .checks import MemoryProblem, check
+from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState
 
 
 def local_memory(
@@ -63,12 +63,12 @@ def local_memory(
     Returns:
         o [B, T, H, D] in q.dtype, and the final `MemoryState` or None.
     """
-    problem = check_local(
-        q, k, v, lr, params, chunk_size=chunk_size, shard_length=shard_length, qk_projection=qk_projection,
-        normalize_projection=normalize_projection, momentum=momentum, decay=decay, token_scale=token_scale,
-        cu_seqlens=cu_seqlens, initial_state=initial_state, memory_type=memory_type,
-    )  # fmt: skip
-    return load_backend(backend, problem, is_global=False).local_memory(problem, output_final_state)
+    options = MemoryOptions(
+        chunk_size, shard_length, False, qk_projection, normalize_projection, token_scale is not None, memory_type
+    )
+    gates = MemoryGates(lr, momentum, decay)
+    problem = MemoryProblem(q, k, v, gates, params, options, token_scale, cu_seqlens, initial_state)
+    return read(problem, output_final_state, backend)
 
 
 def global_memory(
@@ -96,8 +96,14 @@ def global_memory(
         update: "gradient": the chunk's last weights are the next anchor; "muon": what the chunk has added to a weight
             matrix is made orthogonal, and its columns keep the norms of the initial ones, see `muon`. Not by Triton.
     """
-    problem = check_global(
-        q, k, v, lr, params, chunk_size=chunk_size, momentum=momentum, decay=decay, cu_seqlens=cu_seqlens,
-        initial_state=initial_state, memory_type=memory_type, update=update,
+    options = MemoryOptions(chunk_size, is_global=True, memory_type=memory_type, update=update)
+    problem = MemoryProblem(
+        q, k, v, MemoryGates(lr, momentum, decay), params, options, None, cu_seqlens, initial_state
     )  # fmt: skip
-    return load_backend(backend, problem, is_global=True).global_memory(problem, output_final_state)
+    return read(problem, output_final_state, backend)
+
+
+def read(problem: MemoryProblem, output_final_state: bool, backend: str) -> tuple[Tensor, MemoryState | None]:
+    """Check a call, and let a backend run it; see `local_memory`."""
+    problem = check(problem)
+    return load_backend(backend, problem).read(problem, output_final_state)

@@ -32,7 +32,7 @@ class BackendChoice(NamedTuple):
     is_fallback: bool = False
 
 
-def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_global: bool = False) -> BackendChoice:
+def choose_backend(device_type: str, problem: MemoryProblem | None = None) -> BackendChoice:
     """What `backend="auto"` runs for tensors on a device of this type ("cpu", "cuda", …), and why.
 
     With a checked problem: what it runs for that call, which may be something the kernels cannot do, or that does not
@@ -43,7 +43,7 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None, is_gl
     obstacle = missing(device_type)
     if obstacle is None and problem is not None:
         triton = triton_backend()
-        obstacle = triton.obstacle(problem, is_global) or triton.failure(problem, is_global)
+        obstacle = triton.obstacle(problem) or triton.failure(problem)
     if obstacle is not None:
         return fall_back(obstacle)
     return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
@@ -54,7 +54,7 @@ def fall_back(obstacle: str) -> BackendChoice:
     return BackendChoice("torch", f"Triton's kernels cannot run here: {obstacle}", is_fallback=True)
 
 
-def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleType:
+def load_backend(name: str, problem: MemoryProblem) -> ModuleType:
     """The module that implements backend `name` for this call. "auto" warns, once a reason, if a GPU must do without
     the kernels.
 
@@ -64,12 +64,12 @@ def load_backend(name: str, problem: MemoryProblem, is_global: bool) -> ModuleTy
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if name == "auto":
-        choice = choose_backend(problem.q.device.type, problem, is_global)
+        choice = choose_backend(problem.q.device.type, problem)
         if choice.is_fallback:
             warn_of_fallback(choice.reason)
         name = choice.name
     elif name == "triton":
-        obstacle = missing(problem.q.device.type) or triton_backend().obstacle(problem, is_global)
+        obstacle = missing(problem.q.device.type) or triton_backend().obstacle(problem)
         if obstacle is not None:
             raise ValueError(f"backend='triton' cannot run: {obstacle}; or use backend='torch' or 'auto'")
     return _module(name)

@@ -13,36 +13,29 @@ from torch import Tensor
 from .memories.kind import MemoryKind, Stage
 from .memories.kinds import inferred_type, memory_kind
 from .transfer import to_host
-from .types import MemoryParams, MemoryState, is_of
+from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState, is_of
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
 UPDATES = ("gradient", "muon")
 
 
 class MemoryProblem(NamedTuple):
-    """The checked arguments of one call; see `local_memory` and `global_memory` for their meaning. cu_seqlens is in the
-    host's memory."""
+    """The arguments of one call; see `local_memory` for their meaning. Once checked, cu_seqlens is in the host's
+    memory."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    lr: Tensor
+    gates: MemoryGates
     params: MemoryParams
-    chunk_size: int
-    shard_length: int | None = None
-    qk_projection: str = "none"
-    normalize_projection: bool = False
-    momentum: Tensor | None = None
-    decay: Tensor | None = None
+    options: MemoryOptions
     token_scale: Tensor | None = None
     cu_seqlens: Tensor | None = None
     initial_state: MemoryState | None = None
-    memory_type: str | None = None
-    update: str = "gradient"
 
     @property
     def kind(self) -> MemoryKind:
-        return memory_kind(self.memory_type or inferred_type(self.params.fast_weights))
+        return memory_kind(self.options.memory_type or inferred_type(self.params.fast_weights))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -56,7 +49,7 @@ class MemoryProblem(NamedTuple):
     @property
     def needs_grad(self) -> bool:
         """Whether a backward may follow."""
-        tensors = [self.q, self.k, self.v, self.lr, *self.params, self.momentum, self.decay, self.token_scale]
+        tensors = [self.q, self.k, self.v, *self.gates, *self.params, self.token_scale]
         if self.initial_state is not None:
             tensors += self.initial_state.tensors().values()
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -72,73 +65,44 @@ def check_not_traced() -> None:
         )
 
 
-def check_local(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    params: MemoryParams,
-    *,
-    chunk_size: int,
-    shard_length: int | None,
-    qk_projection: str,
-    normalize_projection: bool,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    token_scale: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: MemoryState | None,
-    memory_type: str | None = None,
-) -> MemoryProblem:
-    """Check a `local_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
+def check(problem: MemoryProblem) -> MemoryProblem:
+    """Check a call of a memory operation. Raises ValueError or TypeError that names the argument, the rule and the
+    remedy."""
     check_not_traced()
-    problem = MemoryProblem(
-        q, k, v, lr, params, chunk_size, shard_length, qk_projection, normalize_projection, momentum, decay,
-        token_scale, cu_seqlens, initial_state, memory_type,
-    )  # fmt: skip
-    _check_tensors(problem)
-    _check_params(problem)
-    _check_lengths(problem)
-    if qk_projection not in QK_PROJECTIONS:
-        raise ValueError(f"qk_projection={qk_projection!r} is unknown; use one of {QK_PROJECTIONS}")
-    if not isinstance(normalize_projection, bool):
-        raise TypeError(f"normalize_projection must be a bool, got {type(normalize_projection).__name__}")
-    if normalize_projection and qk_projection == "none":
+    p, options = problem, problem.options
+    if options.update not in UPDATES:
+        raise ValueError(f"update={options.update!r} is unknown; use one of {UPDATES}")
+    if options.is_global:
+        _check_nothing_local(p)
+    elif options.update != "gradient":
+        raise ValueError(f'a local memory learns by update="gradient" alone, got {options.update!r}; leave it out')
+    _check_tensors(p)
+    _check_params(p)
+    _check_lengths(options)
+    if options.qk_projection not in QK_PROJECTIONS:
+        raise ValueError(f"qk_projection={options.qk_projection!r} is unknown; use one of {QK_PROJECTIONS}")
+    if not isinstance(options.normalize_projection, bool):
+        raise TypeError(f"normalize_projection must be a bool, got {type(options.normalize_projection).__name__}")
+    if options.normalize_projection and options.qk_projection == "none":
         raise ValueError('normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False')
-    if token_scale is not None:
-        if momentum is not None or decay is not None:
+    if p.token_scale is not None:
+        if p.gates.momentum is not None or p.gates.decay is not None:
             raise ValueError("token_scale excludes momentum and decay; pass one or the other")
-        _expect("token_scale", token_scale, (chunk_size,), q, "[chunk_size]", same_dtype=False)
-    if cu_seqlens is not None:
-        problem = problem._replace(cu_seqlens=_host_boundaries(problem))
-    _check_state(problem)
-    return problem
+        _expect("token_scale", p.token_scale, (options.chunk_size,), p.q, "[chunk_size]", same_dtype=False)
+    if p.cu_seqlens is not None:
+        p = p._replace(cu_seqlens=_host_boundaries(p))
+    _check_state(p)
+    return p
 
 
-def check_global(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    params: MemoryParams,
-    *,
-    chunk_size: int,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: MemoryState | None,
-    memory_type: str | None = None,
-    update: str = "gradient",
-) -> MemoryProblem:
-    """Check a `global_memory` call. Raises ValueError or TypeError that names the argument, the rule and the remedy."""
-    if update not in UPDATES:
-        raise ValueError(f"update={update!r} is unknown; use one of {UPDATES}")
-    problem = check_local(
-        q, k, v, lr, params, chunk_size=chunk_size, shard_length=None, qk_projection="none",
-        normalize_projection=False, momentum=momentum, decay=decay, token_scale=None, cu_seqlens=cu_seqlens,
-        initial_state=initial_state, memory_type=memory_type,
-    )  # fmt: skip
-    return problem._replace(update=update)
+def _check_nothing_local(p: MemoryProblem) -> None:
+    """The options that only a local memory has, of a global one."""
+    for name in ("shard_length", "qk_projection", "normalize_projection"):
+        value = getattr(p.options, name)
+        if value != MemoryOptions._field_defaults[name]:
+            raise ValueError(f"a global memory has no {name}, got {value!r:.80}; leave it at its default")
+    if p.token_scale is not None:
+        raise ValueError(f"a global memory has no token_scale, got {p.token_scale!r:.80}; leave it at its default")
 
 
 def _expect(name: str, x: object, shape: tuple[int, ...], like: Tensor, layout: str, same_dtype: bool) -> None:
@@ -167,10 +131,9 @@ def _check_tensors(p: MemoryProblem) -> None:
         )
     for name in ("q", "k", "v"):
         _expect(name, getattr(p, name), (B, T, H, D), p.q, "[B, T, H, D]", same_dtype=True)
-    _expect("lr", p.lr, (B, T, H), p.q, "[B, T, H]", same_dtype=False)
-    for name in ("momentum", "decay"):
-        if getattr(p, name) is not None:
-            _expect(name, getattr(p, name), (B, T, H), p.q, "[B, T, H]", same_dtype=False)
+    for name, gate in p.gates._asdict().items():
+        if name == "lr" or gate is not None:
+            _expect(name, gate, (B, T, H), p.q, "[B, T, H]", same_dtype=False)
 
 
 def _check_params(p: MemoryProblem) -> None:
@@ -202,19 +165,20 @@ def _check_params(p: MemoryProblem) -> None:
             _expect(f"params.{name}", x, (H, D), p.q, "[H, D]", same_dtype=False)
 
 
-def _check_lengths(p: MemoryProblem) -> None:
+def _check_lengths(options: MemoryOptions) -> None:
     for name in ("chunk_size", "shard_length"):
-        n = getattr(p, name)
+        n = getattr(options, name)
         if name == "shard_length" and n is None:
             continue
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"{name} must be an int, got {type(n).__name__}")
         if n < 1:
             raise ValueError(f"{name} must be at least 1, got {n}")
-    if p.shard_length is not None and p.shard_length % p.chunk_size:
-        near = max(1, p.shard_length // p.chunk_size) * p.chunk_size
+    if options.shard_length is not None and options.shard_length % options.chunk_size:
+        near = max(1, options.shard_length // options.chunk_size) * options.chunk_size
         raise ValueError(
-            f"chunk_size={p.chunk_size} must divide shard_length={p.shard_length}; use shard_length={near} or None"
+            f"chunk_size={options.chunk_size} must divide shard_length={options.shard_length}; use shard_length={near} "
+            "or None"
         )
 
 
@@ -254,10 +218,10 @@ def _check_state(p: MemoryProblem) -> None:
                 raise ValueError(f"initial_state.{group}.{name} does not match params.{name}: one is None, one is not")
             if x is not None:
                 _expect(f"initial_state.{group}.{name}", x, (N, *want.shape), p.q, "[rows, *params]", same_dtype=False)
-    if (state.momentum is None) != (p.momentum is None):
+    if (state.momentum is None) != (p.gates.momentum is None):
         raise ValueError("initial_state.momentum and momentum must both be given or both be None")
-    if (state.projection is None) != (p.qk_projection == "none"):
-        raise ValueError(f"initial_state.projection does not fit qk_projection={p.qk_projection!r}")
+    if (state.projection is None) != (p.options.qk_projection == "none"):
+        raise ValueError(f"initial_state.projection does not fit qk_projection={p.options.qk_projection!r}")
     if state.projection is not None:
         _expect("initial_state.projection", state.projection, (N, H, D, D), p.q, "[rows, H, D, D]", same_dtype=False)
     if not isinstance(state.position, Tensor) or state.position.dtype != torch.int64 or state.position.shape != (N,):

@@ -18,69 +18,61 @@ from torch import Tensor
 from .checks import MemoryProblem
 from .stack import MemoryStack
 from .step import StepMemory
-from .types import MemoryOptions, MemoryParams, initial_memory_state
+from .types import MemoryGates, MemoryOptions, MemoryParams, initial_memory_state
 
 
 class ReadConfiguration(NamedTuple):
     """What the binaries of a call of `local_memory` or `global_memory` depend on.
 
     sizes   H, D, M
-    params  which of `MemoryParams` there are; gates: which of momentum, decay and token_scale
+    params  which of `MemoryParams` there are; gates: which of `MemoryGates`
     """
 
-    is_global: bool
     device: torch.device
     dtype: torch.dtype
     sizes: tuple[int, int, int]
     params: tuple[bool, ...]
     gates: tuple[bool, ...]
-    chunk_size: int
-    shard_length: int | None
-    qk_projection: str
-    normalize_projection: bool
+    options: MemoryOptions
     begins_in_mid_chunk: bool
     needs_grad: bool
 
     @classmethod
-    def of(cls, problem: MemoryProblem, is_global: bool) -> ReadConfiguration:
+    def of(cls, problem: MemoryProblem) -> ReadConfiguration:
         from .fused.limits import begins_in_mid_chunk, device_of, tile_rows
 
-        p, in_mid_chunk = problem, False
+        p, options, in_mid_chunk = problem, problem.options, False
         # Longer chunks are cut into tiles, which is the same to the kernels as a start in mid-chunk.
-        if not is_global and 1 < p.chunk_size <= tile_rows(p, device_of(p.q.device)):
+        if not options.is_global and 1 < options.chunk_size <= tile_rows(p, device_of(p.q.device)):
             in_mid_chunk = begins_in_mid_chunk(p)
         return cls(
-            is_global, p.q.device, p.q.dtype, tuple(p.params.w1.shape), _present(p.params),
-            _present((p.momentum, p.decay, p.token_scale)), p.chunk_size, p.shard_length, p.qk_projection,
-            p.normalize_projection, in_mid_chunk, p.needs_grad,
+            p.q.device, p.q.dtype, tuple(p.params.w1.shape), _present(p.params), _present(p.gates), options,
+            in_mid_chunk, p.needs_grad,
         )  # fmt: skip
 
     def run(self) -> None:
         from .fused import reader
 
-        operation = reader.global_memory if self.is_global else reader.local_memory
         with torch.set_grad_enabled(self.needs_grad):
-            o, _ = operation(self.problem(), output_final_state=False)
+            o, _ = reader.read(self.problem(), output_final_state=False)
             if self.needs_grad:
                 o.sum().backward()
 
     def problem(self) -> MemoryProblem:
         """Zeros in three chunks: the backward then goes through two groups, as it does over any longer sequence."""
-        (H, D, _), T = self.sizes, 2 * self.chunk_size + 1
-        options = {"device": self.device, "requires_grad": self.needs_grad}
-        q, k, v = (torch.zeros(1, T, H, D, dtype=self.dtype, **options) for _ in range(3))
-        lr, momentum, decay = (torch.zeros(1, T, H, **options) if there else None for there in (True, *self.gates[:2]))
-        token_scale = torch.zeros(self.chunk_size, **options) if self.gates[2] else None
+        (H, D, _), options = self.sizes, self.options
+        T = 2 * options.chunk_size + 1
+        like = {"device": self.device, "requires_grad": self.needs_grad}
+        q, k, v = (torch.zeros(1, T, H, D, dtype=self.dtype, **like) for _ in range(3))
+        gates = MemoryGates(*(torch.zeros(1, T, H, **like) if there else None for there in self.gates))
+        token_scale = torch.zeros(options.chunk_size, **like) if options.has_token_scale else None
         params, state = _zero_params(self.sizes, self.params, torch.float32, self.device), None
         if self.begins_in_mid_chunk:
             state = initial_memory_state(
-                params, 1, with_momentum=momentum is not None, with_projection=self.qk_projection != "none"
+                params, 1, with_momentum=gates.momentum is not None, with_projection=options.qk_projection != "none"
             )
             state = state._replace(position=state.position + 1)
-        return MemoryProblem(
-            q, k, v, lr, params, self.chunk_size, self.shard_length, self.qk_projection, self.normalize_projection,
-            momentum, decay, token_scale, initial_state=state,
-        )  # fmt: skip
+        return MemoryProblem(q, k, v, gates, params, options, token_scale, initial_state=state)
 
 
 class StepConfiguration(NamedTuple):

@@ -31,17 +31,9 @@ class _Token(NamedTuple):
     decay: Tensor | None
 
 
-def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.local_memory`."""
-    return _read_all(problem, output_final_state, is_global=False)
-
-
-def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.global_memory`."""
-    return _read_all(problem, output_final_state, is_global=True)
-
-
-def _read_all(p: MemoryProblem, output_final_state: bool, is_global: bool) -> tuple[Tensor, MemoryState | None]:
+def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory` and `api.global_memory`."""
+    p = problem
     dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
     outputs, states = [], []
     with torch.autocast(p.q.device.type, enabled=False):
@@ -49,7 +41,7 @@ def _read_all(p: MemoryProblem, output_final_state: bool, is_global: bool) -> tu
         first = _first_states(p, dtype)
         for row, tokens in enumerate(_sequences(p, dtype)):
             state = first.map(lambda x, row=row: x[row])
-            row_outputs, state = _read_row(p, params, state, tokens, is_global)
+            row_outputs, state = _read_row(p, params, state, tokens)
             outputs += row_outputs
             states.append(state)
         o = torch.stack(outputs).reshape(p.q.shape).to(p.q.dtype)
@@ -57,29 +49,30 @@ def _read_all(p: MemoryProblem, output_final_state: bool, is_global: bool) -> tu
 
 
 def _read_row(
-    p: MemoryProblem, params: MemoryParams, state: MemoryState, tokens: list[_Token], is_global: bool
+    p: MemoryProblem, params: MemoryParams, state: MemoryState, tokens: list[_Token]
 ) -> tuple[list[Tensor], MemoryState]:
     """Read the tokens of one row, whose state and parameters have no row dimension."""
     outputs = []
     position = int(state.position)
-    if position % p.chunk_size == 0:
-        state = _start_chunk(state, p.qk_projection)
+    if position % p.options.chunk_size == 0:
+        state = _start_chunk(state, p.options.qk_projection)
     for token in tokens:
-        if p.shard_length is not None and position % p.shard_length == 0:
+        if p.options.shard_length is not None and position % p.options.shard_length == 0:
             state = _reset(state, params)
         state = _learn(p, state, token, params)
         weights = state.weights
         if p.token_scale is not None:
-            weights = _scaled(state, p.token_scale[position % p.chunk_size].to(weights.w1.dtype))
-        if is_global:
+            weights = _scaled(state, p.token_scale[position % p.options.chunk_size].to(weights.w1.dtype))
+        if p.options.is_global:
             outputs.append(memory(p.kind, params, state.anchor, token.q))
         else:
-            outputs.append(memory(p.kind, params, weights, _project(token.q, state.projection, p.normalize_projection)))
+            x = _project(token.q, state.projection, p.options.normalize_projection)
+            outputs.append(memory(p.kind, params, weights, x))
         position += 1
-        if position % p.chunk_size == 0:
-            if p.update == "muon":
+        if position % p.options.chunk_size == 0:
+            if p.options.update == "muon":
                 weights = _orthogonal_step(state, params)
-            state = _start_chunk(state._replace(weights=weights), p.qk_projection)
+            state = _start_chunk(state._replace(weights=weights), p.options.qk_projection)
     return outputs, state._replace(position=torch.full_like(state.position, position))
 
 
@@ -120,10 +113,10 @@ def _learn(p: MemoryProblem, state: MemoryState, token: _Token, params: MemoryPa
         step = state.momentum.zip_map(lambda s, u: _per_head(token.momentum, s) * s + u, step)
         momentum = step
     keep = torch.ones_like(token.lr) if token.decay is None else 1 - token.decay
-    rest = state.anchor.map(lambda a: a if p.update == "muon" and a.dim() == 3 else torch.zeros_like(a))
+    rest = state.anchor.map(lambda a: a if p.options.update == "muon" and a.dim() == 3 else torch.zeros_like(a))
     weights = state.weights.zip_map(lambda w, r, s: r + _per_head(keep, w) * (w - r) + s, rest, step)
     projection = state.projection
-    if p.qk_projection != "none":
+    if p.options.qk_projection != "none":
         unit = _unit(token.k)
         projection = projection + torch.einsum("hi,hj->hij", unit, unit)
     return MemoryState(weights, state.anchor, momentum, projection, state.position)
@@ -194,15 +187,15 @@ def _first_states(p: MemoryProblem, dtype: torch.dtype) -> MemoryState:
     return initial_memory_state(
         p.params,
         p.rows,
-        with_momentum=p.momentum is not None,
-        with_projection=p.qk_projection != "none",
+        with_momentum=p.gates.momentum is not None,
+        with_projection=p.options.qk_projection != "none",
         dtype=dtype,
     )
 
 
 def _sequences(p: MemoryProblem, dtype: torch.dtype) -> Iterator[list[_Token]]:
     """The tokens of each row: of each batch row, or of each packed sequence of the only batch row."""
-    fields = [None if x is None else x.to(dtype) for x in (p.q, p.k, p.v, p.lr, p.momentum, p.decay)]
+    fields = [None if x is None else x.to(dtype) for x in (p.q, p.k, p.v, *p.gates)]
     B, T = p.q.shape[:2]
     if p.cu_seqlens is None:
         spans = [(b, 0, T) for b in range(B)]

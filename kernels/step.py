@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .api import global_memory, local_memory
+from . import reference
 from .backends import BACKENDS, BackendChoice, fall_back, missing, triton_backend, warn_of_fallback
-from .checks import check_global, check_local
+from .checks import MemoryProblem, check
 from .memories.kinds import inferred_type
 from .stack import MemoryStack
 from .torch_backend.step import TorchStep
@@ -205,7 +205,7 @@ def _check(
     for i, memory in enumerate(memories):
         if not isinstance(memory, StepMemory):
             raise TypeError(f"memories[{i}] must be a StepMemory, got {type(memory).__name__}")
-        _check_memory(memory, q, k, v, stack.states[i])
+        check(_problem(memory, q, k, v, stack.states[i]))
         if memory.memory_type != memories[0].memory_type:
             raise ValueError(
                 f"memory_type must be the same for all memories of a step, got {memories[0].memory_type!r} for "
@@ -231,37 +231,17 @@ def _check(
         )
 
 
-def _check_memory(memory: StepMemory, q: Tensor, k: Tensor, v: Tensor, state: MemoryState) -> None:
-    arguments = _arguments(memory, state)
-    if not memory.is_global:
-        if memory.update != "gradient":
-            raise ValueError(f'a local memory learns by update="gradient" alone, got {memory.update!r}; leave it out')
-        check_local(q.unsqueeze(1), *_with_time(k, v, memory.lr), memory.params, cu_seqlens=None, **arguments)
-        return
-    for name in ("shard_length", "qk_projection", "normalize_projection", "token_scale"):
-        if getattr(memory, name) != StepMemory._field_defaults[name]:
-            raise ValueError(
-                f"a global memory has no {name}, got {getattr(memory, name)!r:.80}; leave it at its default"
-            )
-    check_global(q.unsqueeze(1), *_with_time(k, v, memory.lr), memory.params, cu_seqlens=None, **arguments)
+def _problem(memory: StepMemory, q: Tensor, k: Tensor, v: Tensor, state: MemoryState) -> MemoryProblem:
+    """The call of the memory's own operation that a step of it is equal to, for T = 1."""
 
+    def with_time(x: Tensor | None) -> Tensor | None:
+        return x.unsqueeze(1) if isinstance(x, Tensor) else x  # what is no tensor is left to the checks
 
-def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """[rows, …] → [rows, 1, …]; what is no tensor is left to the checks."""
-    return tuple(t.unsqueeze(1) if isinstance(t, Tensor) else t for t in tensors)
-
-
-def _arguments(memory: StepMemory, state: MemoryState) -> dict[str, object]:
-    """The keywords that a memory's own operation and its check share, for T = 1."""
-    momentum, decay = _with_time(memory.momentum, memory.decay)
-    shared = {
-        "chunk_size": memory.chunk_size, "momentum": momentum, "decay": decay, "initial_state": state,
-        "memory_type": memory.memory_type,
-    }  # fmt: skip
-    if memory.is_global:
-        return shared | {"update": memory.update}
-    local = ("shard_length", "qk_projection", "normalize_projection", "token_scale")
-    return shared | {name: getattr(memory, name) for name in local}
+    gates = MemoryGates(*(with_time(gate) for gate in (memory.lr, memory.momentum, memory.decay)))
+    return MemoryProblem(
+        *(with_time(x) for x in (q, k, v)), gates, memory.params, memory.step_options, memory.token_scale,
+        initial_state=state,
+    )  # fmt: skip
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, memories: Sequence[StepMemory]) -> list[Tensor]:
@@ -282,11 +262,7 @@ def _one_by_one(
     """Every memory by the reference of its operation, for one token."""
     total, states = 0.0, []
     for memory, state in zip(memories, stack.states, strict=True):
-        operation = global_memory if memory.is_global else local_memory
-        o, new = operation(
-            *_with_time(q, k, v, memory.lr), memory.params, output_final_state=True, backend="reference",
-            **_arguments(memory, state),
-        )  # fmt: skip
+        o, new = reference.read(_problem(memory, q, k, v, state), output_final_state=True)
         if active is not None:
             o = torch.where(active.view(-1, 1, 1, 1), o, 0)
             new = MemoryState.from_tensors(

@@ -22,11 +22,12 @@ from .backends import INTERFACE as INTERFACE
 from .checks import MemoryProblem
 from .stack import MemoryStack
 from .step import StepMemory
-from .types import FastWeights, MemoryParams, MemoryState
+from .types import FastWeights, MemoryGates, MemoryOptions, MemoryParams, MemoryState
 
 MIN_TRITON = "3.6"
 
-_CONTAINERS = {cls.__name__: cls for cls in (FastWeights, MemoryParams, MemoryProblem, MemoryState, StepMemory)}
+_CROSSING = (FastWeights, MemoryGates, MemoryOptions, MemoryParams, MemoryProblem, MemoryState, StepMemory)
+_CONTAINERS = {cls.__name__: cls for cls in _CROSSING}
 
 
 def missing(device_type: str) -> str | None:
@@ -58,32 +59,25 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
+def obstacle(problem: MemoryProblem) -> str | None:
     """Why the kernels are not made for a call, with the rule, what was got and the remedy; None if they are."""
     from .fused import limits
 
-    return limits.obstacle(_ours(problem), is_global)
+    return limits.obstacle(_ours(problem))
 
 
-def failure(problem: MemoryProblem, is_global: bool) -> str | None:
+def failure(problem: MemoryProblem) -> str | None:
     """Why the kernels of a call do not compile or launch, found out by running them once; None if they do."""
     if isinstance(problem.q, FakeTensor):  # traced without torch.compile: nothing can run
         return None
-    return probe.failure(probe.ReadConfiguration.of(_ours(problem), is_global))
+    return probe.failure(probe.ReadConfiguration.of(_ours(problem)))
 
 
-def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.local_memory`."""
+def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory` and `api.global_memory`."""
     from .fused import reader
 
-    return reader.local_memory(_ours(problem), output_final_state)
-
-
-def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.global_memory`."""
-    from .fused import reader
-
-    return reader.global_memory(_ours(problem), output_final_state)
+    return reader.read(_ours(problem), output_final_state)
 
 
 def step_obstacle(

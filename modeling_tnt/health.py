@@ -7,11 +7,13 @@ from torch import Tensor
 
 from .compat import cache_of
 from .kernels import FastWeights, MemoryParams, MemoryState
+from .kernels.api import read
+from .kernels.checks import MemoryProblem
 from .kernels.memories.kind import MemoryKind
 from .kernels.memories.kinds import memory_kind
 from .kernels.torch_backend.chunk import Norm, chunk_gradients
 from .kernels.types import MemoryOptions
-from .memory_layer import MemoryInputs, TNTMemoryLayer, read_memory
+from .memory_layer import MemoryInputs, TNTMemoryLayer
 from .modeling import TNTPreTrainedModel
 
 
@@ -68,8 +70,9 @@ def _look_at_memory(
     before = initial
     if begin > 0 and not (options.shard_length and begin % options.shard_length == 0):
         first = gates.map(lambda gate: gate[:, :begin])
-        read = read_memory(inputs, first, options, q[:, :begin], k[:, :begin], v[:, :begin], output_final_state=True)
-        before = read[1].weights
+        read_before = (t[:, :begin] for t in (q, k, v))
+        problem = MemoryProblem(*read_before, first, params, options, inputs.token_scale)
+        before = read(problem, output_final_state=True, backend="auto")[1].weights
     last_k, last_v = k[:, begin:], v[:, begin:]
     return {
         "step_size": gates.lr.mean().item(),

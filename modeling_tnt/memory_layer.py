@@ -13,14 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .cache import TNTCacheLayer, cache_signature, fast_weight_shapes
 from .configuration import TNTConfig
 from .convolution import ShortConvolution
-from .kernels import (
-    MemoryParams,
-    MemoryState,
-    choose_backend,
-    global_memory,
-    initial_memory_state,
-    local_memory,
-)
+from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_state
+from .kernels.api import read
 from .kernels.checks import MemoryProblem
 from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
 from .kernels.types import MemoryGates, MemoryOptions
@@ -124,38 +118,15 @@ class TNTMemory(nn.Module):
         return self.row_scale * torch.exp(-_widen(self.row_exponent) * positions.log())
 
 
-def read_memory(
-    inputs: MemoryInputs, gates: MemoryGates, options: MemoryOptions, q: Tensor, k: Tensor, v: Tensor, **given: Any
-) -> tuple[Tensor, MemoryState | None]:
-    """`global_memory` or `local_memory`, as the options say; `given` are the keywords that both have."""
-    given |= {
-        "chunk_size": options.chunk_size, "momentum": gates.momentum, "decay": gates.decay,
-        "memory_type": options.memory_type,
-    }  # fmt: skip
-    if options.is_global:
-        return global_memory(q, k, v, gates.lr, inputs.params, update=options.update, **given)
-    return local_memory(
-        q, k, v, gates.lr, inputs.params, shard_length=options.shard_length, qk_projection=options.qk_projection,
-        normalize_projection=options.normalize_projection, token_scale=inputs.token_scale, **given,
-    )  # fmt: skip
-
-
-def reads_by_triton(
-    backend: str, inputs: MemoryInputs, gates: MemoryGates, options: MemoryOptions, q: Tensor, k: Tensor, v: Tensor
-) -> bool:
-    """Whether Triton's kernels run `read_memory` from the learned start; the arguments are checked there."""
+def reads_by_triton(backend: str, problem: MemoryProblem) -> bool:
+    """Whether Triton's kernels run a call from the learned start; its arguments are checked there."""
     if backend != "auto":
         return backend == "triton"
-    problem = MemoryProblem(
-        q, k, v, gates.lr, inputs.params, options.chunk_size, options.shard_length, options.qk_projection,
-        options.normalize_projection, gates.momentum, gates.decay, inputs.token_scale, memory_type=options.memory_type,
-        update=options.update,
-    )  # fmt: skip
-    return choose_backend(q.device.type, problem, options.is_global).name == "triton"
+    return choose_backend(problem.q.device.type, problem).name == "triton"
 
 
 # Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
-_read_apart_from_graphs = torch.compiler.disable(read_memory)
+_read_apart_from_graphs = torch.compiler.disable(read)
 
 
 class TNTMemoryLayer(nn.Module):
@@ -261,13 +232,12 @@ class TNTMemoryLayer(nn.Module):
                     gates = gates.map(packing.gather)
                 # Triton's kernels are operators that torch.compile sees; boundaries and positions are read by the host.
                 on_device = packing is None and not states
-                in_graph = on_device and reads_by_triton(backend, inputs, gates, options, q, k, v)
-                read = read_memory if in_graph else _read_apart_from_graphs
-                o, state = read(
-                    inputs, gates, options, q, k, v,
-                    cu_seqlens=None if packing is None else packing.boundaries, initial_state=states.get(name),
-                    output_final_state=update_cache, backend=backend,
+                problem = MemoryProblem(
+                    q, k, v, gates, inputs.params, options, inputs.token_scale,
+                    None if packing is None else packing.boundaries, states.get(name),
                 )  # fmt: skip
+                in_graph = on_device and reads_by_triton(backend, problem)
+                o, state = (read if in_graph else _read_apart_from_graphs)(problem, update_cache, backend)
                 return _KeepInGraph.apply(o, *gates), state
 
             o, new_states[name] = memory(x, options.chunk_size, use)

@@ -112,10 +112,10 @@ def update_obstacle(update: str) -> str | None:
     return f"the global memory's update (global_update of a model) must be 'gradient', got {update!r}; use that"
 
 
-def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
+def obstacle(problem: MemoryProblem) -> str | None:
     """Why the kernels cannot run a call, with the rule, what was got and the remedy; None if they can."""
     p, params = problem, problem.params
-    unknown = update_obstacle(p.update) or kind_obstacle(p.kind.name, len(params.fast_weights.maps))
+    unknown = update_obstacle(p.options.update) or kind_obstacle(p.kind.name, len(params.fast_weights.maps))
     if unknown is not None:
         return unknown
     device = device_of(p.q.device)
@@ -130,10 +130,10 @@ def obstacle(problem: MemoryProblem, is_global: bool) -> str | None:
         return f"the head dim must be one of {HEAD_DIMS}, got {D}"
     if M < MIN_HIDDEN or M & (M - 1):
         return f"the memory's hidden width must be a power of two of at least {MIN_HIDDEN}, got {M}"
-    if is_global:
+    if p.options.is_global:
         return None
     no_room = _no_room(p, device, multi=True)
-    if no_room is not None and p.chunk_size <= tile_rows(p, device) and not begins_in_mid_chunk(p):
+    if no_room is not None and p.options.chunk_size <= tile_rows(p, device) and not begins_in_mid_chunk(p):
         no_room = _no_room(p, device, multi=False)
     return no_room
 
@@ -185,19 +185,19 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
     p = problem
     device = device_of(p.q.device)
     rows = tile_rows(p, device)
-    multi = multi_start or p.chunk_size > rows
+    multi = multi_start or p.options.chunk_size > rows
     words = _state_words(p, multi)
     projection_rows = MAX_PROJECTION_ROWS
     if device.capability[0] in WITH_TENSOR_MEMORY and p.q.element_size() == 4:
         projection_rows //= 2  # three products make one in float32, and tensor memory has no room for their sums
-    if p.qk_projection == "chunk":
+    if p.options.qk_projection == "chunk":
         projection_rows = _rows_of_a_chunk(p, projection_rows)
     # Weights held tall pay where a group of warps multiplies (wgmma and its successor). 12.0 and 12.1 have neither.
     tall = device.capability[0] in (9, *WITH_TENSOR_MEMORY)
     warps = backward_warps = 4 if words <= SMALL_STATE_WORDS else 8
     # With shards there are programs enough for two on a multiprocessor, one of which works while the other waits;
     # without, each program's own time counts. Held wide, half the warps spill more than the first-level cache takes.
-    if tall and p.shard_length is not None and words <= MAX_PAIRED_WORDS[p.q.element_size()]:
+    if tall and p.options.shard_length is not None and words <= MAX_PAIRED_WORDS[p.q.element_size()]:
         warps = 4
     # A larger state leaves the forward no registers for it.
     forward_stages = 2 if words <= SMALL_STATE_WORDS and p.q.element_size() == 2 else 1
@@ -211,8 +211,8 @@ def tiles_for(problem: MemoryProblem, multi_start: bool) -> Tiles:
 def _compiles_without_end(p: MemoryProblem, rows: int) -> bool:
     """Whether LLVM takes all memory for a backward of one stage, with triton 3.7.1 but not 3.6. Its two stages take
     189,000 B, less than the bound says."""
-    gated = p.momentum is not None and p.decay is not None
-    return gated and p.q.shape[-1] == MAX_HEAD_DIM and p.chunk_size <= rows
+    gated = p.gates.momentum is not None and p.gates.decay is not None
+    return gated and p.q.shape[-1] == MAX_HEAD_DIM and p.options.chunk_size <= rows
 
 
 def tile_rows(p: MemoryProblem, device: Device) -> int:
@@ -222,7 +222,7 @@ def tile_rows(p: MemoryProblem, device: Device) -> int:
     than the caches take, and products of 64 rows take tensor memory where there is one. Before 9.0 nothing multiplies
     64 rows at a time.
     """
-    gated = p.momentum is not None or p.decay is not None
+    gated = p.gates.momentum is not None or p.gates.decay is not None
     if device.capability[0] != 9 or _matrix_words(p) > SMALL_STATE_WORDS or _operand_bytes(p) > 2 or gated:
         return MIN_ROWS
     return _rows_of_a_chunk(p, MAX_ROWS)
@@ -230,17 +230,17 @@ def tile_rows(p: MemoryProblem, device: Device) -> int:
 
 def _rows_of_a_chunk(p: MemoryProblem, most: int) -> int:
     """So many that a chunk is one tile, if `most` allow it."""
-    return min(max(MIN_ROWS, triton.next_power_of_2(p.chunk_size)), most)
+    return min(max(MIN_ROWS, triton.next_power_of_2(p.options.chunk_size)), most)
 
 
 def begins_in_mid_chunk(p: MemoryProblem) -> bool:
     """Whether some sequence does. Waits for the device, so it is asked only where it decides what fits."""
-    return p.initial_state is not None and bool((p.initial_state.position % p.chunk_size != 0).any())
+    return p.initial_state is not None and bool((p.initial_state.position % p.options.chunk_size != 0).any())
 
 
 def _state_words(p: MemoryProblem, multi: bool) -> int:
     """float32 numbers that a program of the backward carries for one head, biases left aside."""
-    return (1 + (p.momentum is not None) + multi) * _matrix_words(p)
+    return (1 + (p.gates.momentum is not None) + multi) * _matrix_words(p)
 
 
 def _shared_memory(p: MemoryProblem, device: Device, multi: bool, stages: int = 1) -> int:
@@ -249,13 +249,13 @@ def _shared_memory(p: MemoryProblem, device: Device, multi: bool, stages: int = 
     `stages`: tiles of which the traced states and the tokens (x, k, v, the output's gradient, and up to four numbers of
     each) are loaded at a time.
     """
-    copies = 1 + (p.momentum is not None) + multi
+    copies = 1 + (p.gates.momentum is not None) + multi
     if p.needs_grad:
-        copies += 1 + (p.momentum is not None)
+        copies += 1 + (p.gates.momentum is not None)
     D, M = p.params.w1.shape[1:]
     rows = tile_rows(p, device)
     tiles = rows * (2 * max(D, M) + 3 * rows)
-    loads = (1 + (p.momentum is not None) + multi) * _matrix_words(p) + 4 * rows * (D + 2)  # 2: a float32 number
+    loads = (1 + (p.gates.momentum is not None) + multi) * _matrix_words(p) + 4 * rows * (D + 2)  # 2: a float32 number
     return (copies * _matrix_words(p) + tiles) * _operand_bytes(p) + (stages - 1) * loads * p.q.element_size()
 
 
@@ -277,7 +277,7 @@ def _tensor_memory(p: MemoryProblem, multi: bool) -> int:
     """
     if not p.needs_grad:
         return 0
-    second = p.momentum is not None or (p.token_scale is not None and multi)
+    second = p.gates.momentum is not None or (p.token_scale is not None and multi)
     sums = 2 + second if p.params.w2 is None else 5 + 2 * second
     D, M = p.params.w1.shape[1:]
     columns = sums * -(-D * M // 128)

@@ -24,23 +24,31 @@ from .local_scan import EndState, Plan, ScanInputs, scan_segments
 _PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}
 
 
-def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.local_memory`."""
-    p = problem
+def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory` and `api.global_memory`."""
+    if problem.options.is_global:
+        return _GlobalReader(problem, output_final_state).read()
+    return _read_local(problem, output_final_state)
+
+
+def _read_local(p: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    options = p.options
     B, T, H, D = p.q.shape
     params = MemoryParams(*(None if t is None else t.float() for t in p.params))
     # Where a sequence stands in its chunk and shard decides how it is cut: behind a state, the device is waited for.
     positions = None if p.initial_state is None else p.initial_state.position.tolist()
-    segments = plan_segments(sequence_lengths(p), positions, p.chunk_size, p.shard_length, output_final_state)
+    lengths, C = sequence_lengths(p), options.chunk_size
+    segments = plan_segments(lengths, positions, C, options.shard_length, output_final_state)
     multi_start = any(segment.offset for segment in segments)
     tiles = tiles_for(p, multi_start)
     inputs = _inputs(p, params, tiles.multi)
-    max_chunks = max(-(-(s.offset + s.count) // p.chunk_size) for s in segments)
+    max_chunks = max(-(-(s.offset + s.count) // options.chunk_size) for s in segments)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     plan = Plan(
         hidden=params.w1.shape[-1], is_mlp=int(params.w2 is not None), has_b1=int(params.b1 is not None),
-        has_b2=int(params.b2 is not None), chunk_size=p.chunk_size, projection=_PROJECTIONS[p.qk_projection],
-        normalize=int(p.normalize_projection), multi=int(tiles.multi), max_chunks=max(max_chunks, 1),
+        has_b2=int(params.b2 is not None), chunk_size=options.chunk_size,
+        projection=_PROJECTIONS[options.qk_projection],
+        normalize=int(options.normalize_projection), multi=int(tiles.multi), max_chunks=max(max_chunks, 1),
         interval=math.isqrt(max(max_chunks, 1) - 1) + 1 if needs_grad else 0,
         ends=p.rows if output_final_state else 0, rows=tiles.rows, projection_rows=tiles.projection_rows,
         forward_warps=tiles.forward_warps, recompute_warps=tiles.recompute_warps, backward_warps=tiles.backward_warps,
@@ -53,11 +61,6 @@ def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tens
     return o, _final_state(p, params, end) if output_final_state else None
 
 
-def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.global_memory`."""
-    return _GlobalReader(problem, intra=False, output_final_state=output_final_state).read()
-
-
 class _GlobalReader(Reader):
     """The torch backend's planning around the fused scan; begun and unfinished chunks stay with torch."""
 
@@ -67,7 +70,7 @@ class _GlobalReader(Reader):
         return False
 
     def scan(self, inputs: ChunkInputs, lengths: list[int]) -> tuple[Tensor, FastWeights, FastWeights | None]:
-        return scan_global_chunks(inputs, lengths, self.problem.chunk_size)
+        return scan_global_chunks(inputs, lengths, self.options.chunk_size)
 
 
 def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
@@ -83,14 +86,14 @@ def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
     state = p.initial_state
     weights = _pack(params.fast_weights.map(lambda t: t.unsqueeze(0)))
     anchor = weights
-    momentum = torch.zeros_like(weights) if p.momentum is not None else None
-    projection = weights.new_zeros(1, H, D, D) if p.qk_projection != "none" else None
+    momentum = torch.zeros_like(weights) if p.gates.momentum is not None else None
+    projection = weights.new_zeros(1, H, D, D) if p.options.qk_projection != "none" else None
     if state is not None:
         weights, anchor = rows(weights, _pack(state.weights)), rows(weights, _pack(state.anchor))
         momentum = None if momentum is None else rows(momentum, _pack(state.momentum))
         projection = None if projection is None else rows(projection, state.projection)
     return ScanInputs(
-        *(t.flatten(0, 1).contiguous() for t in (p.q, p.k, p.v)), scalars(p.lr), scalars(p.momentum), scalars(p.decay),
+        *(t.flatten(0, 1).contiguous() for t in (p.q, p.k, p.v)), *map(scalars, p.gates),
         None if p.token_scale is None else p.token_scale.float().contiguous(),
         *(None if t is None else t.contiguous() for t in params.norm),
         weights, anchor if multi else None, momentum, projection,

@@ -23,7 +23,7 @@ class MuonReader(Reader):
     """Reads with `update="muon"`."""
 
     def _read_jobs(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
-        C = self.problem.chunk_size
+        C = self.options.chunk_size
         start = self._gather([piece.source for piece in pieces])
         weights, momentum = start.weights, start.momentum
         lengths = [piece.count // C for piece in pieces]

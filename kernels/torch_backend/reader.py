@@ -31,17 +31,12 @@ from .segments import (
 )
 
 
-def local_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.local_memory`."""
-    return Reader(problem, intra=True, output_final_state=output_final_state).read()
-
-
-def global_memory(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
-    """See `api.global_memory`."""
+def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
+    """See `api.local_memory` and `api.global_memory`."""
     from .muon import MuonReader  # a Reader
 
-    reader = MuonReader if problem.update == "muon" else Reader
-    return reader(problem, intra=False, output_final_state=output_final_state).read()
+    reader = MuonReader if problem.options.update == "muon" else Reader
+    return reader(problem, output_final_state).read()
 
 
 class Block(NamedTuple):
@@ -64,19 +59,24 @@ class Reader:
 
     scans_in_input_dtype = False
 
-    def __init__(self, problem: MemoryProblem, intra: bool, output_final_state: bool):
-        self.problem, self.intra, self.output_final_state = problem, intra, output_final_state
+    def __init__(self, problem: MemoryProblem, output_final_state: bool):
+        self.problem, self.options, self.output_final_state = problem, problem.options, output_final_state
+        self.intra = not problem.options.is_global
         self.dtype = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
         self.params = MemoryParams(*(None if t is None else t.to(self.dtype) for t in problem.params))
         self.stages = problem.stages
-        self.projects = problem.qk_projection != "none"
+        self.projects = self.options.qk_projection != "none"
         self.states: dict[str, MemoryState] = {}
 
     def read(self) -> tuple[Tensor, MemoryState | None]:
         p = self.problem
         with torch.autocast(p.q.device.type, enabled=False):
             self.states[INIT] = initial_memory_state(
-                self.params, 1, with_momentum=p.momentum is not None, with_projection=self.projects, dtype=self.dtype
+                self.params,
+                1,
+                with_momentum=p.gates.momentum is not None,
+                with_projection=self.projects,
+                dtype=self.dtype,
             )
             positions = None
             if p.initial_state is not None:
@@ -84,7 +84,7 @@ class Reader:
                 positions = position.tolist()
                 self.states[STATE] = p.initial_state.map(lambda t: t.to(self.dtype))._replace(position=position)
             plan = plan_pieces(
-                sequence_lengths(p), positions, p.chunk_size, p.shard_length,
+                sequence_lengths(p), positions, self.options.chunk_size, self.options.shard_length,
                 spare_last=self.spares_last_chunk(),
             )  # fmt: skip
             outputs = []
@@ -109,7 +109,7 @@ class Reader:
 
     def scan(self, inputs: ScanInputs, lengths: list[int]) -> tuple[Tensor, FastWeights, FastWeights | None]:
         """Read independent jobs of whole chunks; see `scan_chunks`."""
-        return scan_chunks(inputs, self.problem.kind.name, lengths, self.problem.chunk_size, self.intra)
+        return scan_chunks(inputs, self.problem.kind.name, lengths, self.options.chunk_size, self.intra)
 
     def _block(self, pieces: list[Piece], dtype: torch.dtype) -> Block:
         p, tokens = self.problem, Tokens(pieces, self.problem.q)
@@ -118,7 +118,7 @@ class Reader:
             return None if t is None else tokens.gather(t.flatten(0, 1)).to(dtype)
 
         q, k, v = (block(t, dtype) for t in (p.q, p.k, p.v))
-        return Block(tokens, q, k, v, block(p.lr), block(p.momentum), block(p.decay))
+        return Block(tokens, q, k, v, block(p.gates.lr), block(p.gates.momentum), block(p.gates.decay))
 
     def _read_heads(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
         """Finish chunks that an earlier call began: gradients at its anchor, reads from its weights on."""
@@ -126,7 +126,7 @@ class Reader:
         x, projection = self._project(b, start.projection)
         gates = self._gates(b)
         reached = [piece.offset + piece.count for piece in pieces]
-        ends = on_device(reached, self.problem.q) == self.problem.chunk_size
+        ends = on_device(reached, self.problem.q) == self.options.chunk_size
         momentum = start.momentum
         if self.problem.token_scale is not None:
             c = self._scaled_head(pieces, b, ends)
@@ -144,7 +144,7 @@ class Reader:
             lambda w, end: torch.where(per_row(w), end, w), self._end_chunk(weights, start.anchor)
         )
         anchor = weights.zip_map(lambda w, a: torch.where(per_row(w), w, a), start.anchor)
-        if self.problem.qk_projection == "chunk":
+        if self.options.qk_projection == "chunk":
             projection = projection.masked_fill(per_row(projection), 0.0)
         has_momentum = start.momentum is not None
         return o, MemoryState(weights, anchor, momentum if has_momentum else None, projection, start.position)
@@ -169,9 +169,9 @@ class Reader:
 
     def _read_jobs(self, pieces: list[Piece], b: Block) -> tuple[Tensor, MemoryState]:
         """Read whole chunks up to a reset or the end: the scan."""
-        p, C = self.problem, self.problem.chunk_size
+        p, C = self.problem, self.options.chunk_size
         start = self._gather([piece.source for piece in pieces])
-        by_chunk = p.qk_projection == "chunk"
+        by_chunk = self.options.qk_projection == "chunk"
         x, projection = self._project(b, None if by_chunk or self._fresh(pieces) else start.projection)
         J, L, H, _ = b.q.shape
 
@@ -195,7 +195,7 @@ class Reader:
         if not self.intra and not self.output_final_state:
             rows = start.weights.map(lambda t: t.flatten(0, 1))
             return _blocks(read_only(self.stages, rows, _rows(b.q), self._norm(len(pieces))), b), None
-        x, projection = self._project(b, None if self.problem.qk_projection == "chunk" else start.projection)
+        x, projection = self._project(b, None if self.options.qk_projection == "chunk" else start.projection)
         if self.problem.token_scale is not None:
             scale = self.problem.token_scale.to(self.dtype)[: b.tokens.length]
             rows = len(pieces) * b.q.shape[2]
@@ -262,15 +262,15 @@ class Reader:
 
     def _project(self, b: Block, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows to read at, and M after them."""
-        p = self.problem
+        options = self.options
         if not self.projects:
             return b.q, None
-        if p.qk_projection == "chunk" and b.tokens.length > p.chunk_size:
+        if options.qk_projection == "chunk" and b.tokens.length > options.chunk_size:
             J, L, H, D = b.q.shape
-            shape = (J * L // p.chunk_size, p.chunk_size, H, D)
-            x, end = project_queries(b.q.reshape(shape), b.k.reshape(shape), None, p.normalize_projection, False)
+            shape = (J * L // options.chunk_size, options.chunk_size, H, D)
+            x, end = project_queries(b.q.reshape(shape), b.k.reshape(shape), None, options.normalize_projection, False)
             return x.reshape(J, L, H, D), end
-        return project_queries(b.q, b.k, start, p.normalize_projection, need_end=True)
+        return project_queries(b.q, b.k, start, options.normalize_projection, need_end=True)
 
     def _fresh(self, pieces: list[Piece]) -> bool:
         return all(piece.source.kind == INIT for piece in pieces)
@@ -297,7 +297,7 @@ class Reader:
         p = self.problem
         state = self._gather(plan.final)
         if p.initial_state is not None:  # a chunk size other than the one the state was made with may end here
-            aligned = p.initial_state.position % p.chunk_size == 0
+            aligned = p.initial_state.position % self.options.chunk_size == 0
             kept = on_device([int(source.kind == STATE) for source in plan.final], self.problem.q)
             unread = (kept != 0) & aligned
             anchor = state.anchor.zip_map(

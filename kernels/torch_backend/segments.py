@@ -155,7 +155,7 @@ def segment_table(segments: list[Segment], p: MemoryProblem, output_final_state:
     """The segments of a call as [S, 5] int64 on its device, in the order of `Segment`. Do not write into it."""
 
     def make() -> Tensor:
-        return _regular_table(*p.q.shape[:2], p.shard_length, output_final_state, p.q.device)
+        return _regular_table(*p.q.shape[:2], p.options.shard_length, output_final_state, p.q.device)
 
     is_regular = p.cu_seqlens is None and p.initial_state is None
     numbers = [number for segment in segments for number in segment]

@@ -23,6 +23,7 @@ from modeling_tnt.kernels import (
     triton_backend,
 )
 from modeling_tnt.kernels.checks import MemoryProblem
+from modeling_tnt.kernels.types import MemoryGates, MemoryOptions
 
 B, T, H, D, M = 2, 5, 2, 4, 6
 PARAMS = MemoryParams(torch.ones(H, D, M), torch.ones(H, M), torch.ones(H, M, D), torch.ones(H, D))
@@ -259,12 +260,13 @@ H200 = ((9, 0), 232448)  # compute capability, bytes of shared memory a block
 
 def problem_of(
     D: int = 64, M: int = 128, chunk_size: int = 16, momentum: bool = False, dtype: torch.dtype = torch.bfloat16,
-    **fields: object,
+    update: str = "gradient", **fields: object,
 ) -> MemoryProblem:  # fmt: skip
     """One token and one head."""
     x, gate = torch.ones(1, 1, 1, D, dtype=dtype), torch.ones(1, 1, 1)
     params = MemoryParams(torch.ones(1, D, M), w2=torch.ones(1, M, D))
-    problem = MemoryProblem(x, x, x, gate, params, chunk_size, momentum=gate if momentum else None)
+    gates = MemoryGates(gate, gate if momentum else None)
+    problem = MemoryProblem(x, x, x, gates, params, MemoryOptions(chunk_size, update=update))
     return problem._replace(**fields)
 
 
@@ -321,7 +323,7 @@ def test_what_the_kernels_cannot_run(name: str, limits):
     problem = problem_of(**options)
     with limits.assume_device(*device):
         with pytest.raises(ValueError, match=r"backend='triton' cannot run: .*; or use backend='torch'") as caught:
-            backends.load_backend("triton", problem, is_global=False)
+            backends.load_backend("triton", problem)
         choice = choose_backend("cuda", problem)
     assert message in str(caught.value)
     assert choice.name == "torch" and message in choice.reason
@@ -337,16 +339,16 @@ def test_what_the_kernels_can_run(options: dict, device: tuple, limits):
     """And "auto" then picks them."""
     with limits.assume_device(*device):
         assert choose_backend("cuda", problem_of(**options)).name == "triton"
-        assert backends.load_backend("triton", problem_of(**options), is_global=False).__name__.endswith(
-            "triton_backend"
-        )
+        assert backends.load_backend("triton", problem_of(**options)).__name__.endswith("triton_backend")
 
 
 @pytest.mark.slow
 def test_a_global_memory_need_not_fit_on_the_chip(limits):
     problem = problem_of(D=128, M=1024, momentum=True)
     with limits.assume_device(*H200):
-        assert choose_backend("cuda", problem, is_global=True).name == "triton"
+        assert (
+            choose_backend("cuda", problem._replace(options=problem.options._replace(is_global=True))).name == "triton"
+        )
         assert choose_backend("cuda", problem).name == "torch"
 
 
@@ -365,7 +367,7 @@ def test_auto_on_a_cpu_is_torch():
     """Also where the interpreter could run the kernels."""
     problem = problem_of(dtype=torch.float32)
     assert choose_backend("cpu", problem).name == "torch"
-    assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend.reader")
+    assert backends.load_backend("auto", problem).__name__.endswith("torch_backend.reader")
 
 
 def test_triton_that_is_not_installed(monkeypatch):
@@ -418,7 +420,7 @@ def test_an_amd_gpu_is_cuda_by_name_only(monkeypatch):
         for choice in choices:
             assert choice.name == "torch" and "NVIDIA GPUs" in choice.reason and "ROCm 6.4" in choice.reason
         with pytest.raises(ValueError, match="built for ROCm 6.4, 'cuda' is an AMD GPU") as read:
-            backends.load_backend("triton", problem, is_global=False)
+            backends.load_backend("triton", problem)
         with pytest.raises(ValueError, match="built for ROCm 6.4, 'cuda' is an AMD GPU") as step:
             choose_step_backend("triton", MemoryParams(w))
     assert not any("move them" in str(caught.value) for caught in (read, step))
@@ -430,10 +432,10 @@ def test_auto_warns_once_that_a_gpu_does_without_the_kernels(limits):
         problem = problem_of(D=24, M=32)._replace(q=torch.empty(1, 1, 1, 24, dtype=torch.bfloat16, device="cuda"))
         message = r"backend='auto' runs the torch backend on cuda\. .*got 24"
         with pytest.warns(UserWarning, match=message):
-            assert backends.load_backend("auto", problem, is_global=False).__name__.endswith("torch_backend.reader")
+            assert backends.load_backend("auto", problem).__name__.endswith("torch_backend.reader")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            backends.load_backend("auto", problem, is_global=False)
+            backends.load_backend("auto", problem)
             with pytest.raises(UserWarning, match="got 40"):
                 wider = problem._replace(params=MemoryParams(torch.empty(1, 16, 40), w2=torch.empty(1, 40, 16)))
-                backends.load_backend("auto", wider, is_global=False)
+                backends.load_backend("auto", wider)

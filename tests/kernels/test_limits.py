@@ -5,6 +5,7 @@ import torch
 
 from modeling_tnt.kernels import MemoryParams
 from modeling_tnt.kernels.checks import MemoryProblem
+from modeling_tnt.kernels.types import MemoryGates, MemoryOptions
 
 pytest.importorskip("triton")
 
@@ -25,8 +26,9 @@ def problem(
     params = MemoryParams(torch.empty(2, 64, hidden, device="meta"), w2=torch.empty(2, hidden, 64, device="meta"))
     if linear:
         params = MemoryParams(torch.empty(2, 64, 64, device="meta"))
-    made = MemoryProblem(tokens, tokens, tokens, gate, params, chunk_size, shard_length, "shard")
-    return made._replace(momentum=gate) if momentum else made
+    gates = MemoryGates(gate, gate if momentum else None)
+    options = MemoryOptions(chunk_size, shard_length, qk_projection="shard")
+    return MemoryProblem(tokens, tokens, tokens, gates, params, options)
 
 
 def choose(device: tuple, **changes) -> Tiles:
@@ -81,9 +83,10 @@ def test_a_backward_that_the_compiler_never_ends_has_two_stages(decay: bool, sta
     """Of 128 x 128 matrices with both gates, begun in mid-chunk. Compiled, and emulated, by emulated_grid.py."""
     tokens, gate = torch.empty(1, 9, 1, 128, device="meta", dtype=torch.bfloat16), torch.empty(1, 9, 1, device="meta")
     params = MemoryParams(torch.empty(1, 128, 128, device="meta").requires_grad_())
-    begun = MemoryProblem(tokens, tokens, tokens, gate, params, 8, 16, "none", momentum=gate)
+    gates = MemoryGates(gate, gate, gate if decay else None)
+    begun = MemoryProblem(tokens, tokens, tokens, gates, params, MemoryOptions(8, 16))
     with assume_device(*H200):
-        assert tiles_for(begun._replace(decay=gate if decay else None), multi_start=True).backward_stages == stages
+        assert tiles_for(begun, multi_start=True).backward_stages == stages
 
 
 @pytest.mark.parametrize("device", [A100, B200], ids=str)
@@ -124,12 +127,12 @@ def test_nothing_is_loaded_ahead_where_the_compiler_leaves_out_a_fence(device: t
 def test_a_backward_has_room_in_tensor_memory(got: MemoryProblem, columns: int):
     """Columns as the compiler takes them. Only Blackwell has such a memory, and only the backward so many sums."""
     with assume_device(*H200):
-        assert obstacle(got, is_global=False) is None
+        assert obstacle(got) is None
     for capability in ((10, 0), (10, 3), (11, 0)):
         with assume_device(capability, B200[1]):
-            why = obstacle(got, is_global=False)
+            why = obstacle(got)
             with torch.no_grad():
-                assert obstacle(got, is_global=False) is None
+                assert obstacle(got) is None
         assert why is None if columns == 0 else f"needs {columns} columns of tensor memory, the device has 512" in why
         assert why is None or ("bfloat16" in why) == (got.q.dtype == torch.float32)
 

@@ -118,7 +118,7 @@ def test_kernels_that_work_are_run(monkeypatch):
         outcome("auto", TINY.with_(length=11, batch=2, shard_length=None))
         outcome("auto", TINY.with_(length=9))
     assert_equal(got, outcome("triton"))
-    assert [run.shard_length for run in runs] == [8, None]  # not once more for another length or batch
+    assert [run.options.shard_length for run in runs] == [8, None]  # not once more for another length or batch
 
 
 def test_a_global_memory_whose_kernels_fail(monkeypatch):

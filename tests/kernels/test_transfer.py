@@ -12,6 +12,7 @@ from modeling_tnt.kernels import transfer
 from modeling_tnt.kernels.checks import MemoryProblem
 from modeling_tnt.kernels.torch_backend.segments import plan_segments, segment_table
 from modeling_tnt.kernels.transfer import KeptNumbers, on_device, to_device, to_host
+from modeling_tnt.kernels.types import MemoryGates, MemoryOptions
 
 LIKE = torch.zeros(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
@@ -78,7 +79,7 @@ def test_what_the_host_has_stays_as_it_is():
 
 def problem(rows: int, length: int, shard_length: int | None) -> MemoryProblem:
     tokens = torch.empty(rows, length, 1, 4)
-    return MemoryProblem(tokens, tokens, tokens, tokens[..., 0], None, 2, shard_length)
+    return MemoryProblem(tokens, tokens, tokens, MemoryGates(tokens[..., 0]), None, MemoryOptions(2, shard_length))
 
 
 @pytest.mark.parametrize("shard_length", [None, 2, 4, 6, 100])

@@ -486,12 +486,12 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
     """Of tnt-150m in bf16: what a local memory keeps for its backward besides its inputs, with what it writes again
     there (for one layer at a time), against what its block keeps for all the rest.
     """
-    tokens, operation, place, kept = 8192, memory_layer.local_memory, ["block"], {}
+    tokens, operation, place, kept = 8192, memory_layer.read, ["block"], {}
 
-    def local_memory(*args, **options):
-        place.append("memory")
+    def read(problem, *args):
+        place.append("block" if problem.options.is_global else "memory")
         try:
-            return operation(*args, **options)
+            return operation(problem, *args)
         finally:
             place.pop()
 
@@ -500,7 +500,7 @@ def test_extra_memory_is_less_than_the_activations_around(options: dict, scans: 
         kept.setdefault(storage._cdata, (place[-1], storage.nbytes(), t))  # held, so that no address comes twice
         return t
 
-    monkeypatch.setattr(memory_layer, "local_memory", local_memory)
+    monkeypatch.setattr(memory_layer, "read", read)
     config = TNTConfig.from_preset("tnt-150m", kernel_backend="triton", **options)
     default = torch.get_default_dtype()
     with FakeTensorMode(), torch.device(DEVICE):

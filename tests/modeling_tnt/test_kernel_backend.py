@@ -80,4 +80,4 @@ def test_auto_keeps_what_torch_reads_out_of_graphs(changes: dict, apart: list[st
     model = TNTForCausalLM(config)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=False)
-    assert ["global" if options.is_global else "local" for _, _, options, *_ in reads] == apart
+    assert ["global" if problem.options.is_global else "local" for problem, *_ in reads] == apart
