@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..kernels.memories.kinds import memory_kind
 from .validation import (
     describe_extra_keys,
     find_extra_keys,
@@ -141,6 +140,8 @@ class TNTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-8 * self.hidden_size // (3 * 64))
+        from ..kernels.memories.kinds import memory_kind  # imports torch: not before a configuration is made
+
         kind = memory_kind(self.memory_type)
         if self.memory_depth is None:
             self.memory_depth = kind.depth

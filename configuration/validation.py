@@ -13,7 +13,6 @@ from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..kernels.memories.kinds import memory_kind, memory_types
 from .version import VERSION
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
@@ -179,6 +178,8 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     ):  # fmt: skip
         if not isinstance(getattr(c, name), bool):
             yield f"{name} must be True or False, got {getattr(c, name)!r}"
+    from ..kernels.memories.kinds import memory_types  # imports torch: not before a configuration is made
+
     choices = {
         "memory_type": memory_types(), "global_update": GLOBAL_UPDATES, "qk_projection": QK_PROJECTIONS,
         "kernel_backend": KERNEL_BACKENDS,
@@ -273,6 +274,8 @@ def _find_contradictions(c: Any) -> Iterator[str]:
 
 def _find_no_memory(c: Any) -> Iterator[str]:
     """A kind of memory that has no such depth or width."""
+    from ..kernels.memories.kinds import memory_kind, memory_types
+
     if c.memory_type not in memory_types():
         return
     kind = memory_kind(c.memory_type)

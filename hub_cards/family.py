@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernels.memories.kinds import memory_kind, memory_types
-
 _READING = (
     "Its token mixer is a set of small memories, {memory} in each head, that are trained while reading: every token "
     "does one step of gradient descent on ½‖f(W, k) − v‖². Their state does not grow with the text."
@@ -29,6 +27,8 @@ def describe_family(config: dict[str, Any]) -> str:
 
 def describe_memory(config: dict[str, Any]) -> str:
     """The memory of a head in words: "an MLP", "a linear map", …"""
+    from ..kernels.memories.kinds import memory_kind, memory_types  # imports torch
+
     name = config.get("memory_type", "mlp")
     if name not in memory_types():  # a kind that was registered elsewhere
         return f"a {name} network"

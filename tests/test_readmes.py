@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.configuration import TNTConfig, available_presets
+from modeling_tnt.kernels.memories import kinds
 from modeling_tnt.train.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +293,7 @@ def follow(page: str, folder: Path, names: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        patch.setattr(kinds, "_KINDS", dict(kinds._KINDS))  # a page registers a kind of memory
         patch.chdir(folder)
         for language, text in read_blocks(page):
             if language == "python":

@@ -104,7 +104,7 @@ GLOBAL_CASES = (
 )
 KIND_CASES = (
     Case(memory="mlp3", rule="both", projection="shard"),
-    Case(memory="mlp3", rule="token_scale", norm=False, shard_length=None),
+    Case(memory="mlp3", rule="token_scale", bias=False, shard_length=None),
     Case(memory="mlp1", rule="momentum", projection="chunk"),
     Case(memory="swiglu", rule="both", projection="shard_normalized"),
     Case(memory="swiglu", rule="plain", norm=False, bias=False),
