@@ -39,17 +39,26 @@ class FastWeights(NamedTuple):
     b8: Tensor | None = None
 
     @property
-    def maps(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    def used(self) -> int:
+        """How many of the fields a memory has: two for each of its linear maps, which are numbered from 1 on."""
+        n = 2
+        while n < len(self) and self[n] is not None:
+            n += 2
+        return n
+
+    @property
+    def maps(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of each linear map."""
-        return tuple((w, b) for w, b in zip(self[::2], self[1::2], strict=True) if w is not None)
+        return [(self[i], self[i + 1]) for i in range(0, self.used, 2)]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> FastWeights:
         """Apply `fn` to every tensor that is there."""
-        return FastWeights(*(None if t is None else fn(t) for t in self))
+        return FastWeights(*[None if t is None else fn(t) for t in self[: self.used]])
 
     def zip_map(self, fn: Callable[..., Tensor], *others: FastWeights) -> FastWeights:
         """Apply `fn(self.x, other.x, ...)` to every tensor that is there."""
-        return FastWeights(*(None if ts[0] is None else fn(*ts) for ts in zip(self, *others, strict=True)))
+        used = zip(self[: self.used], *others, strict=False)
+        return FastWeights(*[None if ts[0] is None else fn(*ts) for ts in used])
 
 
 class MemoryParams(NamedTuple):

@@ -108,11 +108,11 @@ def _inner_loss(
     if params.norm_weight is not None:
         norm = Norm(*(t.detach().float().repeat(B, 1).unsqueeze(1) for t in params.norm))
     stages = kind.stages(len(w.maps))
-    _, f = chunk_gradients(stages, w, rows(k), rows(v), torch.ones_like(rows(k)[..., :1]), norm)
+    _, keys = chunk_gradients(stages, w, rows(k), rows(v), torch.ones_like(rows(k)[..., :1]), norm)
     squares = sum(
-        (a.square().sum(-1) + (w.b1 is not None)) * f["deltas"][i].square().sum(-1)
-        for stage, a in zip(stages, f["inputs_k"], strict=True)
+        (a.square().sum(-1) + (w.b1 is not None)) * keys.deltas[i].square().sum(-1)
+        for stage, a in zip(stages, keys.inputs, strict=True)
         for i in stage.maps
     )
-    loss = 0.5 * f["error"].square().sum(-1)
+    loss = 0.5 * keys.error.square().sum(-1)
     return tuple(t.unflatten(0, (B, H)).transpose(1, 2) for t in (loss, squares.sqrt()))

@@ -12,7 +12,7 @@ where `δ` already carries the step size lr_τ, W is the weight and S the moment
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,23 +77,30 @@ class Affinity(NamedTuple):
     masked: Tensor  # [N, C, C] P ⊙ Θ
 
 
-class ChunkState(NamedTuple):
-    """Everything of a chunk's forward that its backward needs again. [N, C, …] unless said otherwise."""
+class KeySide(NamedTuple):
+    """What a chunk's keys give: inner gradients at its anchor, and what their backward needs again. [N, C, …] unless
+    said otherwise."""
 
     kx: Tensor  # [N, 2C, D]: keys above read rows, so that both meet the first stage's weights in one product
     lr: Tensor  # [N, C, 1]
-    inputs_k: tuple[Tensor, ...]  # of each stage at the keys: a
-    inputs_x: tuple[Tensor, ...]  # of each stage at the read rows: h
-    tapes_k: tuple[Any, ...]  # of each joint at the keys
-    slopes_k: tuple[Any, ...]
-    tapes_x: tuple[Any, ...]  # of each joint at the read rows
-    upstream: tuple[Tensor, ...]  # gradient of each joint's value at the keys: Σ δ Wᵀ over the maps behind it
-    deltas: tuple[Tensor, ...]  # of each map: δ, times lr
-    reads: tuple[Affinity | None, ...]  # of each stage
-    norm_k: NormalisedRows | None
-    norm_x: NormalisedRows | None
+    inputs: list[Tensor]  # of each stage: a
+    tapes: list[Any]  # of each joint
+    slopes: list[Any]
+    upstream: list[Tensor]  # gradient of each joint's value: Σ δ Wᵀ over the maps behind it
+    deltas: list[Tensor]  # of each map: δ, times lr
+    norm: NormalisedRows | None
     error: Tensor  # E = f(W, k) − v
     error_scaled: Tensor | None  # Gz = E ⊙ norm weight
+
+
+class ChunkState(NamedTuple):
+    """Everything of a chunk's forward that its backward needs again."""
+
+    keys: KeySide
+    inputs: list[Tensor]  # of each stage at the read rows: h
+    tapes: list[Any]  # of each joint at the read rows
+    reads: list[Affinity | None]  # of each stage
+    norm: NormalisedRows | None  # of the read rows
 
 
 def normalise(y: Tensor) -> NormalisedRows:
@@ -124,7 +131,7 @@ def affinity(x: Tensor, a: Tensor, has_bias: bool, theta: Tensor | None) -> Affi
 
 def chunk_gradients(
     stages: Sequence[Stage], weights: FastWeights, kx: Tensor, v: Tensor, lr: Tensor, norm: Norm | None
-) -> tuple[list[Tensor], dict[str, Any]]:
+) -> tuple[list[Tensor], KeySide]:
     """Inner gradients of all tokens of a chunk at its anchor, and the first stage's reads on the way.
 
     Args:
@@ -134,21 +141,23 @@ def chunk_gradients(
         v: [N, C, D]; lr: [N, C, 1].
 
     Returns:
-        the outputs of the first stage's maps at the read rows, and the fields of `ChunkState` that belong to the keys.
+        the outputs of the first stage's maps at the read rows, and the gradients.
     """
     C, maps = v.shape[1], weights.maps
     k = kx[:, :C]
-    inputs, tapes, slopes = [k], [], []
-    both = [linear(kx, *maps[i]) for i in stages[0].maps]
-    ys, reads = [y[:, :C] for y in both], [y[:, C:] for y in both]
-    for stage, following in zip(stages, stages[1:], strict=False):
-        tape = stage.joint.forward(*(y.contiguous() for y in ys))
+    inputs, tapes, slopes, ys, reads = [k], [], [], [], []
+    for i in stages[0].maps:
+        y = linear(kx, *maps[i])
+        ys.append(y[:, :C])
+        reads.append(y[:, C:])
+    for t in range(1, len(stages)):
+        joint = stages[t - 1].joint
+        tape = joint.forward(*[y.contiguous() for y in ys])
         tapes.append(tape)
-        slopes.append(stage.joint.slopes(tape))
+        slopes.append(joint.slopes(tape))
         inputs.append(tape.value)
-        ys = [linear(tape.value, *maps[i]) for i in following.maps]
-    (y,) = ys
-    norm_k, error_scaled = None, None
+        ys = [linear(tape.value, *maps[i]) for i in stages[t].maps]
+    y, norm_k, error_scaled = ys[0], None, None
     if norm is None:
         error = y - v
         delta = error * lr
@@ -157,24 +166,21 @@ def chunk_gradients(
         error = torch.addcmul(k - v + norm.bias, norm_k.n, norm.weight)
         error_scaled = error * norm.weight
         delta = normalise_backward(norm_k, error_scaled * lr)
-    deltas, upstream = {stages[-1].maps[0]: delta}, []
-    for i in reversed(range(len(tapes))):
-        u = sum_products((deltas[m], maps[m][0].transpose(1, 2)) for m in stages[i + 1].maps)
-        upstream.insert(0, u)
-        deltas |= zip(stages[i].maps, stages[i].joint.backward(tapes[i], slopes[i], u), strict=True)
-    fields = {
-        "kx": kx, "lr": lr, "inputs_k": tuple(inputs), "tapes_k": tuple(tapes), "slopes_k": tuple(slopes),
-        "upstream": tuple(upstream), "deltas": tuple(deltas[m] for m in range(len(maps))), "norm_k": norm_k,
-        "error": error, "error_scaled": error_scaled,
-    }  # fmt: skip
-    return reads, fields
+    deltas, upstream = [None] * len(maps), [None] * len(tapes)
+    deltas[stages[-1].maps[0]] = delta
+    for t in range(len(tapes) - 1, -1, -1):
+        u = sum_products([(deltas[i], maps[i][0].transpose(1, 2)) for i in stages[t + 1].maps])
+        upstream[t], grads = u, stages[t].joint.backward(tapes[t], slopes[t], u)
+        for i, grad in zip(stages[t].maps, grads, strict=True):
+            deltas[i] = grad
+    return reads, KeySide(kx, lr, inputs, tapes, slopes, upstream, deltas, norm_k, error, error_scaled)
 
 
-def sum_products(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def sum_products(factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Σ x y over pairs of [N, C, A] and [N, A, B]."""
-    total = None
-    for x, y in factors:
-        total = torch.bmm(x, y) if total is None else torch.baddbmm(total, x, y)
+    total = torch.bmm(*factors[0])
+    for x, y in factors[1:]:
+        total = torch.baddbmm(total, x, y)
     return total
 
 
@@ -222,30 +228,29 @@ def chunk_forward(
         o [N, C, D], and what `advance` and the backward need.
     """
     x = kx[:, v.shape[1] :]
-    ys, f = chunk_gradients(stages, anchor, kx, v, lr, norm)
+    ys, keys = chunk_gradients(stages, anchor, kx, v, lr, norm)
     read_at = anchor if current is None or not intra else current
     maps, has_bias = read_at.maps, anchor.b1 is not None
     moments = momentum.maps if intra and momentum is not None else [None] * len(maps)
-    if read_at is current:
-        ys = [linear(x, *maps[i]) for i in stages[0].maps]
     inputs, tapes, reads = [x], [], []
-    for s, stage in enumerate(stages):
-        if s > 0:
-            ys = [linear(inputs[s], *maps[i]) for i in stage.maps]
-        reads.append(affinity(inputs[s], f["inputs_k"][s], has_bias, c.theta) if intra else None)
+    for t, stage in enumerate(stages):
+        if t > 0 or read_at is current:
+            ys = [linear(inputs[t], *maps[i]) for i in stage.maps]
+        meets = affinity(inputs[t], keys.inputs[t], has_bias, c.theta) if intra else None
+        reads.append(meets)
         if intra:
             ys = [
-                read_map(y, inputs[s], f["deltas"][i], reads[s], moments[i], c)
+                read_map(y, inputs[t], keys.deltas[i], meets, moments[i], c)
                 for i, y in zip(stage.maps, ys, strict=True)
             ]
         if stage.joint is not None:
-            tapes.append(stage.joint.forward(*(y.contiguous() for y in ys)))
-            inputs.append(tapes[-1].value)
-    (o,), norm_x = ys, None
+            tapes.append(stage.joint.forward(*[y.contiguous() for y in ys]))
+            inputs.append(tapes[t].value)
+    o, norm_x = ys[0], None
     if norm is not None:
         norm_x = normalise(o.contiguous())
         o = torch.addcmul(x + norm.bias, norm_x.n, norm.weight)
-    return o, ChunkState(**f, inputs_x=tuple(inputs), tapes_x=tuple(tapes), reads=tuple(reads), norm_x=norm_x)
+    return o, ChunkState(keys, inputs, tapes, reads, norm_x)
 
 
 def read_only(stages: Sequence[Stage], weights: FastWeights, x: Tensor, norm: Norm | None) -> Tensor:
@@ -271,26 +276,26 @@ def advance(
     """
     if not overwrite:
         weights = weights.map(Tensor.clone)
-    _step(stages, weights, c.end_decay, s, c.end_gain)
+    _step(stages, weights, c.end_decay, s.keys, c.end_gain)
     if c.end_momentum is not None:
         weights.zip_map(lambda w, m: w.addcmul_(_like(c.end_momentum, m), m), momentum)
     if c.momentum_decay is not None:
         if not overwrite:
             momentum = momentum.map(Tensor.clone)
-        _step(stages, momentum, c.momentum_decay, s, c.momentum_gain)
+        _step(stages, momentum, c.momentum_decay, s.keys, c.momentum_gain)
     return weights, momentum
 
 
 def _step(
-    stages: Sequence[Stage], weights: FastWeights, decay: Tensor | None, s: ChunkState, gain: Tensor | None
+    stages: Sequence[Stage], weights: FastWeights, decay: Tensor | None, keys: KeySide, gain: Tensor | None
 ) -> None:
     """W ← decay · W − Σ gain lr G, in place: the products are accumulated straight onto the weights."""
     if decay is not None:
         weights.map(lambda w: w.mul_(_like(decay, w)))
     maps = weights.maps
-    for stage, a in zip(stages, s.inputs_k, strict=True):
+    for stage, a in zip(stages, keys.inputs, strict=True):
         for i in stage.maps:
-            delta = s.deltas[i] if gain is None else s.deltas[i] * gain
+            delta = keys.deltas[i] if gain is None else keys.deltas[i] * gain
             weight, bias = maps[i]
             weight.baddbmm_(a.transpose(1, 2), delta, alpha=-1)
             if bias is not None:

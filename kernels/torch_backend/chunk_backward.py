@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..memories.kind import Stage
 from ..types import FastWeights
-from .chunk import Affinity, ChunkState, Coefficients, Norm, linear, normalise_backward, sum_products
+from .chunk import Affinity, ChunkState, Coefficients, KeySide, Norm, linear, normalise_backward, sum_products
 
 
 class Map(NamedTuple):
@@ -68,65 +68,65 @@ def chunk_backward(
         grad_norm_weight: [N, C, D], accumulates per row; to be summed over C by the caller. The norm's bias gets
             Σ grad_o − Σ grad_v, which the caller can take from the whole sequence at once.
     """
-    C = s.lr.shape[1]
+    keys = s.keys
+    C, last = keys.lr.shape[1], stages[-1].maps[0]
     maps = _maps(stages, s, weights, momentum, grad_weights, grad_momentum)
     g = _CoefficientGradients(c)
 
     grad_y = grad_o
     if norm is not None:
-        grad_y = normalise_backward(s.norm_x, grad_o * norm.weight)
-        grad_norm_weight.addcmul_(grad_o, s.norm_x.n)
+        grad_y = normalise_backward(s.norm, grad_o * norm.weight)
+        grad_norm_weight.addcmul_(grad_o, s.norm.n)
 
     # The reads, from the last stage to the first. What meets the first stage's weights: keys above read rows.
-    grad_first = {
-        i: torch.empty_like(maps[i].weight[:, :1].expand(-1, 2 * C, -1)) for i in stages[0].maps
-    }  # fmt: skip
-    grad_inputs, grad_deltas, grad_ys = {}, {}, [grad_y]
-    for t in reversed(range(len(stages))):
+    grad_first = [torch.empty_like(maps[i].weight[:, :1].expand(-1, 2 * C, -1)) for i in stages[0].maps]
+    grad_inputs, grad_deltas, grad_ys = [None] * len(stages), [None] * len(maps), (grad_y,)
+    for t in range(len(stages) - 1, -1, -1):
         grad_h = None
-        for i, grad_y in zip(stages[t].maps, grad_ys, strict=True):
+        for place, (i, grad_y) in enumerate(zip(stages[t].maps, grad_ys, strict=True)):
             grad_a, grad_deltas[i] = _advance_backward(maps[i], c, g)
-            out = None if t > 0 else grad_first[i][:, C:]
+            out = None if t > 0 else grad_first[place][:, C:]
             part = _read_backward(maps[i], grad_y, c, intra, grad_a, grad_deltas[i], g, out)
             if t > 0:
                 part += torch.bmm(_scaled(grad_y, c.read_decay if intra else None), maps[i].weight.transpose(1, 2))
-            grad_inputs[t] = grad_a if t not in grad_inputs else grad_inputs[t].add_(grad_a)
-            grad_h = part if grad_h is None else grad_h.add_(part)
+            grad_inputs[t] = grad_a if place == 0 else grad_inputs[t].add_(grad_a)
+            grad_h = part if place == 0 else grad_h.add_(part)
         if t > 0:
-            joint, tape = stages[t - 1].joint, s.tapes_x[t - 1]
+            joint, tape = stages[t - 1].joint, s.tapes[t - 1]
             grad_ys = joint.backward(tape, joint.slopes(tape), grad_h)
     grad_x = grad_h
 
     # The gradients δ at the keys are functions of the weights and of the outputs there: δ = joint'(Σ δ Wᵀ).
     direct = []
-    for t, stage in enumerate(stages[:-1]):
-        grads = [grad_deltas[i] for i in stage.maps]
-        grad_u, grad_ys = stage.joint.second(s.tapes_k[t], s.slopes_k[t], s.upstream[t], grads)
+    for t in range(len(stages) - 1):
+        grads, joint = [grad_deltas[i] for i in stages[t].maps], stages[t].joint
+        grad_u, grad_ys = joint.second(keys.tapes[t], keys.slopes[t], keys.upstream[t], grads)
         direct.append(grad_ys)
         for i in stages[t + 1].maps:
             grad_deltas[i].baddbmm_(grad_u, maps[i].weight)
             maps[i].grad_weight.baddbmm_(grad_u.transpose(1, 2), maps[i].delta)
 
-    last = stages[-1].maps[0]
-    grad_z, grad_e, grad_lr = _error_backward(s, norm, maps[last].delta, grad_deltas[last], grad_norm_weight)
+    grad_z, grad_e, grad_lr = _error_backward(keys, norm, grad_deltas[last], maps[last].delta, grad_norm_weight)
 
     # The outputs at the keys, from the last stage to the first.
-    grad_ys = [grad_z]
-    for t in reversed(range(1, len(stages))):
+    grad_ys = (grad_z,)
+    for t in range(len(stages) - 1, 0, -1):
         for i, grad_y in zip(stages[t].maps, grad_ys, strict=True):
             grad_inputs[t].baddbmm_(grad_y, maps[i].weight.transpose(1, 2))
             maps[i].grad_weight.baddbmm_(maps[i].a.transpose(1, 2), grad_y)
             if maps[i].bias is not None:
                 maps[i].grad_bias.add_(grad_y.sum(1))
-        grad_ys = stages[t - 1].joint.backward(s.tapes_k[t - 1], s.slopes_k[t - 1], grad_inputs[t], plus=direct[t - 1])
-    for i, grad_y in zip(stages[0].maps, grad_ys, strict=True):
-        grad_first[i][:, :C] = grad_y
+        joint = stages[t - 1].joint
+        grad_ys = joint.backward(keys.tapes[t - 1], keys.slopes[t - 1], grad_inputs[t], plus=direct[t - 1])
+    for grad, grad_y in zip(grad_first, grad_ys, strict=True):
+        grad[:, :C] = grad_y
 
-    grad_kx = sum_products((grad, maps[i].weight.transpose(1, 2)) for i, grad in grad_first.items())
-    for i, grad in grad_first.items():
-        maps[i].grad_weight.baddbmm_(s.kx.transpose(1, 2), grad)
-        if maps[i].bias is not None:
-            maps[i].grad_bias.add_(grad.sum(1))
+    first = [maps[i] for i in stages[0].maps]
+    grad_kx = sum_products([(grad, m.weight.transpose(1, 2)) for grad, m in zip(grad_first, first, strict=True)])
+    for grad, m in zip(grad_first, first, strict=True):
+        m.grad_weight.baddbmm_(keys.kx.transpose(1, 2), grad)
+        if m.bias is not None:
+            m.grad_bias.add_(grad.sum(1))
     grad_k = grad_inputs[0].add_(grad_kx[:, :C])
     grad_x += grad_kx[:, C:]
     if norm is not None:
@@ -144,18 +144,15 @@ def _maps(
     grad_momentum: FastWeights | None,
 ) -> list[Map]:
     """The linear maps, by their number."""
-    groups = [
-        [(None, None)] * len(s.deltas) if group is None else group.maps
-        for group in (weights, grad_weights, momentum, grad_momentum)
-    ]
-    stage_of = {i: t for t, stage in enumerate(stages) for i in stage.maps}
-    return [
-        Map(
-            *(part for group in groups for part in group[i]), s.inputs_k[stage_of[i]], s.inputs_x[stage_of[i]], delta,
-            s.reads[stage_of[i]],
-        )
-        for i, delta in enumerate(s.deltas)
-    ]  # fmt: skip
+    deltas = s.keys.deltas
+    none = [(None, None)] * len(deltas)
+    w, grad_w = weights.maps, grad_weights.maps
+    m, grad_m = (none, none) if momentum is None else (momentum.maps, grad_momentum.maps)
+    maps = [None] * len(deltas)
+    for stage, a, x, reads in zip(stages, s.keys.inputs, s.inputs, s.reads, strict=True):
+        for i in stage.maps:
+            maps[i] = Map(*w[i], *grad_w[i], *m[i], *grad_m[i], a, x, deltas[i], reads)
+    return maps
 
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -276,23 +273,23 @@ def _read_backward(
 
 
 def _error_backward(
-    s: ChunkState, norm: Norm | None, delta: Tensor, q: Tensor, grad_norm_weight: Tensor | None
+    keys: KeySide, norm: Norm | None, q: Tensor, delta: Tensor, grad_norm_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From δ of the last map and Q = δ̄ to z̄ of its output, Ē of the error and the step size's gradient [N, C, 1]."""
+    """From Q = δ̄ of the last map, and δ, to z̄ of its output, Ē of the error and the step size's gradient [N, C, 1]."""
     if norm is None:
-        grad_lr = _dot(q, s.error)
-        grad_z = q * s.lr
+        grad_lr = _dot(q, keys.error)
+        grad_z = q * keys.lr
         return grad_z, grad_z.clone(), grad_lr
-    rows, D = s.norm_k, q.shape[-1]
+    rows, D = keys.norm, q.shape[-1]
     n, r = rows.n, rows.rstd
     grad_g = normalise_backward(rows, q)  # of lr · Gz
-    grad_lr = _dot(grad_g, s.error_scaled)
-    grad_g *= s.lr
-    grad_norm_weight.addcmul_(grad_g, s.error)
+    grad_lr = _dot(grad_g, keys.error_scaled)
+    grad_g *= keys.lr
+    grad_norm_weight.addcmul_(grad_g, keys.error)
     grad_e = grad_g.mul_(norm.weight)
     grad_norm_weight.addcmul_(grad_e, n)
     # J(r, n, g) depends on n and r too: the second order of the norm.
-    g = s.error_scaled * s.lr
+    g = keys.error_scaled * keys.lr
     grad_n = q * _dot(g, n)
     grad_n.addcmul_(g, _dot(q, n)).mul_(r / -D)
     grad_n.addcmul_(grad_e, norm.weight)

@@ -269,7 +269,7 @@ class TorchStep:
         for t in reversed(range(len(self._stages))):
             maps, joint = self._stages[t].maps, self._stages[t - 1].joint if t > 0 else None
             if joint is not None:
-                u = sum_products((d, self._anchor_transposed[i]) for i, d in zip(maps, deltas, strict=True))
+                u = sum_products([(d, self._anchor_transposed[i]) for i, d in zip(maps, deltas, strict=True)])
             for i, d in zip(maps, deltas, strict=True):
                 target[i].addcmul_(self._key_columns[t], d, value=-1)
             if joint is not None:
