@@ -37,9 +37,10 @@ class Joint(ABC):
 
     @abstractmethod
     def backward(
-        self, tape: Any, slopes: Any, grad: Tensor, plus: Sequence[Tensor] | None = None
+        self, tape: Any, slopes: Any, grad: Tensor, plus: Sequence[Tensor] | None = None, overwrite: bool = False
     ) -> tuple[Tensor, ...]:
-        """The gradients of `ys` from that of the value; linear in `grad`. `plus` is added to them."""
+        """The gradients of `ys` from that of the value; linear in `grad`. `plus`: added onto these, in place.
+        `overwrite`: `grad` is not needed any more."""
 
     @abstractmethod
     def second(
@@ -66,9 +67,11 @@ class Activation(Joint):
         """φ''(y)."""
 
     def backward(
-        self, tape: Any, slopes: Tensor, grad: Tensor, plus: Sequence[Tensor] | None = None
+        self, tape: Any, slopes: Tensor, grad: Tensor, plus: Sequence[Tensor] | None = None, overwrite: bool = False
     ) -> tuple[Tensor, ...]:
-        return (grad * slopes if plus is None else plus[0].addcmul(grad, slopes),)
+        if plus is not None:
+            return (plus[0].addcmul_(grad, slopes),)
+        return (grad.mul_(slopes) if overwrite else grad * slopes,)
 
     def second(
         self, tape: Any, slopes: Tensor, grad: Tensor, grads: Sequence[Tensor]

@@ -36,10 +36,15 @@ class SiluGate(Joint):
         return tape.sigmoid + tape.silu * (1 - tape.sigmoid)
 
     def backward(
-        self, tape: GateTape, slopes: Tensor, grad: Tensor, plus: Sequence[Tensor] | None = None
+        self,
+        tape: GateTape,
+        slopes: Tensor,
+        grad: Tensor,
+        plus: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, ...]:
         grads = (grad * tape.y * slopes, grad * tape.silu)
-        return grads if plus is None else tuple(p + g for p, g in zip(plus, grads, strict=True))
+        return grads if plus is None else tuple(p.add_(g) for p, g in zip(plus, grads, strict=True))
 
     def second(
         self, tape: GateTape, slopes: Tensor, grad: Tensor, grads: Sequence[Tensor]

@@ -93,7 +93,7 @@ def chunk_backward(
             grad_h = part if place == 0 else grad_h.add_(part)
         if t > 0:
             joint, tape = stages[t - 1].joint, s.tapes[t - 1]
-            grad_ys = joint.backward(tape, joint.slopes(tape), grad_h)
+            grad_ys = joint.backward(tape, joint.slopes(tape), grad_h, overwrite=True)
     grad_x = grad_h
 
     # The gradients δ at the keys are functions of the weights and of the outputs there: δ = joint'(Σ δ Wᵀ).

@@ -38,9 +38,13 @@ def test_a_joints_derivatives_are_those_of_its_value(name: str):
     with torch.no_grad():
         tape = joint.forward(*ys)
         slopes = joint.slopes(tape)
-        for got, want, more in zip(joint.backward(tape, slopes, grad, plus), first, plus, strict=True):
+        for got, want, more in zip(
+            joint.backward(tape, slopes, grad, [p.clone() for p in plus]), first, plus, strict=True
+        ):
             torch.testing.assert_close(got, want + more, **TIGHT)
         for got, want in zip(joint.backward(tape, slopes, grad), first, strict=True):
+            torch.testing.assert_close(got, want, **TIGHT)
+        for got, want in zip(joint.backward(tape, slopes, grad.clone(), overwrite=True), first, strict=True):
             torch.testing.assert_close(got, want, **TIGHT)
         for got, want in zip(joint.gradients(ys, grad), first, strict=True):
             torch.testing.assert_close(got, want, **TIGHT)
