@@ -18,7 +18,7 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 
 
 def step_aside() -> None:
-    """Put the installed `kernels` package into `sys.modules` in our place, or a stand-in that owns up to be nothing.
+    """Put the installed `kernels` package into `sys.modules` in our place, or an empty placeholder module.
 
     The import system returns what it finds in `sys.modules` after a module's code has run.
     """
