@@ -63,7 +63,7 @@ class Tiles(NamedTuple):
     tall: bool
 
 
-# Ahead-of-time compilation stands in for a device here.
+# Set by `assume_device`, to compile without a GPU.
 _assumed: list[Device] = []
 
 
