@@ -212,6 +212,7 @@ def test_a_copy_runs_the_kernels_of_the_installed_package(tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_copy_leaves_the_kernels_of_another_version_alone(tmp_path):
     make_model("mlp", torch.float32).save_pretrained(tmp_path / "model")
     backends = tmp_path / "model/tnt_kernels_backends.py"
@@ -245,6 +246,7 @@ def load_copy(tmp_path, monkeypatch) -> Callable[..., PreTrainedModel]:
     return load
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 @pytest.mark.parametrize("variant", ["linear", "mlp-momentum-forget"])
 def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
