@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import FastWeights, MemoryState, is_of
+from .types import MemoryState, is_of
 
 
 class MemoryStack:
     """The states of the memories of one layer, which all have the same shapes.
 
     weights     [groups, memories, rows, H, P] float32 (float64 if a state is): the groups are weights, anchor and, with
-                momentum, momentum; P entries of a head are w1 [D, M], b1 [M], w2 [M, D], b2 [D], those that there are.
+                momentum, momentum; packed as `FastWeights.pack` does it.
     projection  [memories with a projection, rows, H, D, D], of the same dtype.
     position    [memories, rows, H] int64. The heads of a row have one counter each, equal ones: they are stepped by
                 programs that do not wait for each other.
@@ -48,7 +48,7 @@ class MemoryStack:
         projections = iter(self.projection)
         views = []
         for i, state in enumerate(states):
-            groups = [_unpack(packed, state.weights) for packed in self.weights[:, i]]
+            groups = [state.weights.unpack(packed) for packed in self.weights[:, i]]
             views.append(
                 MemoryState(
                     weights=groups[0],
@@ -124,16 +124,3 @@ def _dtype(states: Sequence[MemoryState]) -> torch.dtype:
 
 def _layout(state: MemoryState) -> dict[str, tuple[torch.Size, torch.device]]:
     return {name: (t.shape, t.device) for name, t in state.tensors().items()}
-
-
-def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
-    """Views of packed [rows, H, P] in the shapes of `like`."""
-    views, first = [], 0
-    for t in like:
-        if t is None:
-            views.append(None)
-            continue
-        size = t[0, 0].numel()
-        views.append(packed[..., first : first + size].unflatten(-1, t.shape[2:]))
-        first += size
-    return FastWeights(*views)

@@ -60,6 +60,15 @@ class FastWeights(NamedTuple):
         used = zip(self[: self.used], *others, strict=False)
         return FastWeights(*[None if ts[0] is None else fn(*ts) for ts in used])
 
+    def pack(self) -> Tensor:
+        """[N, H, …] tensors as one [N, H, P]: for each head w1, b1, w2, …, those that there are, in a row."""
+        return torch.cat([t.flatten(2) for t in self if t is not None], dim=-1)
+
+    def unpack(self, packed: Tensor) -> FastWeights:
+        """The inverse of `pack`: views of packed [N, H, P] in the shapes of these [N', H, …] tensors."""
+        parts = iter(packed.split([t[0, 0].numel() for t in self if t is not None], dim=-1))
+        return self.map(lambda t: next(parts).unflatten(-1, t.shape[2:]))
+
 
 class MemoryParams(NamedTuple):
     """Learned (slow) parameters of one memory: its initial fast weights and the norm of its residual output.

@@ -101,16 +101,16 @@ def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
 
 
 def _pack(weights: FastWeights) -> Tensor:
-    """[N, H, …] tensors -> [N, H, P] float32, one after the other: W1ᵀ, b1, W2, b2."""
-    parts = weights._replace(w1=weights.w1.mT)
-    return torch.cat([t.float().flatten(2) for t in parts if t is not None], dim=-1)
+    """[N, H, P] float32, as the local memory's kernels take it: the first matrix transposed."""
+    return _first_transposed(weights).map(Tensor.float).pack()
 
 
 def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
     """The inverse of `_pack`, as views; `like` without rows."""
-    parts = iter(packed.split([t[0].numel() for t in like if t is not None], dim=-1))
-    shapes = like._replace(w1=like.w1.mT)
-    weights = shapes.map(lambda t: next(parts).unflatten(-1, t.shape[1:]))
+    return _first_transposed(_first_transposed(like.map(lambda t: t.unsqueeze(0))).unpack(packed))
+
+
+def _first_transposed(weights: FastWeights) -> FastWeights:
     return weights._replace(w1=weights.w1.mT)
 
 
