@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .memories.kind import MemoryKind, Stage
-from .memories.kinds import inferred_type, memory_kind
+from .memories.kinds import memory_kind, type_of
 from .transfer import to_host
 from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState, is_of
 
@@ -35,7 +35,7 @@ class MemoryProblem(NamedTuple):
 
     @property
     def kind(self) -> MemoryKind:
-        return memory_kind(self.options.memory_type or inferred_type(self.params.fast_weights))
+        return memory_kind(type_of(self.options.memory_type, self.params.fast_weights))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import reference
 from .backends import BACKENDS, BackendChoice, fall_back, missing, triton_backend, warn_of_fallback
 from .checks import MemoryProblem, check
-from .memories.kinds import inferred_type
+from .memories.kinds import type_of
 from .stack import MemoryStack
 from .torch_backend.step import TorchStep
 from .types import MemoryGates, MemoryOptions, MemoryParams, MemoryState, is_of
@@ -153,7 +153,7 @@ def choose_step_backend(
         ValueError: for an unknown name, and for "triton" where it cannot run.
     """
     weights = params.fast_weights
-    kind = memory_type or inferred_type(weights)
+    kind = type_of(memory_type, weights)
     return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device, update)
 
 

@@ -36,9 +36,9 @@ def register_memory(kind: MemoryKind) -> None:
     _KINDS[kind.name] = kind
 
 
-def inferred_type(weights: FastWeights) -> str:
-    """The kind of fast weights whose kind is not said: "linear" if they are one map, else "mlp"."""
-    return "linear" if len(weights.maps) == 1 else "mlp"
+def type_of(memory_type: str | None, weights: FastWeights) -> str:
+    """The kind of fast weights; where it is not said (None): "linear" if they are one map, else "mlp"."""
+    return memory_type or ("linear" if len(weights.maps) == 1 else "mlp")
 
 
 def weight_shapes(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memories.kinds import inferred_type, memory_kind
+from ..memories.kinds import memory_kind, type_of
 from ..muon import chunk_step, end_chunk
 from ..stack import MemoryStack
 from ..types import MemoryGates, MemoryOptions, MemoryParams
@@ -58,7 +58,7 @@ class TorchStep:
 
     def __init__(self, stack: MemoryStack, options: Sequence[MemoryOptions]) -> None:
         self.stack, self.options = stack, tuple(options)
-        memory_type = options[0].memory_type or inferred_type(stack.states[0].weights)
+        memory_type = type_of(options[0].memory_type, stack.states[0].weights)
         self._chunk_sizes = tuple(o.chunk_size for o in options)
         self._has_projection = any(slot >= 0 for slot in stack.slots)
         like = stack.states[0].weights

@@ -6,11 +6,11 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt import TNTConfig
 
+from ..common.model_facts import count_parameters
 from ..data import load_tokenizer
 from ..options import to_mapping
 from ..plan import Stage, make_config, plan_stages
@@ -93,11 +93,6 @@ def _plan(
         recipe.model.override["intermediate_size"] = step * max(1, round(width / step))
         config = make_config(recipe.model, tokenizer)
     return plan_stages(recipe, config), config
-
-
-def count_parameters(config: TNTConfig) -> int:
-    with torch.device("meta"):
-        return TNTForCausalLM(config).num_parameters()
 
 
 def _raise_problems(problems: dict[str, list[str]]) -> None:

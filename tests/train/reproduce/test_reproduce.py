@@ -20,6 +20,7 @@ from transformers import ByT5Tokenizer
 
 from modeling_tnt.train.cli import main
 from modeling_tnt.train.common.files import files_below
+from modeling_tnt.train.common.model_facts import count_parameters
 from modeling_tnt.train.common.output_folder import LOCK, MANIFEST, OutputFolder
 from modeling_tnt.train.data import load_data
 from modeling_tnt.train.loop.report import read_log
@@ -28,7 +29,7 @@ from modeling_tnt.train.options import to_mapping
 from modeling_tnt.train.reproduce import jobs as jobs_module
 from modeling_tnt.train.reproduce import runs as runs_module
 from modeling_tnt.train.reproduce.arguments import Table3Arguments
-from modeling_tnt.train.reproduce.jobs import count_parameters, make_jobs, merge
+from modeling_tnt.train.reproduce.jobs import make_jobs, merge
 from modeling_tnt.train.reproduce.paper import BASE, CLAIMS, ROWS
 from modeling_tnt.train.reproduce.picture import describe_lines, draw_table
 from modeling_tnt.train.reproduce.report import chance_beyond, summarize
