@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..operators import OPERATORS, operator
+from ..segment_scan import EndState, Gradients, ScanInputs, differentiate, gradients_like_inputs
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .limits import gradient_dtype
@@ -68,50 +69,13 @@ class Plan(NamedTuple):
         return -(-self.chunk_size // self.rows)
 
 
-class ScanInputs(NamedTuple):
-    """The tensors of a call; None where the memory does without.
-
-    q, k, v              [tokens, H, D], contiguous, of one dtype
-    lr, momentum, decay  [tokens, H] float32
-    scale                [C] float32
-    norm_*               [H, D] float32
-    weights, anchor, momentum_state   [rows, H, P] float32: packed start states, row 0 the learned one
-    projection           [rows, H, D, D] float32
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lr: Tensor
-    momentum: Tensor | None
-    decay: Tensor | None
-    scale: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    weights: Tensor
-    anchor: Tensor | None
-    momentum_state: Tensor | None
-    projection: Tensor | None
-
-
-class EndState(NamedTuple):
-    """The packed state after the last token of each sequence: like the start states, with `ends` rows."""
-
-    weights: Tensor
-    anchor: Tensor
-    momentum: Tensor | None
-    projection: Tensor | None
-
-
 def scan_segments(inputs: ScanInputs, segments: Tensor, plan: Plan) -> tuple[Tensor, EndState]:
     """Read independent segments, S rows of 5 numbers on the device (see forward.py): `segments.segment_table`.
 
     Returns o [tokens, H, D] and the end states.
     """
-    o, weights, anchor, *rest = OPERATORS.fused_forward(*inputs, segments, list(plan))
-    momentum = rest.pop(0) if inputs.momentum is not None else None
-    projection = rest.pop(0) if plan.projection else None
-    return o, EndState(weights, anchor, momentum, projection)
+    o, *outputs = OPERATORS.fused_forward(*inputs, segments, list(plan))
+    return o, EndState.from_outputs(outputs, inputs)
 
 
 def _sizes(inputs: ScanInputs, plan: Plan) -> dict[str, object]:
@@ -208,7 +172,7 @@ def fused_forward(
     return list(out.values())
 
 
-@operator(lambda *arguments: [torch.empty_like(t) for t in arguments[: len(ScanInputs._fields)] if t is not None])
+@operator(gradients_like_inputs)
 def fused_backward(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, decay: Tensor | None, scale: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -238,21 +202,14 @@ class _Backward:
         self.S, self.H, self.D = segments.shape[0], *inputs.q.shape[1:]
         self.grid = (self.S, self.H)
         momentum = ["momentum"] if inputs.momentum is not None else []
-        projection = ["projection"] if plan.projection else []
         self.kept = dict(zip(["weights", *momentum], kept, strict=True))
-        self.grad_ends = dict(zip(["weights", "anchor", *momentum, *projection], grad_ends, strict=True))
+        self.gradients = Gradients(inputs, grad_o, grad_ends, segments)
 
     def run(self) -> list[Tensor]:
         x, plan = self.inputs, self.plan
-        carried = {name: self._carry(grad) for name, grad in self.grad_ends.items()}
+        out, carried = self.gradients.out, self.gradients.carried
         trace = self._trace()
         queries = _project(x, self.segments, plan, None) if plan.projection else x.q
-        out = {name: torch.empty_like(getattr(x, name)) for name in ("q", "k", "v", "lr")}
-        out |= {name: torch.empty_like(t) for name in ("momentum", "decay") if (t := getattr(x, name)) is not None}
-        if x.scale is not None:
-            out["scale"] = self.grad_o.new_zeros(self.S, self.H, plan.chunk_size, dtype=torch.float32)
-        if x.norm_weight is not None:
-            out["norm_weight"] = self.grad_o.new_zeros(self.S, self.H, self.D, dtype=torch.float32)
         grad_x = out["q"]
         if plan.projection:  # no result yet: in the range of float32, as the operands of gradients
             grad_x = torch.empty_like(x.q, dtype=gradient_dtype(x.q.dtype))
@@ -261,14 +218,7 @@ class _Backward:
             self._backward(group, queries, trace, grad_x, out, carried)
         if plan.projection:
             self._projection_backward(grad_x, out, carried["projection"])
-        return self._gather(out, carried)
-
-    def _carry(self, grad_end: Tensor) -> Tensor:
-        """Gradients of the states after the segments: [ends, …] -> [S, …], zero where a segment ends no sequence."""
-        if not grad_end.shape[0]:
-            return grad_end.new_zeros(self.S, *grad_end.shape[1:])
-        ends = self.segments[:, 4]
-        return torch.where(_column(ends >= 0, grad_end), grad_end.index_select(0, ends.clamp(min=0)), 0.0)
+        return self.gradients.finish()
 
     def _trace(self) -> dict[str, _Trace | None]:
         """Room for what recompute.py writes for one group."""
@@ -320,65 +270,5 @@ class _Backward:
         )
         projection_keys_kernel[self.grid](x.q, x.k, self.segments, grad_x, out["k"], carried, **sizes)
 
-    def _gather(self, out: dict[str, Tensor], carried: dict[str, Tensor]) -> list[Tensor]:
-        """The operator's results: gradients per segment summed into those of parameters and of start states."""
-        x = self.inputs
-        out["scale"] = out["scale"].sum((0, 1)) if "scale" in out else None
-        if "norm_weight" in out:
-            out["norm_weight"] = out["norm_weight"].sum(0)
-            # z = … + bias reaches the loss through o and, with the opposite sign of v, through the error.
-            out["norm_bias"] = self.grad_o.sum(0, dtype=torch.float32) - out["v"].sum(0, dtype=torch.float32)
-        out["weights"] = self._start(carried["weights"], x.weights)
-        if x.anchor is not None:
-            out["anchor"] = self._start(self._begun(carried["anchor"]), x.anchor)
-        if x.momentum_state is not None:
-            out["momentum_state"] = self._start(carried["momentum"], x.momentum_state)
-        if x.projection is not None:
-            out["projection"] = self._start(carried["projection"], x.projection)
-        return [out[name] for name in ScanInputs._fields if out.get(name) is not None]
 
-    def _begun(self, grad_anchor: Tensor) -> Tensor:
-        """Only a segment that begins in mid-chunk has an anchor of its own before it."""
-        return torch.where(_column(self.segments[:, 2] > 0, grad_anchor), grad_anchor, 0.0)
-
-    def _start(self, grad: Tensor, like: Tensor) -> Tensor:
-        """[S, …] -> [rows, …]. Row 0 starts many segments, every other row at most one."""
-        if like.shape[0] == 1:
-            return grad.sum(0, keepdim=True)
-        sources = self.segments[:, 3]
-        fresh = _column(sources == 0, grad)
-        start = torch.zeros_like(like).index_copy_(0, sources, torch.where(fresh, 0.0, grad))
-        start[0] = torch.where(fresh, grad, 0.0).sum(0)
-        return start
-
-
-def _column(of_segments: Tensor, like: Tensor) -> Tensor:
-    """[S] -> [S, 1, …], with as many dimensions as `like`."""
-    return of_segments.view(-1, *[1] * (like.dim() - 1))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, segments, ctx.plan = inputs
-    plan, x = Plan(*ctx.plan), ScanInputs(*tensors)
-    ctx.set_materialize_grads(False)
-    parts = 1 + (x.momentum is not None) + (plan.projection > 0)  # of a state, the anchor apart
-    ctx.ends = parts + 1
-    ctx.save_for_backward(*tensors, segments, *output[1 + ctx.ends :])
-    ctx.end_shapes = [t.shape for t in output[1 : 1 + ctx.ends]]
-
-
-def _autograd_backward(ctx, grads):
-    saved = ctx.saved_tensors
-    count = len(ScanInputs._fields)
-    tensors, segments, kept = saved[:count], saved[count], list(saved[count + 1 :])
-    q = tensors[0]
-    grad_o = torch.zeros_like(q) if grads[0] is None else grads[0]
-    grad_ends = [
-        torch.zeros(shape, device=q.device) if g is None else g.contiguous()
-        for g, shape in zip(grads[1 : 1 + ctx.ends], ctx.end_shapes, strict=True)
-    ]
-    result = iter(OPERATORS.fused_backward(*tensors, kept, grad_o, grad_ends, segments, ctx.plan))
-    return *(None if t is None else next(result) for t in tensors), None, None
-
-
-fused_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+differentiate(fused_forward, "fused_backward")

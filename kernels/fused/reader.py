@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..checks import MemoryProblem
+from ..segment_scan import final_state, scan_inputs
 from ..torch_backend.reader import Reader
-from ..torch_backend.segments import final_positions, plan_segments, segment_table, sequence_lengths
+from ..torch_backend.segments import plan_segments, segment_table, sequence_lengths
 from ..torch_backend.slab import ScanInputs as ChunkInputs
 from ..types import FastWeights, MemoryParams, MemoryState
 from .global_scan import scan_global_chunks
 from .limits import tiles_for
-from .local_scan import EndState, Plan, ScanInputs, scan_segments
+from .local_scan import Plan, scan_segments
 
 _PROJECTIONS = {"none": 0, "shard": 1, "chunk": 2}
 
@@ -41,15 +42,14 @@ def _read_local(p: MemoryProblem, output_final_state: bool) -> tuple[Tensor, Mem
     segments = plan_segments(lengths, positions, C, options.shard_length, output_final_state)
     multi_start = any(segment.offset for segment in segments)
     tiles = tiles_for(p, multi_start)
-    inputs = _inputs(p, params, tiles.multi)
+    inputs = scan_inputs(p, params, tiles.multi, _pack)
     max_chunks = max(-(-(s.offset + s.count) // options.chunk_size) for s in segments)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     plan = Plan(
         hidden=params.w1.shape[-1], is_mlp=int(params.w2 is not None), has_b1=int(params.b1 is not None),
         has_b2=int(params.b2 is not None), chunk_size=options.chunk_size,
         projection=_PROJECTIONS[options.qk_projection],
         normalize=int(options.normalize_projection), multi=int(tiles.multi), max_chunks=max(max_chunks, 1),
-        interval=math.isqrt(max(max_chunks, 1) - 1) + 1 if needs_grad else 0,
+        interval=math.isqrt(max(max_chunks, 1) - 1) + 1 if inputs.requires_grad else 0,
         ends=p.rows if output_final_state else 0, rows=tiles.rows, projection_rows=tiles.projection_rows,
         forward_warps=tiles.forward_warps, recompute_warps=tiles.recompute_warps, backward_warps=tiles.backward_warps,
         forward_stages=tiles.forward_stages, backward_stages=tiles.backward_stages, tall=int(tiles.tall),
@@ -58,7 +58,9 @@ def _read_local(p: MemoryProblem, output_final_state: bool) -> tuple[Tensor, Mem
     with torch.autocast(p.q.device.type, enabled=False):
         o, end = scan_segments(inputs, table, plan)
     o = o.view(B, T, H, D)
-    return o, _final_state(p, params, end) if output_final_state else None
+    if not output_final_state:
+        return o, None
+    return o, final_state(p, end, lambda packed: _unpack(packed, params.fast_weights))
 
 
 class _GlobalReader(Reader):
@@ -73,33 +75,6 @@ class _GlobalReader(Reader):
         return scan_global_chunks(inputs, lengths, self.options.chunk_size)
 
 
-def _inputs(p: MemoryProblem, params: MemoryParams, multi: bool) -> ScanInputs:
-    """The kernels' tensors. Row 0 of every start state is the learned one, row 1 + n that of sequence n."""
-
-    def scalars(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.float().flatten(0, 1).contiguous()
-
-    def rows(first: Tensor, others: Tensor | None) -> Tensor:
-        return first if others is None else torch.cat([first, others.float()])
-
-    H, D = p.q.shape[2:]
-    state = p.initial_state
-    weights = _pack(params.fast_weights.map(lambda t: t.unsqueeze(0)))
-    anchor = weights
-    momentum = torch.zeros_like(weights) if p.gates.momentum is not None else None
-    projection = weights.new_zeros(1, H, D, D) if p.options.qk_projection != "none" else None
-    if state is not None:
-        weights, anchor = rows(weights, _pack(state.weights)), rows(weights, _pack(state.anchor))
-        momentum = None if momentum is None else rows(momentum, _pack(state.momentum))
-        projection = None if projection is None else rows(projection, state.projection)
-    return ScanInputs(
-        *(t.flatten(0, 1).contiguous() for t in (p.q, p.k, p.v)), *map(scalars, p.gates),
-        None if p.token_scale is None else p.token_scale.float().contiguous(),
-        *(None if t is None else t.contiguous() for t in params.norm),
-        weights, anchor if multi else None, momentum, projection,
-    )  # fmt: skip
-
-
 def _pack(weights: FastWeights) -> Tensor:
     """[N, H, P] float32, as the local memory's kernels take it: the first matrix transposed."""
     return _first_transposed(weights).map(Tensor.float).pack()
@@ -112,10 +87,3 @@ def _unpack(packed: Tensor, like: FastWeights) -> FastWeights:
 
 def _first_transposed(weights: FastWeights) -> FastWeights:
     return weights._replace(w1=weights.w1.mT)
-
-
-def _final_state(p: MemoryProblem, params: MemoryParams, end: EndState) -> MemoryState:
-    like = params.fast_weights
-    momentum = None if end.momentum is None else _unpack(end.momentum, like)
-    weights, anchor = _unpack(end.weights, like), _unpack(end.anchor, like)
-    return MemoryState(weights, anchor, momentum, end.projection, final_positions(p))
