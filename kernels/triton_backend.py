@@ -1,16 +1,13 @@
 """What the rest asks of Triton's kernels: whether they can run, and to run.
 
 triton is imported only behind `missing`, which says whether it is there and new enough. A checkpoint's copy of this
-code ends here: it has no kernels, and calls these functions of the installed package, with containers of its own
-classes. They are turned into this package's here, and nowhere else; what is returned has this package's classes, which
-any copy takes (see `types.is_of`).
+code calls these functions of the installed package, see border.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +16,13 @@ from torch.torch_version import TorchVersion
 
 from . import probe
 from .backends import INTERFACE as INTERFACE
+from .border import ours
 from .checks import MemoryProblem
 from .stack import MemoryStack
 from .step import StepMemory
-from .types import FastWeights, MemoryGates, MemoryOptions, MemoryParams, MemoryState
+from .types import MemoryState
 
 MIN_TRITON = "3.6"
-
-_CROSSING = (FastWeights, MemoryGates, MemoryOptions, MemoryParams, MemoryProblem, MemoryState, StepMemory)
-_CONTAINERS = {cls.__name__: cls for cls in _CROSSING}
 
 
 def missing(device_type: str) -> str | None:
@@ -63,21 +58,21 @@ def obstacle(problem: MemoryProblem) -> str | None:
     """Why the kernels are not made for a call, with the rule, what was got and the remedy; None if they are."""
     from .fused import limits
 
-    return limits.obstacle(_ours(problem))
+    return limits.obstacle(ours(problem))
 
 
 def failure(problem: MemoryProblem) -> str | None:
     """Why the kernels of a call do not compile or launch, found out by running them once; None if they do."""
     if isinstance(problem.q, FakeTensor):  # traced without torch.compile: nothing can run
         return None
-    return probe.failure(probe.ReadConfiguration.of(_ours(problem)))
+    return probe.failure(probe.ReadConfiguration.of(ours(problem)))
 
 
 def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, MemoryState | None]:
     """See `api.local_memory` and `api.global_memory`."""
     from .fused import reader
 
-    return reader.read(_ours(problem), output_final_state)
+    return reader.read(ours(problem), output_final_state)
 
 
 def step_obstacle(
@@ -93,7 +88,7 @@ def step_failure(q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, 
     """`failure` of a step."""
     if isinstance(q, FakeTensor):
         return None
-    return probe.failure(probe.StepConfiguration.of(q, [_ours(memory) for memory in memories], stack, active))
+    return probe.failure(probe.StepConfiguration.of(q, [ours(memory) for memory in memories], stack, active))
 
 
 def step(
@@ -102,12 +97,4 @@ def step(
     """See `step.step_memories`; of the stack the buffers are taken."""
     from .fused import decode
 
-    return decode.launch_step(q, k, v, [_ours(memory) for memory in memories], stack, active)
-
-
-def _ours(value: Any) -> Any:
-    """A container of a copy of this code, with those in it, as one of ours; anything else as it is."""
-    cls = _CONTAINERS.get(type(value).__name__)
-    if cls is None or isinstance(value, cls):
-        return value
-    return cls(*(_ours(part) for part in value))
+    return decode.launch_step(q, k, v, [ours(memory) for memory in memories], stack, active)

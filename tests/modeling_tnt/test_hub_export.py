@@ -37,6 +37,7 @@ from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.hub_export import AUTO_MAP, COPY_MARK, code_files
 from modeling_tnt.kernels import triton_backend
 from modeling_tnt.kernels.backends import INTERFACE
+from modeling_tnt.kernels.border import CONTAINERS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -283,8 +284,9 @@ def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
 def test_containers_of_a_copy_become_the_package_s_own(monkeypatch):
     """With those inside of them, before anything of the kernels sees them."""
     pytest.importorskip("triton")
-    cls = triton_backend._CONTAINERS
-    copies = {name: namedtuple(name, ours._fields, defaults=[None] * len(ours._fields)) for name, ours in cls.items()}
+    copies = {
+        name: namedtuple(name, ours._fields, defaults=[None] * len(ours._fields)) for name, ours in CONTAINERS.items()
+    }
     w = torch.zeros(1, 16, 16)
     weights = copies["FastWeights"](w)
     state = copies["MemoryState"](weights, weights)
@@ -298,14 +300,18 @@ def test_containers_of_a_copy_become_the_package_s_own(monkeypatch):
     problem, memory = seen
     inside = (problem.gates, problem.params, problem.initial_state, problem.initial_state.weights)
     for got in (problem, *inside, memory, memory.params):
-        assert type(got) is cls[type(got).__name__]
+        assert type(got) is CONTAINERS[type(got).__name__]
     assert problem.params.norm_weight is w and problem.initial_state.weights.w1 is w and problem.k is None
 
 
 def test_the_number_of_the_interface_stands_for_what_crosses_it():
     """A copy of an earlier version calls these functions with these fields, if it has the same number."""
-    containers = {cls.__name__: cls._fields for cls in triton_backend._CONTAINERS.values()}
-    functions = {name: f for name, f in vars(triton_backend).items() if inspect.isfunction(f) and name[0] != "_"}
+    containers = {name: cls._fields for name, cls in CONTAINERS.items()}
+    functions = {
+        name: f
+        for name, f in vars(triton_backend).items()
+        if inspect.isfunction(f) and f.__module__ == triton_backend.__name__ and name[0] != "_"
+    }
     text = repr(sorted(containers.items())) + "".join(f"{name}{inspect.signature(f)}" for name, f in functions.items())
     assert (INTERFACE, zlib.crc32(text.encode())) == (1, 3356479651), (
         "raise INTERFACE after a release, and put the new sum here"
