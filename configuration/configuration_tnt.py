@@ -63,7 +63,7 @@ class TNTConfig(PreTrainedConfig):
             is TTT's. Without the residual norm it stays None.
         global_chunk_size: tokens between two updates of the global memory (TNT eq. 5). None: no global memory.
         global_update: how a chunk changes the global memory: "gradient" (TNT), or "muon": the chunk's step is made
-            orthogonal, and the weights keep the norms of the initial ones (LaCT, arXiv 2505.23884; not by Triton).
+            orthogonal, and the weights keep the norms of the initial ones (LaCT, arXiv 2505.23884; by torch alone).
         local_chunk_sizes: one local memory for each; may be empty (TNT eq. 6, 14).
         local_shard_lengths: tokens after which a local memory is reset to its learned initial state, a multiple of its
             chunk size: one int for all, a list with one entry each, or None: never.
@@ -75,7 +75,8 @@ class TNTConfig(PreTrainedConfig):
         token_scale: TTT's learned scale of a chunk's summed gradient by position; excludes momentum and forget gate.
         conv_kernel_size: width of the causal depthwise convolution behind the q, k, v projections. 0: none.
         use_output_gate: multiply the mixer's output by a gate of the input.
-        kernel_backend: "auto", "reference", "torch" or "triton"; one that is named and cannot run raises.
+        kernel_backend: "auto", "reference", "torch", "native" (C++ on a CPU) or "triton"; one that is named and cannot
+            run raises.
 
     Raises:
         ValueError: one that lists every problem of the fields, unknown ones included, and says so if they were saved by

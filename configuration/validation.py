@@ -17,7 +17,7 @@ from .version import VERSION
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
 GLOBAL_UPDATES = ("gradient", "muon")
-KERNEL_BACKENDS = ("auto", "reference", "torch", "triton")
+KERNEL_BACKENDS = ("auto", "reference", "torch", "native", "triton")
 
 # A file of somebody else's must not keep its reader busy: numbers are bounded, and so is what is said of them.
 LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}

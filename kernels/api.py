@@ -58,7 +58,8 @@ def local_memory(
         output_final_state: also return the state after the last token; gradients flow through it.
         memory_type: the kind of memory that the parameters are of, see `memory_types`; None: "linear" for one linear
             map, "mlp" for more.
-        backend: "auto" | "reference" | "torch" | "triton"; one that is named and cannot run raises, never falls back.
+        backend: "auto" | "reference" | "torch" | "native" | "triton"; one that is named and cannot run raises, never
+            falls back.
 
     Returns:
         o [B, T, H, D] in q.dtype, and the final `MemoryState` or None.
@@ -94,7 +95,7 @@ def global_memory(
     T / chunk_size steps are sequential. Arguments and returns as in `local_memory`, and:
 
         update: "gradient": the chunk's last weights are the next anchor; "muon": what the chunk has added to a weight
-            matrix is made orthogonal, and its columns keep the norms of the initial ones, see `muon`. Not by Triton.
+            matrix is made orthogonal, and its columns keep the norms of the initial ones, see `muon`. By torch alone.
     """
     options = MemoryOptions(chunk_size, is_global=True, memory_type=memory_type, update=update)
     problem = MemoryProblem(

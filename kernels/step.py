@@ -7,21 +7,31 @@ For each memory, with the equations of `kernels/api.py` and one token t of each 
     local: f(W, M q)      global: f(W_anchor, q)       o = their sum
 
 The "triton" backend does all of it in one launch and never waits for the device, so a step may be captured in a CUDA
-graph, and is one operator to `torch.compile`. The "torch" backend does it in a few operations for all memories, see
-`torch_backend.step`; `torch.compile` breaks its graph there. The reference reads one memory after the other with its
-`local_memory` and `global_memory`.
+graph, and is one operator to `torch.compile`. The "native" backend does it in one call of C++. The "torch" backend does
+it in a few operations for all memories, see `torch_backend.step`. `torch.compile` breaks its graph at both. The
+reference reads one memory after the other with its `local_memory` and `global_memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS, BackendChoice, fall_back, missing, triton_backend, warn_of_fallback
+from .backends import (
+    BACKENDS,
+    BackendChoice,
+    absent,
+    fall_back,
+    missing,
+    native_backend,
+    native_unless,
+    report,
+    triton_backend,
+)  # fmt: skip
 from .checks import MemoryProblem, check
 from .memories.kinds import type_of
 from .stack import MemoryStack
@@ -82,8 +92,8 @@ def step_memories(
             have momentum and decay.
         stack: their states, in the same order.
         active: [rows] bool; a row that is not active keeps its states and gets zeros. None: all are.
-        backend: "auto" | "reference" | "torch" | "triton", see `choose_step_backend`. "auto" steps by torch, and warns
-            once, where the kernel does not compile or launch.
+        backend: "auto" | "reference" | "torch" | "native" | "triton", see `choose_step_backend`. "auto" steps by torch,
+            and says so once, where the kernel does not compile or launch.
 
     Returns:
         o [rows, H, D] in q.dtype, the sum of the memories' outputs in their order.
@@ -94,17 +104,27 @@ def step_memories(
     """
     _check(q, k, v, memories, stack, active)
     choice = _choose(backend, q, memories, stack, active)
-    if choice.is_fallback:
-        warn_of_fallback(choice.reason)
+    report(choice)
     if choice.name == "triton":
         return triton_backend().step(q, k, v, memories, stack, active)
     if choice.name == "reference":
         return _one_by_one(q, k, v, memories, stack, active)
     gates = MemoryGates(*(_stack_gates([getattr(m, name) for m in memories]) for name in MemoryGates._fields))
-    return step_checked(
+    step = native_backend().step if choice.name == "native" else step_checked
+    return step(
         q, k, v, gates, tuple(m.step_options for m in memories), [m.params for m in memories],
         [m.token_scale for m in memories], stack, active,
     )  # fmt: skip
+
+
+def unchecked_step(backend: str, q: Tensor, stack: MemoryStack) -> Callable[..., Tensor] | None:
+    """What steps like `step_checked` for a backend that was chosen by `step_backend_for`; None where the backend, or
+    states of another device or dtype, leave that to `step_memories`."""
+    if stack.weights.device != q.device:
+        return None
+    if backend == "native":
+        return native_backend().step if stack.weights.dtype == torch.float32 else None
+    return step_checked if backend == "torch" else None
 
 
 def step_checked(
@@ -123,7 +143,7 @@ def step_checked(
     For a caller that makes all arguments itself and has had those of the first token checked.
     """
     if active is None or active.all():
-        if stack.stepper is None or stack.stepper.options != options:
+        if not isinstance(stack.stepper, TorchStep) or stack.stepper.options != options:
             stack.stepper = TorchStep(stack, options)
         return stack.stepper(q, k, v, gates, params, token_scales)
     # The rows that have a token, in a stack of their own; seldom, so copies do not matter.
@@ -142,54 +162,61 @@ def _stack_gates(gates: list[Tensor | None]) -> Tensor | None:
 
 
 def choose_step_backend(
-    backend: str, params: MemoryParams, memory_type: str | None = None, update: str = "gradient"
-) -> BackendChoice:
+    backend: str, params: MemoryParams, memory_type: str | None = None, update: str = "gradient",
+    dtype: torch.dtype | None = None,
+) -> BackendChoice:  # fmt: skip
     """The backend that a step of memories with parameters like these runs on, and why; memory_type as in
-    `local_memory`, update as in `global_memory`.
+    `local_memory`, update as in `global_memory`. dtype: of the states; None: of those that parameters like these make.
 
-    "auto" is triton on CUDA where its kernel supports the shapes and the global memory's update, and torch elsewhere.
+    "auto" is triton on CUDA and native on a CPU, where their kernel supports the shapes, the dtype and the global
+    memory's update, and torch elsewhere.
 
     Raises:
-        ValueError: for an unknown name, and for "triton" where it cannot run.
+        ValueError: for an unknown name, and for "native" and "triton" where they cannot run.
     """
     weights = params.fast_weights
-    kind = type_of(memory_type, weights)
-    return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device, update)
+    kind, dtype = type_of(memory_type, weights), dtype or torch.promote_types(params.w1.dtype, torch.float32)
+    return step_backend_for(backend, kind, len(weights.maps), *params.w1.shape[1:], params.w1.device, update, dtype)
 
 
 def step_backend_for(
     backend: str, memory_type: str, maps: int, head_dim: int, hidden: int, device: torch.device,
-    update: str = "gradient",
+    update: str = "gradient", dtype: torch.dtype = torch.float32,
 ) -> BackendChoice:  # fmt: skip
     """`choose_step_backend` of memories of this kind with so many maps, the first [head_dim, hidden], on `device`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
     if backend in ("reference", "torch"):
         return BackendChoice(backend, "named by the caller")
+    sizes = (memory_type, maps, update, head_dim, hidden, device)
+    if backend == "auto" and device.type == "cpu":
+        return native_unless(absent("native") or native_backend().step_obstacle(*sizes, dtype))
     if backend == "auto" and device.type != "cuda":
         return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
-    obstacle = missing(device.type) or triton_backend().step_obstacle(
-        memory_type, maps, update, head_dim, hidden, device
-    )  # fmt: skip
-    if backend == "triton":
+    if backend == "native":
+        native = missing(backend, device.type) or native_backend().step_obstacle(*sizes, dtype)
+        obstacle = native or native_backend().failure()
+    else:
+        obstacle = missing("triton", device.type) or triton_backend().step_obstacle(*sizes)
+    if backend != "auto":
         if obstacle is not None:
-            raise ValueError(f'backend="triton" cannot run this step: {obstacle}; use "auto" or "torch"')
-        return BackendChoice("triton", "named by the caller")
+            raise ValueError(f'backend="{backend}" cannot run this step: {obstacle}; use "auto" or "torch"')
+        return BackendChoice(backend, "named by the caller")
     if obstacle is not None:
-        return fall_back(obstacle)
+        return fall_back("triton", obstacle)
     return BackendChoice("triton", "one launch for all memories of a layer")
 
 
 def _choose(
     backend: str, q: Tensor, memories: Sequence[StepMemory], stack: MemoryStack, active: Tensor | None
 ) -> BackendChoice:
-    """The backend of one step. "auto" tries the kernel first, once for all steps of a configuration."""
+    """The backend of one step. "auto" tries Triton's kernel first, once for all steps of a configuration."""
     update = next((m.update for m in memories if m.update != "gradient"), "gradient")
-    choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type, update)
+    choice = choose_step_backend(backend, memories[0].params, memories[0].memory_type, update, stack.weights.dtype)
     if backend != "auto" or choice.name != "triton":
         return choice
     failure = triton_backend().step_failure(q, memories, stack, active)
-    return choice if failure is None else fall_back(failure)
+    return choice if failure is None else fall_back("triton", failure)
 
 
 def _check(

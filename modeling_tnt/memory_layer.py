@@ -15,8 +15,9 @@ from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_state
 from .kernels.api import read
+from .kernels.backends import KERNELS
 from .kernels.checks import MemoryProblem
-from .kernels.step import StepMemory, step_backend_for, step_checked, step_memories
+from .kernels.step import StepMemory, step_backend_for, step_memories, unchecked_step
 from .kernels.types import MemoryGates, MemoryOptions
 from .packing import Packing, TokenStep
 
@@ -118,11 +119,11 @@ class TNTMemory(nn.Module):
         return self.row_scale * torch.exp(-_widen(self.row_exponent) * positions.log())
 
 
-def reads_by_triton(backend: str, problem: MemoryProblem) -> bool:
-    """Whether Triton's kernels run a call from the learned start; its arguments are checked there."""
+def reads_by_kernels(backend: str, problem: MemoryProblem) -> bool:
+    """Whether kernels, which are few operators, run a call from the learned start; its arguments are checked there."""
     if backend != "auto":
-        return backend == "triton"
-    return choose_backend(problem.q.device.type, problem).name == "triton"
+        return backend in KERNELS
+    return choose_backend(problem.q.device.type, problem).name in KERNELS
 
 
 # Outside of torch.compile's graphs: the loops over chunks of the torch backend, which it would unroll.
@@ -210,10 +211,11 @@ class TNTMemoryLayer(nn.Module):
         """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
         it as any other number of tokens."""
         shapes = [shape for name, shape in fast_weight_shapes(self.config).items() if name.startswith("w")]
-        c, device = self.config, self.norm.weight.device
+        c, like = self.config, self.norm.weight
         return step_backend_for(
-            c.kernel_backend, c.memory_type, len(shapes), *shapes[0][1:], device, c.global_update
-        ).name
+            c.kernel_backend, c.memory_type, len(shapes), *shapes[0][1:], like.device, c.global_update,
+            torch.promote_types(like.dtype, torch.float32),
+        ).name  # fmt: skip
 
     def _read(
         self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
@@ -230,13 +232,13 @@ class TNTMemoryLayer(nn.Module):
                 gates = inputs.gates()
                 if packing is not None:
                     gates = gates.map(packing.gather)
-                # Triton's kernels are operators that torch.compile sees; boundaries and positions are read by the host.
+                # Kernels are operators that torch.compile sees; boundaries and positions are read by the host.
                 on_device = packing is None and not states
                 problem = MemoryProblem(
                     q, k, v, gates, inputs.params, options, inputs.token_scale,
                     None if packing is None else packing.boundaries, states.get(name),
                 )  # fmt: skip
-                in_graph = on_device and reads_by_triton(backend, problem)
+                in_graph = on_device and reads_by_kernels(backend, problem)
                 o, state = (read if in_graph else _read_apart_from_graphs)(problem, update_cache, backend)
                 return _KeepInGraph.apply(o, *gates), state
 
@@ -253,7 +255,7 @@ class TNTMemoryLayer(nn.Module):
         if len(step.options) != len(memories):
             self._check_count()
         advance = self._advance
-        if step.backend == "torch" and torch.compiler.is_compiling():
+        if step.backend != "triton" and torch.compiler.is_compiling():
             advance = torch.compiler.disable(advance)  # it asks the host where chunks end
         reads = list(zip(memories.values(), step.options, strict=True))
         return _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
@@ -277,9 +279,10 @@ class TNTMemoryLayer(nn.Module):
             )
         stack, gates = cache_layer.stack, _stack_gates(inputs)
         token_scales = [given.token_scale for given in inputs]
-        if step.backend == "torch" and not is_new and stack.weights.device == q.device:
+        unchecked = None if is_new else unchecked_step(step.backend, q, stack)
+        if unchecked is not None:
             # All arguments but the cache are our own, and that was checked when it was stacked.
-            o = step_checked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
+            o = unchecked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
         else:
             per_memory = zip(step.options, params, token_scales, *(_each(g, len(params)) for g in gates), strict=True)
             o = step_memories(

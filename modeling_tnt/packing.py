@@ -76,7 +76,7 @@ class TokenStep(NamedTuple):
     """One column of a batch, read behind a cache: [B, 1].
 
     active   [B] bool, False at padding; None: every row has a token.
-    backend  that steps the memories: "torch" or "triton".
+    backend  that steps the memories: "torch", "native" or "triton".
     options  how each of a layer's memories reads.
     """
 
@@ -106,15 +106,15 @@ def plan_step(
 ) -> TokenStep:
     """`plan_packing` for a single column; raises the same errors.
 
-    For the triton backend, which must not wait for the device, without a look at what the tensors hold; for the torch
-    backend, whose step looks at them anyway, a mask of ones is none.
+    For the triton backend, which must not wait for the device, without a look at what the tensors hold; for the others,
+    whose step looks at them anyway, a mask of ones is none.
     """
     _check_ids(batch_shape, position_ids, seq_idx)
     if attention_mask is None:
         return TokenStep(None, backend, options)
     _check_mask(attention_mask, batch_shape, past_length)
     active = (attention_mask[:, -1] != 0).to(device)
-    if backend == "torch" and not torch.compiler.is_compiling() and active.all():
+    if backend != "triton" and not torch.compiler.is_compiling() and active.all():
         active = None
     return TokenStep(active, backend, options)
 

@@ -170,7 +170,7 @@ def test_all_problems_at_once():
         ({"qk_projection": None}, "qk_projection must be one of 'shard', 'chunk', 'none', got None"),
         (
             {"kernel_backend": "cuda"},
-            "kernel_backend must be one of 'auto', 'reference', 'torch', 'triton', got 'cuda'",
+            "kernel_backend must be one of 'auto', 'reference', 'torch', 'native', 'triton', got 'cuda'",
         ),
         ({"hidden_act": "silo"}, "hidden_act='silo' is not an activation of transformers; use 'silu'"),
         ({"pad_token_id": -1}, "pad_token_id must be a token id (an int of at least 0) or None, got -1"),

@@ -73,18 +73,20 @@ def check(folder: Path) -> None:
 
 
 def check_what_is_left_behind(folder: Path) -> None:
-    """What the package alone has: Triton's kernels are refused if they are named, and "auto" on a GPU, which a CPU is
-    taken for here, says once that it goes without; presets are refused. Always with the remedy."""
+    """What the package alone has: kernels are refused if they are named, and "auto" on a GPU, which a CPU is taken for
+    here, says once that it goes without; presets are refused. Always with the remedy. On a CPU nothing is said."""
     remedy = "not with a checkpoint's code (No module named 'modeling_tnt'); pip install modeling-tnt"
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, kernel_backend="triton").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     ids = torch.tensor([[5, 7, 9]])
-    for call in (model, lambda ids: model.generate(ids, max_new_tokens=2, do_sample=False)):
-        try:
-            call(ids)
-        except ValueError as error:
-            assert "backend='triton' cannot run" in str(error) and remedy in str(error), error
-        else:
-            raise AssertionError("kernel_backend='triton' ran without the package")
+    for backend in ("native", "triton"):
+        model.config.kernel_backend = backend
+        for call in (model, lambda ids: model.generate(ids, max_new_tokens=2, do_sample=False)):
+            try:
+                call(ids)
+            except ValueError as error:
+                assert f"backend='{backend}' cannot run" in str(error) and remedy in str(error), error
+            else:
+                raise AssertionError(f"kernel_backend={backend!r} ran without the package")
 
     try:
         type(model.config).from_preset("tiny")
@@ -95,10 +97,15 @@ def check_what_is_left_behind(folder: Path) -> None:
 
     code = type(model).__module__.rpartition(".")[0]
     backends, step = (importlib.import_module(f"{code}.tnt_kernels_{name}") for name in ("backends", "step"))
+    said = []
+    backends.logger.warning = said.append
+    model.config.kernel_backend = "auto"
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert not said, said
+
     choose, choose_step = backends.choose_backend, step.step_backend_for
     backends.choose_backend = lambda device_type, *call: choose("cuda", *call)
     step.step_backend_for = lambda *call: choose_step(*(torch.device("cuda") if c == model.device else c for c in call))
-    model.config.kernel_backend = "auto"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)

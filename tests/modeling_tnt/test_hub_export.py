@@ -35,7 +35,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel, hub_export_flatten
 from modeling_tnt.cache import TNTCacheLayer
 from modeling_tnt.hub_export import AUTO_MAP, COPY_MARK, code_files
-from modeling_tnt.kernels import triton_backend
+from modeling_tnt.kernels import native_backend, triton_backend
 from modeling_tnt.kernels.backends import INTERFACE
 from modeling_tnt.kernels.border import CONTAINERS
 
@@ -113,7 +113,8 @@ def test_the_code_is_flat_and_whole():
             elif isinstance(node, ast.Import | ast.ImportFrom) and "modeling_tnt" in ast.unparse(node):
                 from_package.append(ast.unparse(node))
     assert from_package == [
-        "from modeling_tnt.configuration.presets import load_preset", "from modeling_tnt.kernels import triton_backend"
+        "from modeling_tnt.configuration.presets import load_preset",
+        "from modeling_tnt.kernels import triton_backend", "from modeling_tnt.kernels import native_backend",
     ]  # fmt: skip
 
 
@@ -170,12 +171,13 @@ def test_it_loads_without_the_package_and_without_triton(tmp_path, models_of_byt
     assert said.endswith("loaded without the package and without triton\n")
 
 
-COPY_ON_TRITON = """
+COPY_ON_KERNELS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 sys.stderr = sys.stdout
 ids = torch.tensor([[5, 7, 9, 11, 13]])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, kernel_backend="triton").eval()
+folder, backend = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, kernel_backend=backend).eval()
 assert "modeling_tnt" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 try:
     model(ids)
@@ -184,29 +186,47 @@ try:
 except ValueError as error:
     print(error)
 assert type(model.config).from_preset("tiny").vocab_size == 384
-print([name for name in sys.modules if "fused" in name and "tnt" in name and "local_scan" in name])
+print([name for name in sys.modules if name.endswith(("fused.local_scan", "native.reader")) and "tnt" in name])
 """
 
 
-def run_on_triton(tmp_path: Path, folder: Path) -> list[str]:
-    """What a copy says and computes with kernel_backend="triton" where the package is installed, but not imported."""
+def run_on_kernels(tmp_path: Path, folder: Path, backend: str) -> list[str]:
+    """What a copy says and computes with this backend where the package is installed, but not imported."""
     env = without_package(tmp_path, tuple(name for name in HIDDEN if name != "triton")) | {"TRITON_INTERPRET": "1"}
     installed = tmp_path / "site/modeling_tnt"
     installed.mkdir()
     for path in (*ROOT.glob("modeling_tnt/*.py"), ROOT / "kernels", ROOT / "configuration"):
         (installed / path.name).symlink_to(path)
-    return run(env, "-c", COPY_ON_TRITON, folder).splitlines()
+    return run(env, "-c", COPY_ON_KERNELS, folder, backend).splitlines()
+
+
+KERNELS = {  # name, title, the module that runs it
+    "triton": ("Triton's kernels", "modeling_tnt.kernels.fused.local_scan"),
+    "native": ("the native kernels", "modeling_tnt.kernels.native.reader"),
+}
+on_kernels = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter"),
+        ),
+        pytest.param("native", marks=pytest.mark.native),
+    ],
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
-def test_a_copy_runs_the_kernels_of_the_installed_package(tmp_path):
+@on_kernels
+def test_a_copy_runs_the_kernels_of_the_installed_package(backend, tmp_path):
     """And says once where they come from."""
     model = make_model("mlp", torch.float32)
     model.save_pretrained(tmp_path / "model")
-    *said, logits, modules = run_on_triton(tmp_path, tmp_path / "model")
-    assert sum("Triton's kernels are those of the installed package modeling-tnt" in line for line in said) == 1
-    assert modules == "['modeling_tnt.kernels.fused.local_scan']"
+    *said, logits, modules = run_on_kernels(tmp_path, tmp_path / "model", backend)
+    title, module = KERNELS[backend]
+    assert sum(f"{title} are those of the installed package modeling-tnt" in line for line in said) == 1
+    assert modules == f"['{module}']"
+    model.config.kernel_backend = "torch"
     with torch.no_grad():
         expected = model(torch.tensor([[5, 7, 9, 11, 13]])).logits.flatten()
     # Other sums in another order, in float32.
@@ -214,14 +234,15 @@ def test_a_copy_runs_the_kernels_of_the_installed_package(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_copy_leaves_the_kernels_of_another_version_alone(tmp_path):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_copy_leaves_the_kernels_of_another_version_alone(backend, tmp_path):
     make_model("mlp", torch.float32).save_pretrained(tmp_path / "model")
     backends = tmp_path / "model/tnt_kernels_backends.py"
     source = backends.read_text()
     backends.write_text(source.replace(f"INTERFACE = {INTERFACE}", "INTERFACE = 0"))
     assert backends.read_text() != source
-    *_, refusal, modules = run_on_triton(tmp_path, tmp_path / "model")
-    assert "backend='triton' cannot run" in refusal
+    *_, refusal, modules = run_on_kernels(tmp_path, tmp_path / "model", backend)
+    assert f"backend='{backend}' cannot run" in refusal
     assert "of another version" in refusal and "import modeling_tnt before the model is loaded" in refusal
     assert modules == "[]"
 
@@ -248,14 +269,14 @@ def load_copy(tmp_path, monkeypatch) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+@on_kernels
 @pytest.mark.parametrize("variant", ["linear", "mlp-momentum-forget"])
-def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
+def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, backend, variant):
     """Its containers cross the border, in one graph as well as outside of it, and in the step of decoding."""
     torch._dynamo.reset()
     tokens = make_tokens(2, 12)
-    ours = make_model(variant, torch.float32, num_hidden_layers=1)
-    copy = load_copy(ours, dtype=torch.float32, kernel_backend="triton")
+    ours = make_model(variant, torch.float32, num_hidden_layers=1, kernel_backend="torch")
+    copy = load_copy(ours, dtype=torch.float32, kernel_backend=backend)
 
     def step(model, call) -> list[torch.Tensor]:
         model.zero_grad()
@@ -271,7 +292,8 @@ def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
         want = ours(tokens).logits[:, 3:]
         cache = copy(tokens[:, :3], use_cache=True).cache
         logits = [copy(tokens[:, 3:4], cache=cache).logits]
-        compiled = torch.compile(copy, fullgraph=True, backend="aot_eager")
+        # The native step is called outside of graphs.
+        compiled = torch.compile(copy, fullgraph=backend == "triton", backend="aot_eager")
         logits += [compiled(tokens[:, t : t + 1], cache=cache).logits for t in (4, 5)]
         logits.append(copy(tokens[:, 6:8], cache=cache).logits)  # from states of a stack
         cache = ours(tokens[:, 8:9], cache=cache).cache  # from those of the other
@@ -283,7 +305,6 @@ def test_a_copy_on_the_kernels_trains_and_decodes(load_copy, variant):
 
 def test_containers_of_a_copy_become_the_package_s_own(monkeypatch):
     """With those inside of them, before anything of the kernels sees them."""
-    pytest.importorskip("triton")
     copies = {
         name: namedtuple(name, ours._fields, defaults=[None] * len(ours._fields)) for name, ours in CONTAINERS.items()
     }
@@ -292,28 +313,34 @@ def test_containers_of_a_copy_become_the_package_s_own(monkeypatch):
     state = copies["MemoryState"](weights, weights)
     params, gates = copies["MemoryParams"](w, norm_weight=w), copies["MemoryGates"](w)
     problem = copies["MemoryProblem"](q=w, gates=gates, params=params, initial_state=state)
-    seen = []
-    monkeypatch.setattr("modeling_tnt.kernels.fused.reader.read", lambda *call: seen.append(call[0]))
-    triton_backend.read(problem, False)
-    monkeypatch.setattr("modeling_tnt.kernels.fused.decode.launch_step", lambda *call: seen.extend(call[3]))
-    triton_backend.step(w, w, w, [copies["StepMemory"](problem.params, w)], None, None)
-    problem, memory = seen
-    inside = (problem.gates, problem.params, problem.initial_state, problem.initial_state.weights)
-    for got in (problem, *inside, memory, memory.params):
+    seen, crossed = [], []
+    monkeypatch.setattr("modeling_tnt.kernels.native.reader.read", lambda *call: seen.append(call[0]))
+    native_backend.read(problem, False)
+    monkeypatch.setattr("modeling_tnt.kernels.native.step.launch_step", lambda *call: crossed.extend(call[3:6]))
+    native_backend.step(w, w, w, gates, [copies["MemoryOptions"](4)], [params], [None], None, None)
+    crossed = [crossed[0], *crossed[1], *crossed[2]]
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setattr("modeling_tnt.kernels.fused.reader.read", lambda *call: seen.append(call[0]))
+        triton_backend.read(problem, False)
+        monkeypatch.setattr("modeling_tnt.kernels.fused.decode.launch_step", lambda *call: crossed.extend(call[3]))
+        triton_backend.step(w, w, w, [copies["StepMemory"](problem.params, w)], None, None)
+        crossed.append(crossed[-1].params)
+    for problem in seen:
+        crossed += (problem, problem.gates, problem.params, problem.initial_state, problem.initial_state.weights)
+        assert problem.params.norm_weight is w and problem.initial_state.weights.w1 is w and problem.k is None
+    for got in crossed:
         assert type(got) is CONTAINERS[type(got).__name__]
-    assert problem.params.norm_weight is w and problem.initial_state.weights.w1 is w and problem.k is None
 
 
 def test_the_number_of_the_interface_stands_for_what_crosses_it():
     """A copy of an earlier version calls these functions with these fields, if it has the same number."""
     containers = {name: cls._fields for name, cls in CONTAINERS.items()}
-    functions = {
-        name: f
-        for name, f in vars(triton_backend).items()
-        if inspect.isfunction(f) and f.__module__ == triton_backend.__name__ and name[0] != "_"
-    }
-    text = repr(sorted(containers.items())) + "".join(f"{name}{inspect.signature(f)}" for name, f in functions.items())
-    assert (INTERFACE, zlib.crc32(text.encode())) == (1, 3356479651), (
+    text = repr(sorted(containers.items()))
+    for border in (triton_backend, native_backend):
+        for name, f in vars(border).items():
+            if inspect.isfunction(f) and f.__module__ == border.__name__ and name[0] != "_":
+                text += f"{name}{inspect.signature(f)}"
+    assert (INTERFACE, zlib.crc32(text.encode())) == (1, 3064048600), (
         "raise INTERFACE after a release, and put the new sum here"
     )
 

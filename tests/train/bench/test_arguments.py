@@ -18,7 +18,7 @@ from modeling_tnt.train.cli import main
         ("kernels", ["--lengths", "48"], "--lengths must divide --tokens 64, got 48"),
         ("kernels", ["--lengths", "0"], "--lengths must be at least 1, got 0"),
         ("kernels", ["--chunk-sizes", "24"], "--shard-length 32 must be a multiple of every chunk size, got 24"),
-        ("kernels", ["--backends", "torsh"], "--backends must be one of torch, triton, got 'torsh'"),
+        ("kernels", ["--backends", "torsh"], "--backends must be one of torch, native, triton, got 'torsh'"),
         ("kernels", ["--peers", "vllm"], "--peers must be one of fla, flash, cudnn, titans, none, got 'vllm'"),
         ("kernels", ["--modes", "backward"], "--modes must be one of forward+backward, forward, got 'backward'"),
         ("kernels", ["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
@@ -39,7 +39,7 @@ from modeling_tnt.train.cli import main
         ("decode", ["--peer", "mamba"], "--peer must be one of llama, none, got 'mamba'"),
         ("decode", ["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
         ("decode", ["--memory-limit", "-1"], "--memory-limit must be at least 0 and finite, got -1.0"),
-        ("decode", ["--backend", "reference"], "--backend must be one of auto, torch, triton, got 'reference'"),
+        ("decode", ["--backend", "reference"], "--backend must be one of auto, torch, native, triton, got 'reference'"),
     ],
 )
 def test_bad_arguments(bench, name: str, flags: list[str], message: str, output_dir: Path, capsys):
