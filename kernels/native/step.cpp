@@ -1,0 +1,438 @@
+// The decode step: one new token of every row through all memories of a layer, state written in place.
+//
+// A task is one head of one row of one memory. With the equations of kernels/api.py and README.md, T = 1:
+//
+//     before a shard: W := W_init, S := 0, M := 0      before a chunk: W_anchor := W
+//     S := m S − lr G(W_anchor)      W := (1 − decay) W + S      M := M + k kᵀ/‖k‖²
+//     local: f(W, M q)      global: f(W_anchor, q)      o = their sum, in the order of the memories
+//
+// What a step costs is the state's way through the cores: the anchor is read once forward and once back (but for the
+// first map), then weights and momentum are read, written and read at in one pass. A map's bias lies behind its weights
+// in the packed state, so it is one more row of the matrix, met by an input of 1.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "vector.h"
+
+namespace tnt::decode {
+
+constexpr float NORM_EPS = 1e-6f;
+constexpr int64_t ROWS_AT_ONCE = 4;
+
+// What a pointer whose type is known at run time points to; the numbers are those of step.py.
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// Fields of MemoryParams: w1, b1, w2, b2, norm_weight, norm_bias, w3, b3, …; [H, inputs, outputs], [H, outputs], [H, D].
+constexpr int64_t NORM_WEIGHT = 4, NORM_BIAS = 5;
+constexpr int64_t weight_field(int64_t map) { return map < 2 ? 2 * map : 2 * map + 2; }
+constexpr int64_t bias_field(int64_t map) { return weight_field(map) + 1; }
+
+struct Memory {  // one memory's options and learned parameters
+    int64_t chunk_size;
+    int64_t shard_length;  // 0: never reset
+    int64_t is_global;
+    int64_t slot;  // of its projection; −1: none
+    int64_t projects_by_chunk;
+    int64_t normalizes;
+    const float* token_scale;  // [chunk_size] or null
+    const void* params[18];  // null where there is none; see `weight_field`
+    int64_t types[18];
+};
+
+struct Line {  // q, k or v [rows, H, D], features contiguous
+    const void* data;
+    int64_t type, row, head;  // strides
+};
+
+struct Step {  // a step's arguments; the same fields stand in step.py
+    int64_t memories, rows, heads, dim, hidden, maps, has_bias, packed;
+    const Memory* memory;  // [memories]
+    float* weights;  // [memories, rows, H, packed], as the next two; momentum may be null
+    float* anchor;
+    float* momentum;
+    float* projection;  // [slots, rows, H, D, D]
+    int64_t* position;  // [memories, rows, H]
+    Line q, k, v;
+    const float* lr;  // [memories, rows, H], as the next two, which may be null
+    const float* momentum_gate;
+    const float* decay;
+    const uint8_t* active;  // [rows] or null: all
+    float* o;  // [rows, H, D]
+    int64_t threads;
+};
+
+float half_to_float(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 0x3ff;
+    if (exponent == 0) {  // zero and subnormal numbers, units of 2^−24
+        const float value = float(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t wide = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// `count` numbers of a type from the `first` on.
+void widen(float* target, const void* source, int64_t type, int64_t first, int64_t count) {
+    if (type == FLOAT32) {
+        std::memcpy(target, static_cast<const float*>(source) + first, size_t(count) * sizeof(float));
+        return;
+    }
+    const uint16_t* bits = static_cast<const uint16_t*>(source) + first;
+    for (int64_t i = 0; i < count; ++i) {
+        if (type == FLOAT16) {
+            target[i] = half_to_float(bits[i]);
+        } else {
+            const uint32_t wide = uint32_t(bits[i]) << 16;
+            std::memcpy(target + i, &wide, sizeof wide);
+        }
+    }
+}
+
+// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Lines of
+// the workspace end at a whole vector.
+constexpr float A1 = 1.5957691216057308f, A3 = A1 * 0.044715f;
+
+void gelu(float* z, float* slope, int64_t count) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const Vector<WIDTH> x = tnt::load<WIDTH>(z + i), square = x * x;
+        const Vector<WIDTH> sigmoid = 1.0f / (1.0f + tnt::exp<WIDTH>(-(A1 + A3 * square) * x));
+        const Vector<WIDTH> value = x * sigmoid;
+        if (slope) store<WIDTH>(slope + i, sigmoid + value * (1.0f - sigmoid) * (A1 + 3.0f * A3 * square));
+        store<WIDTH>(z + i, value);
+    }
+}
+
+float dot(const float* __restrict a, const float* __restrict b, int64_t count) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// x/‖x‖; a zero row stays zero.
+void make_unit(float* __restrict x, int64_t count) {
+    const float square = dot(x, x, count);
+    const float scale = square == 0.0f ? 0.0f : 1.0f / std::sqrt(square);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] *= scale;
+}
+
+// x := LN(x) without weight and bias; returns 1/deviation.
+float standardise(float* __restrict x, int64_t count) {
+    float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += x[i];
+    const float mean = sum / float(count);
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < count; ++i) square += (x[i] - mean) * (x[i] - mean);
+    const float rstd = 1.0f / std::sqrt(square / float(count) + NORM_EPS);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] = (x[i] - mean) * rstd;
+    return rstd;
+}
+
+// y := x W for W [inputs, outputs].
+void times(const float* __restrict x, const float* __restrict w, float* __restrict y, int64_t inputs, int64_t outputs) {
+    std::memset(y, 0, size_t(outputs) * sizeof(float));
+    int64_t i = 0;
+    for (; i + ROWS_AT_ONCE <= inputs; i += ROWS_AT_ONCE) {
+        const float* __restrict w0 = w + i * outputs;
+        const float* __restrict w1 = w0 + outputs;
+        const float* __restrict w2 = w1 + outputs;
+        const float* __restrict w3 = w2 + outputs;
+        const float x0 = x[i], x1 = x[i + 1], x2 = x[i + 2], x3 = x[i + 3];
+#pragma omp simd
+        for (int64_t o = 0; o < outputs; ++o) y[o] += (x0 * w0[o] + x1 * w1[o]) + (x2 * w2[o] + x3 * w3[o]);
+    }
+    for (; i < inputs; ++i) {
+        const float* __restrict row = w + i * outputs;
+#pragma omp simd
+        for (int64_t o = 0; o < outputs; ++o) y[o] += x[i] * row[o];
+    }
+}
+
+// Of one token: how the state of one head advances.
+struct Advance {
+    float momentum, keep, scale;
+    bool at_start, at_end;
+};
+
+// S := m S − aᵀ δ, W := keep W + S, and if READ y := x W, in one pass over a map's matrices [inputs, outputs].
+// The anchor becomes the weights before the token where a chunk starts, and those behind it where one ends. With a token
+// scale what is read, and what a chunk leaves behind, is W_anchor + r (W − W_anchor).
+template <bool MOMENTUM, bool SCALED, bool READ>
+void advance_map(
+    float* weights, float* anchor, float* momentum, const float* __restrict a, const float* __restrict delta,
+    const float* __restrict x, float* __restrict y, int64_t inputs, int64_t outputs, const Advance& by) {
+    const size_t bytes = size_t(outputs) * sizeof(float);
+    const float m = by.momentum, keep = by.keep, r = by.scale;
+    if (READ) std::memset(y, 0, bytes);
+    for (int64_t i = 0; i < inputs; ++i) {
+        float* __restrict w = weights + i * outputs;
+        float* __restrict before = anchor + i * outputs;
+        float* __restrict s = MOMENTUM ? momentum + i * outputs : nullptr;
+        const float input = a[i], at = READ ? x[i] : 0.0f;
+        if (by.at_start && (SCALED || !by.at_end)) std::memcpy(before, w, bytes);
+#pragma omp simd
+        for (int64_t o = 0; o < outputs; ++o) {
+            float step = -input * delta[o];
+            if (MOMENTUM) {
+                step += m * s[o];
+                s[o] = step;
+            }
+            const float now = keep * w[o] + step;
+            w[o] = now;
+            if (READ) y[o] += at * (SCALED ? before[o] + r * (now - before[o]) : now);
+        }
+        if (SCALED && by.at_end) {
+#pragma omp simd
+            for (int64_t o = 0; o < outputs; ++o) w[o] = before[o] + r * (w[o] - before[o]);
+        }
+        if (by.at_end) std::memcpy(before, w, bytes);
+    }
+}
+
+// x := q M behind M += k kᵀ/‖k‖²; a chunk's sum begins at zero and is left at zero.
+void project(
+    float* projection, const float* __restrict unit_k, const float* __restrict q, float* __restrict x, int64_t dim,
+    bool from_zero, bool to_zero) {
+    std::memset(x, 0, size_t(dim) * sizeof(float));
+    if (from_zero) std::memset(projection, 0, size_t(dim * dim) * sizeof(float));
+    for (int64_t i = 0; i < dim; ++i) {
+        float* __restrict row = projection + i * dim;
+#pragma omp simd
+        for (int64_t o = 0; o < dim; ++o) {
+            row[o] += unit_k[i] * unit_k[o];
+            x[o] += q[i] * row[o];
+        }
+    }
+    if (to_zero) std::memset(projection, 0, size_t(dim * dim) * sizeof(float));
+}
+
+// What a thread works in. Lines are as wide as the widest input of a map and its 1, in whole vectors.
+struct Workspace {
+    int64_t width;
+    std::vector<float> numbers;
+
+    explicit Workspace(const Step& s)
+        : width((std::max(s.dim, s.hidden) / 16 + 1) * 16), numbers(size_t(width * (7 + 3 * s.maps))) {}
+    float* line(int64_t i) { return numbers.data() + i * width; }
+    float* value() { return line(0); }
+    float* query() { return line(1); }
+    float* spare() { return line(2); }
+    float* norm_weight() { return line(3); }
+    float* norm_bias() { return line(4); }
+    float* read(int64_t parity) { return line(5 + parity); }  // a read's way through the maps
+    float* key() { return input(0); }
+    float* input(int64_t map) { return line(7 + 3 * map); }  // of a map, at the key
+    float* slope(int64_t map) { return line(8 + 3 * map); }  // of the function in front of a map
+    float* delta(int64_t map) { return line(9 + 3 * map); }  // the gradient at a map's output, times lr
+};
+
+struct Head {  // one head's task
+    const Step& s;
+    const Memory& memory;
+    int64_t row, head, at;  // `at` counts heads of all memories and rows
+    Workspace& work;
+
+    int64_t inputs(int64_t map) const { return map == 0 ? s.dim : s.hidden; }
+    int64_t outputs(int64_t map) const { return map == s.maps - 1 ? s.dim : s.hidden; }
+    int64_t lines(int64_t map) const { return inputs(map) + s.has_bias; }
+    int64_t offset(int64_t map) const {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < map; ++i) sum += lines(i) * outputs(i);
+        return sum;
+    }
+
+    bool has_norm() const { return memory.params[NORM_WEIGHT]; }
+    float* weights() const { return s.weights + at * s.packed; }
+    float* anchor() const { return s.anchor + at * s.packed; }
+    float* momentum() const { return s.momentum ? s.momentum + at * s.packed : nullptr; }
+    float* projection() const {
+        return s.projection + ((memory.slot * s.rows + row) * s.heads + head) * s.dim * s.dim;
+    }
+
+    // `count` numbers of this head.
+    void load_param(float* target, int64_t field, int64_t count) const {
+        widen(target, memory.params[field], memory.types[field], head * count, count);
+    }
+
+    void reset() const {
+        for (int64_t map = 0; map < s.maps; ++map) {
+            float* target = weights() + offset(map);
+            const int64_t size = inputs(map) * outputs(map);
+            load_param(target, weight_field(map), size);
+            if (s.has_bias) load_param(target + size, bias_field(map), outputs(map));
+        }
+        if (s.momentum) std::memset(momentum(), 0, size_t(s.packed) * sizeof(float));
+        if (memory.slot >= 0) std::memset(projection(), 0, size_t(s.dim * s.dim) * sizeof(float));
+    }
+
+    // The last map's output at x becomes f(x).
+    void finish(float* __restrict y, const float* __restrict x) const {
+        if (!has_norm()) return;
+        standardise(y, s.dim);
+        const float* __restrict weight = work.norm_weight();
+        const float* __restrict bias = work.norm_bias();
+#pragma omp simd
+        for (int64_t i = 0; i < s.dim; ++i) y[i] = x[i] + bias[i] + y[i] * weight[i];
+    }
+
+    // f(W, x) at weights that stay; x has room for a 1 behind it.
+    float* read_at(const float* w, float* x) const {
+        float* line = x;
+        for (int64_t map = 0; map < s.maps; ++map) {
+            float* y = work.read(map % 2);
+            line[inputs(map)] = 1.0f;
+            times(line, w + offset(map), y, lines(map), outputs(map));
+            if (map + 1 < s.maps) gelu(y, nullptr, outputs(map));
+            line = y;
+        }
+        finish(line, x);
+        return line;
+    }
+
+    // The gradient of ½‖f(W, k) − v‖² at every map's output, times lr, into `delta`; each map's input into `input`.
+    void gradient(const float* w, float lr) const {
+        const int64_t last = s.maps - 1;
+        for (int64_t map = 0; map < s.maps; ++map) {
+            float* y = map == last ? work.delta(last) : work.input(map + 1);
+            work.input(map)[inputs(map)] = 1.0f;
+            times(work.input(map), w + offset(map), y, lines(map), outputs(map));
+            if (map < last) gelu(y, work.slope(map + 1), outputs(map));
+        }
+        output_gradient(work.delta(last), lr);
+        for (int64_t map = last; map > 0; --map) {
+            const float *matrix = w + offset(map), *delta = work.delta(map), *slope = work.slope(map);
+            float* u = work.delta(map - 1);
+            for (int64_t i = 0; i < inputs(map); ++i) {
+                u[i] = slope[i] * dot(matrix + i * outputs(map), delta, outputs(map));
+            }
+        }
+    }
+
+    // With the norm f = k + γ n + β, n = LN(y): δ = r (g − mean g − n mean(g n)) with g = lr γ (f − v). In place of y.
+    void output_gradient(float* __restrict y, float lr) const {
+        const float* __restrict k = work.key();
+        const float* __restrict v = work.value();
+        if (!has_norm()) {
+#pragma omp simd
+            for (int64_t i = 0; i < s.dim; ++i) y[i] = lr * (y[i] - v[i]);
+            return;
+        }
+        const float rstd = standardise(y, s.dim);
+        const float* __restrict weight = work.norm_weight();
+        const float* __restrict bias = work.norm_bias();
+        float* __restrict g = work.spare();
+        float mean = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : mean, product)
+        for (int64_t i = 0; i < s.dim; ++i) {
+            g[i] = lr * weight[i] * (k[i] + bias[i] + y[i] * weight[i] - v[i]);
+            mean += g[i];
+            product += g[i] * y[i];
+        }
+        mean /= float(s.dim);
+        product /= float(s.dim);
+#pragma omp simd
+        for (int64_t i = 0; i < s.dim; ++i) y[i] = rstd * (g[i] - mean - y[i] * product);
+    }
+
+    // The state advances, and if READ it is read at x on the way; returns f(W, x).
+    template <bool READ> float* advance(float* x, const Advance& by) const {
+        auto* with = s.momentum ? advance_map<true, false, READ> : advance_map<false, false, READ>;
+        if (memory.token_scale) with = advance_map<false, true, READ>;
+        float* line = x;
+        for (int64_t map = 0; map < s.maps; ++map) {
+            const int64_t from = offset(map);
+            float* surprise = s.momentum ? momentum() + from : nullptr;
+            float* y = READ ? work.read(map % 2) : nullptr;
+            if (READ) line[inputs(map)] = 1.0f;
+            with(
+                weights() + from, anchor() + from, surprise, work.input(map), work.delta(map), line, y, lines(map),
+                outputs(map), by);
+            if (READ && map + 1 < s.maps) gelu(y, nullptr, outputs(map));
+            line = y;
+        }
+        if (READ) finish(line, x);
+        return line;
+    }
+
+    void load_line(float* target, const Line& line) const {
+        widen(target, line.data, line.type, row * line.row + head * line.head, s.dim);
+    }
+
+    // The token; returns the memory's output [D].
+    const float* run() const {
+        int64_t& position = s.position[at];
+        if (memory.shard_length > 0 && position % memory.shard_length == 0) reset();
+        const int64_t in_chunk = position % memory.chunk_size;
+        const bool at_start = in_chunk == 0, at_end = in_chunk + 1 == memory.chunk_size;
+        ++position;
+
+        load_line(work.key(), s.k);
+        load_line(work.value(), s.v);
+        load_line(work.query(), s.q);
+        if (has_norm()) {
+            load_param(work.norm_weight(), NORM_WEIGHT, s.dim);
+            load_param(work.norm_bias(), NORM_BIAS, s.dim);
+        }
+        float* x = work.query();
+        if (memory.slot >= 0) x = projected(at_start, at_end);
+        const float* start = at_start ? weights() : anchor();
+        gradient(start, s.lr[at]);
+        const Advance by{
+            s.momentum ? s.momentum_gate[at] : 0.0f,
+            s.decay ? 1.0f - s.decay[at] : 1.0f,
+            memory.token_scale ? memory.token_scale[in_chunk] : 1.0f,
+            at_start,
+            at_end,
+        };
+        if (!memory.is_global) return advance<true>(x, by);
+        const float* o = read_at(start, x);
+        advance<false>(x, by);
+        return o;
+    }
+
+    // M q, in place of q.
+    float* projected(bool at_start, bool at_end) const {
+        std::memcpy(work.spare(), work.key(), size_t(s.dim) * sizeof(float));
+        make_unit(work.spare(), s.dim);
+        const bool by_chunk = memory.projects_by_chunk;
+        float* x = work.read(0);
+        project(projection(), work.spare(), work.query(), x, s.dim, by_chunk && at_start, by_chunk && at_end);
+        if (memory.normalizes) make_unit(x, s.dim);
+        std::memcpy(work.query(), x, size_t(s.dim) * sizeof(float));
+        return work.query();
+    }
+};
+
+}  // namespace tnt::decode
+
+extern "C" void tnt_step(const tnt::decode::Step* step) {
+    using namespace tnt::decode;
+    const Step& s = *step;
+    const int64_t heads = s.rows * s.heads, tasks = s.memories * heads, width = heads * s.dim;
+    std::vector<float> outputs(size_t(s.memories * width));
+#pragma omp parallel num_threads(int(s.threads)) if (s.threads > 1)
+    {
+        Workspace work(s);
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < tasks; ++at) {
+            const int64_t i = at / heads, row = at % heads / s.heads, head = at % s.heads;
+            if (s.active && !s.active[row]) continue;  // `outputs` are zeros
+            const float* o = Head{s, s.memory[i], row, head, at, work}.run();
+            std::memcpy(outputs.data() + at * s.dim, o, size_t(s.dim) * sizeof(float));
+        }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+        float sum = outputs[size_t(j)];
+        for (int64_t i = 1; i < s.memories; ++i) sum += outputs[size_t(i * width + j)];
+        s.o[j] = sum;
+    }
+}
