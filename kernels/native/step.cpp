@@ -21,26 +21,29 @@
 namespace tnt::decode {
 
 constexpr float NORM_EPS = 1e-6f;
+constexpr float SMALLEST_LENGTH = 1e-6f;  // of q and k before they get length 1: what is shorter stays below it
 constexpr int64_t ROWS_AT_ONCE = 4;
 
 // What a pointer whose type is known at run time points to; the numbers are those of step.py.
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-// Fields of MemoryParams: w1, b1, w2, b2, norm_weight, norm_bias, w3, b3, …; [H, inputs, outputs], [H, outputs], [H, D].
-constexpr int64_t NORM_WEIGHT = 4, NORM_BIAS = 5;
-constexpr int64_t weight_field(int64_t map) { return map < 2 ? 2 * map : 2 * map + 2; }
-constexpr int64_t bias_field(int64_t map) { return weight_field(map) + 1; }
+// A memory's tensors, by place: [chunk_size], the gates [rows, H], and behind them the fields of MemoryParams:
+// w1, b1, w2, b2, norm_weight, norm_bias, w3, b3, … [H, inputs, outputs], [H, outputs], [H, D].
+enum Place : int64_t { TOKEN_SCALE = 0, LR = 1, MOMENTUM = 2, DECAY = 3, PARAMS = 4, PLACES = PARAMS + 18 };
+constexpr int64_t NORM_WEIGHT = PARAMS + 4, NORM_BIAS = PARAMS + 5;
+constexpr int64_t weight_place(int64_t map) { return PARAMS + (map < 2 ? 2 * map : 2 * map + 2); }
+constexpr int64_t bias_place(int64_t map) { return weight_place(map) + 1; }
 
-struct Memory {  // one memory's options and learned parameters
+struct Memory {  // one memory's options and tensors
     int64_t chunk_size;
     int64_t shard_length;  // 0: never reset
     int64_t is_global;
     int64_t slot;  // of its projection; −1: none
     int64_t projects_by_chunk;
     int64_t normalizes;
-    const float* token_scale;  // [chunk_size] or null
-    const void* params[18];  // null where there is none; see `weight_field`
-    int64_t types[18];
+    const void* tensors[PLACES];  // null where there is none
+    int64_t types[PLACES];
+    double base_lr;  // by which lr is multiplied if it is a logit
 };
 
 struct Line {  // q, k or v [rows, H, D], features contiguous
@@ -57,9 +60,7 @@ struct Step {  // a step's arguments; the same fields stand in step.py
     float* projection;  // [slots, rows, H, D, D]
     int64_t* position;  // [memories, rows, H]
     Line q, k, v;
-    const float* lr;  // [memories, rows, H], as the next two, which may be null
-    const float* momentum_gate;
-    const float* decay;
+    int64_t is_raw;  // q, k, v and gates are given as they are before their activations, see `load_token` and `gate`
     const uint8_t* active;  // [rows] or null: all
     float* o;  // [rows, H, D]
     int64_t threads;
@@ -108,6 +109,13 @@ void gelu(float* z, float* slope, int64_t count) {
     }
 }
 
+void silu(float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const Vector<WIDTH> z = tnt::load<WIDTH>(x + i);
+        store<WIDTH>(x + i, z / (1.0f + tnt::exp<WIDTH>(-z)));
+    }
+}
+
 float dot(const float* __restrict a, const float* __restrict b, int64_t count) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -115,10 +123,10 @@ float dot(const float* __restrict a, const float* __restrict b, int64_t count) {
     return sum;
 }
 
-// x/‖x‖; a zero row stays zero.
-void make_unit(float* __restrict x, int64_t count) {
-    const float square = dot(x, x, count);
-    const float scale = square == 0.0f ? 0.0f : 1.0f / std::sqrt(square);
+// x/‖x‖, or x/smallest where that is longer; a zero row stays zero.
+void make_unit(float* __restrict x, int64_t count, float smallest = 0.0f) {
+    const float length = std::sqrt(dot(x, x, count));
+    const float scale = length == 0.0f ? 0.0f : 1.0f / (length < smallest ? smallest : length);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) x[i] *= scale;
 }
@@ -250,7 +258,6 @@ struct Head {  // one head's task
         return sum;
     }
 
-    bool has_norm() const { return memory.params[NORM_WEIGHT]; }
     float* weights() const { return s.weights + at * s.packed; }
     float* anchor() const { return s.anchor + at * s.packed; }
     float* momentum() const { return s.momentum ? s.momentum + at * s.packed : nullptr; }
@@ -258,17 +265,21 @@ struct Head {  // one head's task
         return s.projection + ((memory.slot * s.rows + row) * s.heads + head) * s.dim * s.dim;
     }
 
+    bool has(int64_t place) const { return memory.tensors[place]; }
+    void load_tensor(float* target, int64_t place, int64_t first, int64_t count) const {
+        widen(target, memory.tensors[place], memory.types[place], first, count);
+    }
     // `count` numbers of this head.
-    void load_param(float* target, int64_t field, int64_t count) const {
-        widen(target, memory.params[field], memory.types[field], head * count, count);
+    void load_param(float* target, int64_t place, int64_t count) const {
+        load_tensor(target, place, head * count, count);
     }
 
     void reset() const {
         for (int64_t map = 0; map < s.maps; ++map) {
             float* target = weights() + offset(map);
             const int64_t size = inputs(map) * outputs(map);
-            load_param(target, weight_field(map), size);
-            if (s.has_bias) load_param(target + size, bias_field(map), outputs(map));
+            load_param(target, weight_place(map), size);
+            if (s.has_bias) load_param(target + size, bias_place(map), outputs(map));
         }
         if (s.momentum) std::memset(momentum(), 0, size_t(s.packed) * sizeof(float));
         if (memory.slot >= 0) std::memset(projection(), 0, size_t(s.dim * s.dim) * sizeof(float));
@@ -276,7 +287,7 @@ struct Head {  // one head's task
 
     // The last map's output at x becomes f(x).
     void finish(float* __restrict y, const float* __restrict x) const {
-        if (!has_norm()) return;
+        if (!has(NORM_WEIGHT)) return;
         standardise(y, s.dim);
         const float* __restrict weight = work.norm_weight();
         const float* __restrict bias = work.norm_bias();
@@ -321,7 +332,7 @@ struct Head {  // one head's task
     void output_gradient(float* __restrict y, float lr) const {
         const float* __restrict k = work.key();
         const float* __restrict v = work.value();
-        if (!has_norm()) {
+        if (!has(NORM_WEIGHT)) {
 #pragma omp simd
             for (int64_t i = 0; i < s.dim; ++i) y[i] = lr * (y[i] - v[i]);
             return;
@@ -346,7 +357,7 @@ struct Head {  // one head's task
     // The state advances, and if READ it is read at x on the way; returns f(W, x).
     template <bool READ> float* advance(float* x, const Advance& by) const {
         auto* with = s.momentum ? advance_map<true, false, READ> : advance_map<false, false, READ>;
-        if (memory.token_scale) with = advance_map<false, true, READ>;
+        if (has(TOKEN_SCALE)) with = advance_map<false, true, READ>;
         float* line = x;
         for (int64_t map = 0; map < s.maps; ++map) {
             const int64_t from = offset(map);
@@ -365,6 +376,32 @@ struct Head {  // one head's task
 
     void load_line(float* target, const Line& line) const {
         widen(target, line.data, line.type, row * line.row + head * line.head, s.dim);
+        if (s.is_raw) silu(target, s.dim);
+    }
+
+    // q, k and v; raw ones are what is projected from a token: silu(·) of each, of which q and k get length 1.
+    void load_token() const {
+        load_line(work.key(), s.k);
+        load_line(work.value(), s.v);
+        load_line(work.query(), s.q);
+        if (s.is_raw) {
+            make_unit(work.key(), s.dim, SMALLEST_LENGTH);
+            make_unit(work.query(), s.dim, SMALLEST_LENGTH);
+        }
+    }
+
+    // Raw gates are logits; that of lr is of a share of the base.
+    float gate(int64_t place) const {
+        float value;
+        load_tensor(&value, place, row * s.heads + head, 1);
+        if (s.is_raw) value = 1.0f / (1.0f + std::exp(-value));
+        return s.is_raw && place == LR ? float(memory.base_lr) * value : value;
+    }
+
+    float token_scale(int64_t in_chunk) const {
+        float value = 1.0f;
+        if (has(TOKEN_SCALE)) load_tensor(&value, TOKEN_SCALE, in_chunk, 1);
+        return value;
     }
 
     // The token; returns the memory's output [D].
@@ -375,21 +412,19 @@ struct Head {  // one head's task
         const bool at_start = in_chunk == 0, at_end = in_chunk + 1 == memory.chunk_size;
         ++position;
 
-        load_line(work.key(), s.k);
-        load_line(work.value(), s.v);
-        load_line(work.query(), s.q);
-        if (has_norm()) {
+        load_token();
+        if (has(NORM_WEIGHT)) {
             load_param(work.norm_weight(), NORM_WEIGHT, s.dim);
             load_param(work.norm_bias(), NORM_BIAS, s.dim);
         }
         float* x = work.query();
         if (memory.slot >= 0) x = projected(at_start, at_end);
         const float* start = at_start ? weights() : anchor();
-        gradient(start, s.lr[at]);
+        gradient(start, gate(LR));
         const Advance by{
-            s.momentum ? s.momentum_gate[at] : 0.0f,
-            s.decay ? 1.0f - s.decay[at] : 1.0f,
-            memory.token_scale ? memory.token_scale[in_chunk] : 1.0f,
+            s.momentum ? gate(MOMENTUM) : 0.0f,
+            has(DECAY) ? 1.0f - gate(DECAY) : 1.0f,
+            token_scale(in_chunk),
             at_start,
             at_end,
         };

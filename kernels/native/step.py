@@ -25,7 +25,7 @@ NUMBERS_A_THREAD = 1 << 16
 # What step.cpp widens by itself, by its numbers.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_FIELDS = len(MemoryParams._fields)
+_PLACES = 1 + len(MemoryGates._fields) + len(MemoryParams._fields)
 
 
 class _Memory(ctypes.Structure):
@@ -34,9 +34,9 @@ class _Memory(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("chunk_size", "shard_length", "is_global", "slot")),
         *((name, ctypes.c_int64) for name in ("projects_by_chunk", "normalizes")),
-        ("token_scale", ctypes.c_void_p),
-        ("params", ctypes.c_void_p * _FIELDS),
-        ("types", ctypes.c_int64 * _FIELDS),
+        ("tensors", ctypes.c_void_p * _PLACES),
+        ("types", ctypes.c_int64 * _PLACES),
+        ("base_lr", ctypes.c_double),
     ]
 
 
@@ -55,7 +55,8 @@ class _Step(ctypes.Structure):
         ("memory", ctypes.POINTER(_Memory)),
         *((name, ctypes.c_void_p) for name in ("weights", "anchor", "momentum", "projection", "position")),
         *((name, _Line) for name in "qkv"),
-        *((name, ctypes.c_void_p) for name in ("lr", "momentum_gate", "decay", "active", "o")),
+        ("is_raw", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("active", "o")),
         ("threads", ctypes.c_int64),
     ]
 
@@ -87,34 +88,48 @@ def launch_step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
+    base_lrs: Sequence[float] | None = None,
 ) -> Tensor:
-    """See `step.step_checked`; the stack is of float32."""
+    """See `step.step_checked`; the stack is of float32.
+
+    With base_lrs, one of each memory, q, k, v and gates are given before their activations, which saves a layer a dozen
+    operations: q, k and v are silu of what is given, q and k at length 1; a gate is a sequence of each memory's logits,
+    [rows, 1, H], of which its sigmoid is taken, and the step size's is multiplied by the memory's base.
+    """
     stepper = stack.stepper
     if not isinstance(stepper, NativeStep) or stepper.options != options:
         stepper = stack.stepper = NativeStep(stack, options)
-    return stepper(q, k, v, gates, params, token_scales, active)
+    if stack.aligned_to != stepper.chunk_sizes:  # step.cpp looks at no anchor where a chunk starts
+        stack.aligned_to = None
+    return stepper(q, k, v, gates, params, token_scales, active, base_lrs)
 
 
 class NativeStep:
     """The step of one stack with memories of these options; its arguments are laid out once, not at every token."""
 
     def __init__(self, stack: MemoryStack, options: Sequence[MemoryOptions]) -> None:
-        self.options, self._stack = tuple(options), stack
-        self._chunk_sizes = tuple(o.chunk_size for o in options)
+        self.options = tuple(options)
+        self.chunk_sizes = tuple(o.chunk_size for o in options)
+        self._buffers = (stack.weights, stack.projection, stack.position)
         self._memories = (_Memory * len(options))(*map(_memory, options, stack.slots))
-        self._of_memories = [*zip(*((m, m.params, m.types) for m in self._memories), strict=True)]
+        self._tensors, self._types = [m.tensors for m in self._memories], [m.types for m in self._memories]
         like = stack.states[0].weights
         groups, memories, rows, heads, packed = stack.weights.shape
         places = [group.data_ptr() for group in stack.weights] + [None] * (3 - groups)
+        maps = len(like.maps)
+        self._params = 1 + MemoryParams._fields.index(f"b{maps}" if maps > 2 else "norm_bias")  # that may be there
         self._arguments = _Step(
-            memories, rows, heads, *like.w1.shape[-2:], len(like.maps), int(like.b1 is not None), packed,
+            memories, rows, heads, *like.w1.shape[-2:], maps, int(like.b1 is not None), packed,
             self._memories, *places, stack.projection.data_ptr(), stack.position.data_ptr(),
         )  # fmt: skip
         self._lines = (self._arguments.q, self._arguments.k, self._arguments.v)
-        self._buffers = (stack.weights, stack.projection, stack.position)
         self._max_threads = max(1, min(memories * rows * heads, stack.weights.numel() // NUMBERS_A_THREAD))
         self._call, self._reference = library().tnt_step, ctypes.byref(self._arguments)
         self._call.restype = None
+
+    def __reduce__(self) -> tuple:
+        """A copy of a stack has buffers of its own, so it begins without a stepper."""
+        return type(None), ()
 
     def __call__(
         self,
@@ -125,32 +140,28 @@ class NativeStep:
         params: Sequence[MemoryParams],
         token_scales: Sequence[Tensor | None],
         active: Tensor | None,
+        base_lrs: Sequence[float] | None,
     ) -> Tensor:
         """Learn from k, v and read at q, [rows, H, D] each; the states are advanced in place, of active rows.
 
         Returns:
             The sum of the memories' outputs [rows, H, D], in q.dtype; zeros where a row is not active.
         """
-        if self._stack.aligned_to != self._chunk_sizes:  # step.cpp looks at no anchor where a chunk starts
-            self._stack.aligned_to = None
         arguments, kept = self._arguments, []  # copies for the call live as long as it
-        o = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         for line, x in zip(self._lines, (q, k, v), strict=True):
             if x.dtype not in _TYPES or x.stride(-1) != 1:
                 kept.append(x := x.float().contiguous())
             line.data, line.type, line.row, line.head = x.data_ptr(), _TYPES[x.dtype], x.stride(0), x.stride(1)
-        arguments.lr, arguments.momentum_gate, arguments.decay = (_floats(gate, kept) for gate in gates)
+        of_memories = [[None] * len(params) if gate is None else gate for gate in gates]
+        for i, (one, scale, *its_gates) in enumerate(zip(params, token_scales, *of_memories, strict=True)):
+            _point((scale, *its_gates, *one[: self._params]), self._tensors[i], self._types[i], kept)
+        arguments.is_raw = base_lrs is not None
+        if base_lrs is not None:
+            for memory, base_lr in zip(self._memories, base_lrs, strict=True):
+                memory.base_lr = base_lr
+        o = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         active = None if active is None else active.contiguous()
-        arguments.active = None if active is None else active.data_ptr()
-        for memory, pointers, types, one, scale in zip(*self._of_memories, params, token_scales, strict=True):
-            memory.token_scale = _floats(scale, kept)
-            for i, x in enumerate(one):
-                pointers[i] = None
-                if x is not None:
-                    if x.dtype not in _TYPES or not x.is_contiguous():
-                        kept.append(x := x.float().contiguous())
-                    pointers[i], types[i] = x.data_ptr(), _TYPES[x.dtype]
-        arguments.o = o.data_ptr()
+        arguments.active, arguments.o = None if active is None else active.data_ptr(), o.data_ptr()
         arguments.threads = min(self._max_threads, torch.get_num_threads())
         self._call(self._reference)
         # In a graph that was recorded with these buffers, a backward has to see that they were written.
@@ -165,10 +176,12 @@ def _memory(options: MemoryOptions, slot: int) -> _Memory:
     )  # fmt: skip
 
 
-def _floats(x: Tensor | None, kept: list[Tensor]) -> int | None:
-    """Where the numbers of x lie in float32; a copy, if it takes one, is kept."""
-    if x is None:
-        return None
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        kept.append(x := x.float().contiguous())
-    return x.data_ptr()
+def _point(tensors: Sequence[Tensor | None], pointers: ctypes.Array, types: ctypes.Array, kept: list[Tensor]) -> None:
+    """Say where these tensors lie and what they hold; copies, where it takes one, are kept."""
+    for i, x in enumerate(tensors):
+        if x is None:
+            pointers[i] = None
+            continue
+        if x.dtype not in _TYPES or not x.is_contiguous():
+            kept.append(x := x.float().contiguous())
+        pointers[i], types[i] = x.data_ptr(), _TYPES[x.dtype]
