@@ -8,14 +8,12 @@ deviation takes one more digit, and a wrong term is above 1e-3.
 
 import copy
 import os
-from itertools import product
 
 import pytest
 import torch
+from decode_cases import GLOBALS, KIND_CASES, LINEAR, MIXED, SMALL, TILED, named, several, step_memory
 from memory_cases import (
     FLOAT64_TOLERANCE,
-    KINDS,
-    LOCAL_CASES,
     MUON_CASES,
     Case,
     assert_same,
@@ -27,7 +25,7 @@ from memory_cases import (
 
 from modeling_tnt.kernels import MemoryParams
 from modeling_tnt.kernels.stack import MemoryStack
-from modeling_tnt.kernels.step import StepMemory, choose_step_backend, step_memories
+from modeling_tnt.kernels.step import choose_step_backend, step_memories
 
 pytest.importorskip("triton")
 
@@ -43,57 +41,6 @@ def tensors_are_on_the_cpu(request):
         return
     if not INTERPRETED and request.node.get_closest_marker("gpu") is None:
         pytest.skip("the tensors are on the CPU, where kernels run with TRITON_INTERPRET=1 only")
-
-
-# Rows at the start of a shard, in mid-chunk, and at the end of a shard: within six tokens every boundary is crossed.
-SMALL = {"head_dim": 16, "hidden": 32, "heads": 1, "batch": 3, "start": (8, 3, 15), "length": 6}
-GLOBAL = {"is_global": True, "shard_length": None}
-LINEAR = [
-    Case(memory="linear", rule=rule, projection=projection, **SMALL)
-    for rule, projection in product(
-        ("plain", "momentum", "decay", "both", "token_scale"),
-        ("none", "shard", "chunk", "shard_normalized", "chunk_normalized"),
-    )
-]
-MIXED = [case.with_(**SMALL | {"heads": 2}) for case in LOCAL_CASES]
-GLOBALS = [
-    Case(**GLOBAL, **SMALL, memory=memory, rule=rule, norm=norm, bias=bias)
-    for memory, rule, norm, bias in (
-        ("mlp", "plain", True, True), ("mlp", "both", False, False), ("linear", "momentum", True, False),
-        ("linear", "decay", False, True),
-    )
-]  # fmt: skip
-TILED = [  # several tiles of hidden units, a width that is no power of two
-    Case(**SMALL | {"hidden": 272, "batch": 1, "start": (6,), "length": 3}, rule="both", projection="shard"),
-    Case(**SMALL | {"hidden": 48, "length": 2}, rule="token_scale", norm=False),
-]
-
-
-KIND_CASES = [
-    Case(**SMALL, memory=memory, rule=rule, projection="shard", norm=norm, bias=norm)
-    for memory, (rule, norm) in product(KINDS, (("both", True), ("token_scale", True), ("plain", False)))
-] + [Case(**GLOBAL, **SMALL, memory=memory, rule="both") for memory in KINDS]
-
-
-def step_memory(case, x, t):
-    """The memory of a case with the gates of token t."""
-    params = MemoryParams(**{n.removeprefix("params."): p for n, p in x.items() if n.startswith("params.")})
-    gates = {name: x[name][:, t] if name in x else None for name in ("lr", "momentum", "decay")}
-    if case.is_global:
-        return StepMemory(
-            params, chunk_size=case.chunk_size, is_global=True, memory_type=case.memory_type, update=case.update,
-            **gates,
-        )  # fmt: skip
-    return StepMemory(
-        params, chunk_size=case.chunk_size, shard_length=case.shard_length,
-        qk_projection=case.projection.removesuffix("_normalized"),
-        normalize_projection=case.projection.endswith("_normalized"), token_scale=x.get("token_scale"),
-        memory_type=case.memory_type, **gates,
-    )  # fmt: skip
-
-
-def named(o, state):
-    return {"o": o, **{f"state.{name}": t for name, t in state.tensors().items()}}
 
 
 @torch.no_grad()
@@ -170,17 +117,6 @@ def test_single_precision_against_the_reference_in_double(case, dtype, backend):
     assert_same({"o": got.pop("o")}, {"o": want_o.float()}, 1e-2 if dtype == torch.bfloat16 else FLOAT32_TOLERANCE)
     want = want.map(lambda t: t.float() if t.is_floating_point() else t)
     assert_same(got, {f"state.{name}": t for name, t in want.tensors().items()}, FLOAT32_TOLERANCE)
-
-
-def several(rule, memory):
-    """A global memory and three local ones whose chunks and shards differ."""
-    shared = SMALL | {"rule": rule, "memory": memory, "length": 4, "batch": 2, "start": (3, 17)}
-    return [
-        Case(**shared | GLOBAL | {"chunk_size": 5, "rule": "plain" if rule == "token_scale" else rule}),
-        Case(**shared | {"chunk_size": 1, "shard_length": 6, "projection": "shard", "seed": 1}),
-        Case(**shared | {"chunk_size": 4, "shard_length": None, "projection": "chunk_normalized", "seed": 2}),
-        Case(**shared | {"chunk_size": 3, "shard_length": 9, "seed": 3}),
-    ]
 
 
 @pytest.mark.parametrize(("rule", "memory"), [("both", "linear"), ("token_scale", "linear"), ("decay", "mlp")])
