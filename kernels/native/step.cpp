@@ -449,7 +449,7 @@ struct Head {  // one head's task
 
 }  // namespace tnt::decode
 
-extern "C" void tnt_step(const tnt::decode::Step* step) {
+extern "C" __attribute__((visibility("default"))) void tnt_step(const tnt::decode::Step* step) {
     using namespace tnt::decode;
     const Step& s = *step;
     const int64_t heads = s.rows * s.heads, tasks = s.memories * heads, width = heads * s.dim;
