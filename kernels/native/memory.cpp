@@ -10,6 +10,7 @@
 #include "coefficients.h"
 #include "projection.h"
 #include "tile.h"
+#include "tokens.h"
 
 namespace tnt {
 
@@ -48,18 +49,6 @@ static float* workspace(size_t floats) {
         size = floats;
     }
     return memory.get();
-}
-
-static float widen(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-static uint16_t round_to_bfloat16(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return f != f ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // Some tokens of a segment that share a chunk.
@@ -352,14 +341,8 @@ template <int R> class Walk {
     void load(const void* tokens, const Span& span, float* lanes) {
         const int D = m_.D;
         const int64_t first = ((start_ + span.first) * c_.H + head_) * D, stride = c_.H * D;
-        for (int t = 0; t < span.n; t++) {
-            if (c_.is_bfloat16) {
-                const uint16_t* x = static_cast<const uint16_t*>(tokens) + first + t * stride;
-                for (int d = 0; d < D; d++) rows_[t * D + d] = widen(x[d]);
-            } else {
-                std::memcpy(rows_ + t * D, static_cast<const float*>(tokens) + first + t * stride, sizeof(float) * D);
-            }
-        }
+        for (int t = 0; t < span.n; t++)
+            read_numbers(tokens, c_.is_bfloat16, first + t * stride, D, rows_ + t * D);
         std::memset(rows_ + span.n * D, 0, sizeof(float) * (R - span.n) * D);
         transpose<R>(rows_, R, D, lanes);
     }
@@ -367,14 +350,8 @@ template <int R> class Walk {
         const int D = m_.D;
         const int64_t first = ((start_ + span.first) * c_.H + head_) * D, stride = c_.H * D;
         transpose<R>(lanes, D, R, rows_);
-        for (int t = 0; t < span.n; t++) {
-            if (c_.is_bfloat16) {
-                uint16_t* x = static_cast<uint16_t*>(tokens) + first + t * stride;
-                for (int d = 0; d < D; d++) x[d] = round_to_bfloat16(rows_[t * D + d]);
-            } else {
-                std::memcpy(static_cast<float*>(tokens) + first + t * stride, rows_ + t * D, sizeof(float) * D);
-            }
-        }
+        for (int t = 0; t < span.n; t++)
+            write_numbers(rows_ + t * D, c_.is_bfloat16, first + t * stride, D, tokens);
     }
 
     const Call& c_;
