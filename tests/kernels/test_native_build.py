@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,8 +79,10 @@ class Compiler:
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch) -> Compiler:
-    return Compiler(tmp_path, monkeypatch)
+def compiler(tmp_path, monkeypatch) -> Iterator[Compiler]:
+    compiler = Compiler(tmp_path, monkeypatch)
+    yield compiler
+    compiler.hang.unlink(missing_ok=True)  # so that none is left waiting
 
 
 def start(function: Callable[[], object]) -> multiprocessing.Process:
@@ -234,7 +236,6 @@ def test_a_killed_build_is_not_in_the_way(sources, cache, compiler, monkeypatch)
     monkeypatch.delenv("CXX")  # the compiler of the killed process still runs
     assert Builder(sources).library().add(3, 4) == 7
     assert len(libraries(cache)) == 1 and not list(cache.glob("*.partial"))
-    compiler.hang.unlink()
 
 
 def test_a_stopped_process_is_not_waited_for_for_ever(sources, cache, monkeypatch, capfd):
