@@ -1,12 +1,13 @@
-"""A whole model on Triton's kernels, here in their interpreter: the torch backend's results, and in one graph."""
+"""A whole model on kernels, Triton's here in their interpreter: the torch backend's results, and in one graph."""
 
 import pytest
 import torch
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, memory_layer
-from modeling_tnt.kernels import backends, choose_backend, probe
+from modeling_tnt.kernels import backends, choose_backend, native_backend, probe
 
 pytest.importorskip("triton")
+KERNELS = pytest.mark.parametrize("backend", ["triton", pytest.param("native", marks=pytest.mark.native)])
 
 
 @pytest.fixture
@@ -29,11 +30,12 @@ def loss_and_gradients(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
 )
-def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, checkpointing: bool):
+@KERNELS
+def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, backend: str, checkpointing: bool):
     ids = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(1))
     model.config.kernel_backend = "torch"
     want = loss_and_gradients(model, ids)
-    model.config.kernel_backend = "triton"
+    model.config.kernel_backend = backend
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable()
@@ -44,11 +46,12 @@ def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, checkpoin
 
 
 @pytest.mark.slow
-def test_a_training_step_is_one_graph(model: TNTForCausalLM):
+@KERNELS
+def test_a_training_step_is_one_graph(model: TNTForCausalLM, backend: str):
     """The kernels are operators that torch.compile sees: no graph break, with `fullgraph=True` that would raise."""
     torch._dynamo.reset()  # an earlier test's other lengths would make this one's symbolic
     ids = torch.randint(0, 64, (1, 13), generator=torch.Generator().manual_seed(1))
-    model.config.kernel_backend = "triton"
+    model.config.kernel_backend = backend
     eager = loss_and_gradients(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.zero_grad()
@@ -58,6 +61,26 @@ def test_a_training_step_is_one_graph(model: TNTForCausalLM):
     for name, parameter in model.named_parameters():
         if name in eager:
             torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.native
+@torch.no_grad()
+def test_a_cpu_reads_and_decodes_by_the_native_kernels(model: TNTForCausalLM, monkeypatch):
+    """Without being told to: every memory of a prompt, and one step a layer for each token behind it. States in float64
+    are the torch backend's."""
+    reads, steps = [], []
+    read, step = native_backend.read, native_backend.step
+    monkeypatch.setattr(native_backend, "read", lambda *call: reads.append(call) or read(*call))
+    monkeypatch.setattr(native_backend, "step", lambda *call: steps.append(call) or step(*call))
+    ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    got = model.generate(ids, **greedy)
+    assert len(reads) == 2 and len(steps) == 5
+    model.config.kernel_backend = "torch"
+    assert torch.equal(got, model.generate(ids, **greedy))
+    model.config.kernel_backend = "auto"
+    model.double().generate(ids, **greedy)
+    assert len(reads) == 2 and len(steps) == 5
 
 
 @pytest.mark.filterwarnings("ignore:backend='auto' runs the torch backend")
