@@ -35,10 +35,11 @@ _KERNEL_DEFAULTS: ByDevice = {
     "cuda": {
         "dtype": "bf16", "heads": 12, "shard_length": 2048, "tokens": 131072,
         "lengths": [2048, 4096, 8192, 16384, 32768, 65536], "chunk_sizes": [16, 8, 64, 128, 1],
+        "backends": ["triton", "torch"],
     },
     "cpu": {
         "dtype": "fp32", "heads": 2, "shard_length": 256, "tokens": 1024,
-        "lengths": [256, 512, 1024], "chunk_sizes": [16, 8],
+        "lengths": [256, 512, 1024], "chunk_sizes": [16, 8], "backends": ["native", "torch"],
     },
 }  # fmt: skip
 _MODEL_DEFAULTS: ByDevice = {
@@ -155,7 +156,10 @@ class KernelBenchArguments(_GridArguments):
     tokens: int | None = _grid_option("tokens", "tokens of a call, in tokens / T rows", _KERNEL_DEFAULTS)
     chunk_sizes: list[int] | None = _grid_option("chunk_sizes", "tokens in a chunk, in this order", _KERNEL_DEFAULTS)
 
-    backends: list[str] = option(["triton", "torch"], "contenders", "of the memory operations, in this order")
+    backends: list[str] | None = option(
+        None, "contenders", "of the memory operations, in this order: torch, native or triton; default triton torch, "
+        "on a CPU native torch",
+    )  # fmt: skip
     peers: list[str] = option(
         list(PEERS), "contenders", "fla: chunk_ttt_linear of flash-linear-attention; flash, cudnn: causal attention "
         "through torch's SDPA; titans: NeuralMemory of titans-pytorch; none: no peer",
@@ -203,7 +207,7 @@ class ModelBenchArguments(_GridArguments):
     )
 
     preset: str | None = option(None, "models", "of the TNT model; default tnt-150m, on a CPU tiny")
-    backend: str = option("auto", "models", "of the memory operations: auto, torch or triton")
+    backend: str = option("auto", "models", "of the memory operations: auto, torch, native or triton")
     titans_chunk_size: int = option(8, "models", "tokens in a chunk of the Titans model; 0: no Titans model")
     attention: str = option("flash", "models", "the Llama's, through torch's SDPA: flash (FlashAttention) or cudnn")
     compile_llama: bool = option(False, "models", "run the Llama through torch.compile")
@@ -262,7 +266,7 @@ class DecodeBenchArguments(BenchArguments):
     )
     batch_size: int = option(1, "grid", "rows, one new token each")
     preset: str | None = option(None, "models", "of the TNT model; default tnt-150m, on a CPU tiny")
-    backend: str = option("auto", "models", "of TNT's memory operations: auto, torch or triton")
+    backend: str = option("auto", "models", "of TNT's memory operations: auto, torch, native or triton")
     peer: str = option(
         "llama", "models", "llama: transformers' Llama of as many parameters, with a DynamicCache and with a "
         "StaticCache; TNT is compared with the faster one; or none",

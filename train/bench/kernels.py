@@ -24,8 +24,9 @@ from .rows import KernelRow
 
 HEADLINE_LENGTH = 32768  # of the detailed tables; where it is not measured, the longest length
 LEGEND = """\
-torch, triton: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash, cudnn: causal
-attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the inputs."""
+torch, native, triton: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash, cudnn:
+causal attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the
+inputs."""
 
 
 def run_kernels(arguments: KernelBenchArguments) -> int:
