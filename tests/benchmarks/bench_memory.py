@@ -23,6 +23,9 @@ Memory is measured in a fresh process per contender: the high-water mark of resi
 was resident before it, after a small step has warmed up libraries and thread pools. Linux can reset that mark (write
 "5" to /proc/self/clear_refs), so nothing that importing needed is counted or hidden, which `ru_maxrss` cannot promise.
 
+Before it and while it measures the script looks how many CPUs other processes keep busy, and says so when that is too
+much for its numbers to mean something.
+
 Operations are counted by `operations` below, and the share is that of the best float32 `torch.mm` in the same run.
 """
 
@@ -45,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling_tnt.kernels import MemoryParams, local_memory
+from modeling_tnt.train.common.machine import OtherProcesses, describe_others, look_around
 
 PEER = "titans_pytorch"
 CONTENDERS = ("operation", "ours", "ours+gates", "peer")
@@ -250,9 +254,11 @@ def run_chunk_size(args: argparse.Namespace, names: list[str], chunk_size: int, 
     for step in steps.values():
         step(min(args.length, 512))
     times: dict[str, list[float]] = {name: [] for name in names}
+    others = OtherProcesses()
     for _ in range(args.repeats):
         for name, step in steps.items():
             times[name].append(seconds(lambda: step(args.length), args.device))  # noqa: B023
+    cpus_used_by_others = others.cpus()
     rows = []
     for name in names:
         tokens_per_second = [args.batch * args.length / t for t in times[name]]
@@ -262,6 +268,7 @@ def run_chunk_size(args: argparse.Namespace, names: list[str], chunk_size: int, 
             "tokens_per_second": statistics.median(tokens_per_second),
             "tokens_per_second_lowest": min(tokens_per_second),
             "tokens_per_second_highest": max(tokens_per_second),
+            "cpus_used_by_others": cpus_used_by_others,
         }
         if name != "peer":
             row["operations"] = operations(args, chunk_size, name)
@@ -338,11 +345,16 @@ def main(argv: list[str]) -> None:
     machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
     print(f"B={args.batch} T={args.length} H={args.heads} D={args.head_dim} expansion={args.expansion} "
           f"shard={args.shard_length} projection={args.qk_projection} float32 on {args.device}; {machine}")  # fmt: skip
+    threads = args.threads if args.device == "cpu" else 1
+    print(describe_others(look_around(), threads), flush=True)
+    others = OtherProcesses()
     rate = matmul_rate(args.device)
     rows = [row for chunk_size in args.chunk_sizes for row in run_chunk_size(args, names, chunk_size, argv)]
     rate = max(rate, matmul_rate(args.device))
     print(f"float32 matmul: {rate / 1e9:.1f} GFLOP/s, the best square torch.mm before and after")
     report(rows, rate)
+    seen = [row["cpus_used_by_others"] for row in rows if row["cpus_used_by_others"] is not None]
+    print(describe_others(others.cpus(), threads, max(seen, default=None)))
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k not in ("json", "measure_peak_of")}
         numbers = {"settings": settings, "machine": machine, "peer_missing": missing, "matmul_rate": rate, "rows": rows}

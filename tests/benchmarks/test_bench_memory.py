@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_tnt.train.common import machine
+
 SCRIPT = Path(__file__).with_name("bench_memory.py")
 TINY = ["--length", "40", "--batch", "1", "--heads", "2", "--head-dim", "8", "--shard-length", "16", "--repeats", "2"]
 
@@ -21,7 +23,25 @@ def bench():
 @pytest.fixture(autouse=True)
 def known_rate(bench, monkeypatch):
     """Measuring the machine takes longer than everything else here."""
+    monkeypatch.setattr(machine, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(bench, "matmul_rate", lambda device: 1e9)
+
+
+def test_a_machine_that_is_not_idle_is_told(bench, monkeypatch, tmp_path: Path, capsys):
+    class Busy:
+        def cpus(self) -> float:
+            return 1.25
+
+    monkeypatch.setattr(bench, "look_around", lambda: 0.75)
+    monkeypatch.setattr(bench, "OtherProcesses", Busy)
+    monkeypatch.setattr(machine, "count_cpus", lambda: 2)
+    out = tmp_path / "numbers.json"
+    bench.main([*TINY, "--contenders", "ours", "--chunk-sizes", "4", "--no-peak", "--json", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["cpus_used_by_others"] == 1.25
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("0.8 of 2 CPUs busy with other processes: these times are too long")
+    assert lines[-1].startswith("1.2 of 2 CPUs busy with other processes (1.2 in the worst measurement): these times")
 
 
 def test_it_runs_and_writes_its_numbers(bench, tmp_path: Path, capsys):

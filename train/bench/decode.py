@@ -28,6 +28,7 @@ from modeling_tnt import TNTForCausalLM
 from modeling_tnt.compat import named_cache
 from modeling_tnt.kernels import choose_step_backend
 
+from ..common.machine import OtherProcesses
 from ..common.models import build_llama
 from ..common.pictures import COLORS, count_tokens, make_y_logarithmic, picture, short_count
 from ..common.timing import OK, OUT_OF_MEMORY, Outcome, attempt, synchronize
@@ -169,10 +170,10 @@ class DecodeBench(Bench):
         outcomes: dict[str, Outcome] = {}
         seconds: dict[str, list[float]] = {c.name: [] for c in ready}
         peaks: dict[str, int | None] = {}
-        began = time.monotonic()
+        began, others = time.monotonic(), OtherProcesses()
         for i in range(WARM_UP + MOST_STEPS):
             if i == WARM_UP:
-                began = time.monotonic()
+                began, others = time.monotonic(), OtherProcesses()
             enough = time.monotonic() - began > self.args.case_seconds * len(ready)
             if i >= WARM_UP + FEWEST_REPEATS and enough:
                 break
@@ -188,9 +189,11 @@ class DecodeBench(Bench):
                         seconds[candidate.name].append(self._step(candidate))
                 except Exception as error:  # not `attempt` at once: it gives a GPU's memory back behind every call
                     outcomes[candidate.name] = attempt(partial(_raise, error), self.device)
+        cpus_used_by_others = others.cpus()
         for candidate in ready:
             if candidate.name not in outcomes:
-                timing = Timing.of(seconds[candidate.name][WARM_UP - 1 :], peaks[candidate.name])
+                times, peak = seconds[candidate.name][WARM_UP - 1 :], peaks[candidate.name]
+                timing = Timing.of(times, peak, cpus_used_by_others=cpus_used_by_others)
                 figures = timing.fields(self.args.batch_size) | {"cache_bytes": candidate.cache_bytes}
                 outcomes[candidate.name] = Outcome(OK, value=figures)
         return outcomes

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..common.machine import describe_machine, describe_versions
+from ..common.machine import OtherProcesses, describe_machine, describe_others, describe_versions, look_around
 from ..common.timing import NOT_RUN, OK, Deadline, DeviceLostError, Outcome, attempt
 from ..options import fail, to_mapping
 from .arguments import BenchArguments
@@ -103,10 +103,18 @@ class Bench:
         parts = [self.describe(), *self.tables(rows), list_reasons(rows), *self.conclusions(rows)]
         return "\n\n".join(part for part in parts if part)
 
+    def describe_load(self, cpus: float | None, rows: Sequence[Row] = ()) -> str:
+        """What other processes do to the CPUs, as a mean of some time and in the worst of the rows; "" if unknown."""
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        seen = [row.cpus_used_by_others for row in rows if row.cpus_used_by_others is not None]
+        sentence = describe_others(cpus, threads, max(seen, default=None))
+        return sentence and f"load      {sentence}"
+
     def run(self) -> int:
         """Measure, print, and write rows and plot; what was measured before an interruption is reported, too."""
         results, plot = (self.args.output_dir / name for name in self.args.results)
-        print(f"{self.describe()}\n", flush=True)
+        print(f"{self.describe()}\n{self.describe_load(look_around())}\n", flush=True)
+        others = OtherProcesses()
         self.args.output.claim(self.args.results)
         rows: list[Row] = []
         try:
@@ -119,7 +127,7 @@ class Bench:
             if rows:
                 save_rows(results, rows, to_mapping(self.args))
                 self.draw(plot, rows)
-                print(f"\n{self.report(rows)}", flush=True)
+                print(f"\n{self.report(rows)}\n\n{self.describe_load(others.cpus(), rows)}", flush=True)
         return 1 if self.failed else 0
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.benchmark import Timer
 
+from ..common.machine import OtherProcesses
 from ..common.timing import synchronize
 
 FEWEST_REPEATS = 3
@@ -21,7 +22,7 @@ class Timing(NamedTuple):
     """Seconds of one call: median, lowest and highest of `repeats`; and peak memory in bytes, None where unknown.
 
     The peak is what one call needs beyond what was allocated before it (`peak_extra_bytes`), and with it
-    (`peak_bytes`), as torch's allocator counts.
+    (`peak_bytes`), as torch's allocator counts. `cpus_used_by_others`: see `machine.OtherProcesses`.
     """
 
     median: float
@@ -30,10 +31,18 @@ class Timing(NamedTuple):
     repeats: int
     peak_extra_bytes: int | None
     peak_bytes: int | None
+    cpus_used_by_others: float | None
 
     @classmethod
-    def of(cls, times: Sequence[float], peak_extra_bytes: int | None, peak_bytes: int | None = None) -> Timing:
-        return cls(statistics.median(times), min(times), max(times), len(times), peak_extra_bytes, peak_bytes)
+    def of(
+        cls,
+        times: Sequence[float],
+        peak_extra_bytes: int | None,
+        peak_bytes: int | None = None,
+        cpus_used_by_others: float | None = None,
+    ) -> Timing:
+        middle, lowest, highest = statistics.median(times), min(times), max(times)
+        return cls(middle, lowest, highest, len(times), peak_extra_bytes, peak_bytes, cpus_used_by_others)
 
     def fields(self, tokens: int) -> dict[str, Any]:
         """Those of a `Row`, for a call of so many tokens."""
@@ -45,6 +54,7 @@ class Timing(NamedTuple):
             "tokens_per_second": tokens / self.median,
             "peak_extra_bytes": self.peak_extra_bytes,
             "peak_bytes": self.peak_bytes,
+            "cpus_used_by_others": self.cpus_used_by_others,
         }
 
 
@@ -61,6 +71,7 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+    others = OtherProcesses()
     times = [_clock(call, device)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if times[0] <= SLOW_CALL_SECONDS:
@@ -68,7 +79,7 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
             times += [_clock(call, device) for _ in range(FEWEST_REPEATS - 1)]
         else:
             times = _time_on_gpu(call, seconds) if device.type == "cuda" else _time_on_cpu(call, seconds)
-    return Timing.of(times, None if peak is None else peak - before, peak)
+    return Timing.of(times, None if peak is None else peak - before, peak, others.cpus())
 
 
 def expected_seconds(call: float, seconds: float) -> float:

@@ -14,7 +14,8 @@ from ..common.files import atomic_file
 
 @dataclass(frozen=True)
 class Row:
-    """What all benchmarks write. `status`: see `attempt`; `reason`: why it is not "ok", or a remark on the time."""
+    """What all benchmarks write. `status`: see `attempt`; `reason`: why it is not "ok", or a remark on the time.
+    `cpus_used_by_others`: how many CPUs other processes kept busy while it was timed, see `machine.OtherProcesses`."""
 
     contender: str
     length: int
@@ -28,6 +29,7 @@ class Row:
     tokens_per_second: float | None = None
     peak_extra_bytes: int | None = None
     peak_bytes: int | None = None
+    cpus_used_by_others: float | None = None
     dtype: str = ""
     machine: str = ""
     versions: str = ""

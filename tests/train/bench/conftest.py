@@ -11,6 +11,7 @@ import pytest
 
 from modeling_tnt.train.bench import gate
 from modeling_tnt.train.cli import main
+from modeling_tnt.train.common import machine
 
 SMALL = {
     "kernels": [
@@ -26,6 +27,12 @@ SMALL = {
 def short_gate(monkeypatch):
     """The reference over many tokens takes longer than everything else here."""
     monkeypatch.setattr(gate, "SHORTEST_SHARD", 16)
+
+
+@pytest.fixture(autouse=True)
+def short_look(monkeypatch):
+    """Half a second of sleep in each run."""
+    monkeypatch.setattr(machine, "LOOK_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_tnt.train.bench import kernels, measure
+from modeling_tnt.train.bench import decode, harness, kernels, measure
 from modeling_tnt.train.bench.arguments import KernelBenchArguments
 from modeling_tnt.train.bench.contenders import Attention
 from modeling_tnt.train.bench.harness import Bench
@@ -143,6 +143,24 @@ class ClockDriver:
     @staticmethod
     def synchronize() -> None:
         return None
+
+
+@pytest.mark.parametrize("name", ["kernels", "decode"])
+def test_a_machine_that_is_not_idle_is_told(run, monkeypatch, capsys, name: str):
+    class Busy:
+        def cpus(self) -> float:
+            return 1.25
+
+    for module in (harness, measure, decode):
+        monkeypatch.setattr(module, "OtherProcesses", Busy)
+    monkeypatch.setattr(harness, "look_around", lambda: 0.75)
+    monkeypatch.setattr(machine, "count_cpus", lambda: 2)
+    _, rows = run(name)
+    assert {row["cpus_used_by_others"] for row in rows} == ({"1.25"} if name == "kernels" else {1.25})
+    warning = "these times are too long and spread; run again on an idle machine"
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert f"load      0.8 of 2 CPUs busy with other processes: {warning}" in lines[:7]
+    assert lines[-1] == f"load      1.2 of 2 CPUs busy with other processes (1.2 in the worst measurement): {warning}"
 
 
 def test_machine_and_versions():
