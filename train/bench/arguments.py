@@ -61,6 +61,8 @@ class BenchArguments:
     choices: ClassVar[dict[str, Iterable[str]]]  # of a field, or of each item of its list
     least: ClassVar[dict[str, int]] = {"seed": 0}  # the smallest number that a field, or its list, may hold
 
+    backends: ClassVar[list[str]]  # a field of each benchmark, with choices of its own
+
     device: str | None = option(None, "run", "cuda or cpu; by default cuda if there is one")
     quick: bool = option(False, "run", "fewer and smaller measurements, where their sizes are not given")
     case_seconds: float | None = option(None, "run", "seconds of repeats for each measurement; default 0.5 or more")
@@ -100,6 +102,8 @@ class BenchArguments:
             for item in _as_list(getattr(self, name)):
                 if item not in allowed:
                     yield f"{flag_of(name)} must be one of {', '.join(allowed)}, got {item!r}"
+        if len(set(self.backends or ())) < len(self.backends or ()):
+            yield f"--backends must name each backend once, got {' '.join(self.backends)}"
         for name, least in self.least.items():
             for number in _as_list(getattr(self, name)):
                 if number < least:
@@ -157,7 +161,7 @@ class KernelBenchArguments(_GridArguments):
     chunk_sizes: list[int] | None = _grid_option("chunk_sizes", "tokens in a chunk, in this order", _KERNEL_DEFAULTS)
 
     backends: list[str] | None = option(
-        None, "contenders", "of the memory operations, in this order: torch, native or triton; default triton torch, "
+        None, "contenders", "of the memory operations, timed in turns in this order: torch, native or triton; default triton torch, "
         "on a CPU native torch",
     )  # fmt: skip
     peers: list[str] = option(
@@ -196,7 +200,7 @@ class ModelBenchArguments(_GridArguments):
         "cpu": {"lengths": [64, 128], "tokens": 128, "case_seconds": 0.05},
     }
     choices: ClassVar[dict[str, Iterable[str]]] = {
-        "preset": available_presets(), "backend": MODEL_BACKENDS, "attention": ATTENTIONS, "precision": PRECISIONS,
+        "preset": available_presets(), "backends": MODEL_BACKENDS, "attention": ATTENTIONS, "precision": PRECISIONS,
     }  # fmt: skip
     least = _GridArguments.least | {"titans_chunk_size": 0}
 
@@ -207,7 +211,7 @@ class ModelBenchArguments(_GridArguments):
     )
 
     preset: str | None = option(None, "models", "of the TNT model; default tnt-150m, on a CPU tiny")
-    backend: str = option("auto", "models", "of the memory operations: auto, torch, native or triton")
+    backends: list[str] = option(["auto"], "models", f"of the memory operations, in turns: {', '.join(MODEL_BACKENDS)}")
     titans_chunk_size: int = option(8, "models", "tokens in a chunk of the Titans model; 0: no Titans model")
     attention: str = option("flash", "models", "the Llama's, through torch's SDPA: flash (FlashAttention) or cudnn")
     compile_llama: bool = option(False, "models", "run the Llama through torch.compile")
@@ -217,31 +221,31 @@ class ModelBenchArguments(_GridArguments):
     )  # fmt: skip
     output_dir: Path = option(Path("runs/bench-model"), "output", "folder for model.csv and model.png")
 
-    def tnt_config(self, chunk_size: int) -> TNTConfig:
+    def tnt_config(self, chunk_size: int, backend: str) -> TNTConfig:
         """The preset with one local memory of this chunk size. Raises ValueError if the two do not fit."""
-        return TNTConfig.from_preset(self.preset, local_chunk_sizes=[chunk_size], kernel_backend=self.backend)
+        return TNTConfig.from_preset(self.preset, local_chunk_sizes=[chunk_size], kernel_backend=backend)
 
-    def titans_config(self) -> TNTConfig:
+    def titans_config(self, backend: str) -> TNTConfig:
         """The preset as a Titans model: `titans-150m` is `tnt-150m` with these changes. Raises ValueError as above."""
         return TNTConfig.from_preset(
             self.preset, global_chunk_size=None, local_chunk_sizes=[self.titans_chunk_size], local_shard_lengths=None,
-            qk_projection="none", use_momentum=True, use_forget_gate=True, kernel_backend=self.backend,
+            qk_projection="none", use_momentum=True, use_forget_gate=True, kernel_backend=backend,
         )  # fmt: skip
 
     def _find_problems(self) -> Iterable[str]:
         yield from super()._find_problems()
-        if self.preset in self.choices["preset"] and self.backend in self.choices["backend"]:
+        if self.preset in self.choices["preset"]:
             yield from self._find_wrong_configs()
 
     def _find_wrong_configs(self) -> Iterable[str]:
         for chunk_size in self.chunk_sizes:
             try:
-                self.tnt_config(chunk_size)
+                self.tnt_config(chunk_size, "auto")
             except ValueError as error:
                 yield f"--chunk-sizes {chunk_size}: {error}"
         if self.titans_chunk_size > 0:
             try:
-                self.titans_config()
+                self.titans_config("auto")
             except ValueError as error:
                 yield f"--titans-chunk-size {self.titans_chunk_size}: {error}; 0 leaves the Titans model out"
 
@@ -257,7 +261,7 @@ class DecodeBenchArguments(BenchArguments):
     }
     quick_defaults = dict.fromkeys(defaults, {"contexts": [1024, 16384], "case_seconds": 0.5})
     choices: ClassVar[dict[str, Iterable[str]]] = {
-        "preset": available_presets(), "backend": MODEL_BACKENDS, "peer": DECODE_PEERS, "dtype": DTYPES,
+        "preset": available_presets(), "backends": MODEL_BACKENDS, "peer": DECODE_PEERS, "dtype": DTYPES,
     }  # fmt: skip
     least = BenchArguments.least | {"contexts": 1, "batch_size": 1, "read": 1}
 
@@ -266,7 +270,9 @@ class DecodeBenchArguments(BenchArguments):
     )
     batch_size: int = option(1, "grid", "rows, one new token each")
     preset: str | None = option(None, "models", "of the TNT model; default tnt-150m, on a CPU tiny")
-    backend: str = option("auto", "models", "of TNT's memory operations: auto, torch, native or triton")
+    backends: list[str] = option(
+        ["auto"], "models", f"of TNT's memory operations, in turns: {', '.join(MODEL_BACKENDS)}"
+    )
     peer: str = option(
         "llama", "models", "llama: transformers' Llama of as many parameters, with a DynamicCache and with a "
         "StaticCache; TNT is compared with the faster one; or none",
@@ -280,8 +286,8 @@ class DecodeBenchArguments(BenchArguments):
     )
     output_dir: Path = option(Path("runs/bench-decode"), "output", "folder for decode.json and decode.png")
 
-    def tnt_config(self) -> TNTConfig:
-        return TNTConfig.from_preset(self.preset, kernel_backend=self.backend)
+    def tnt_config(self, backend: str) -> TNTConfig:
+        return TNTConfig.from_preset(self.preset, kernel_backend=backend)
 
     def _find_problems(self) -> Iterable[str]:
         yield from super()._find_problems()

@@ -1,8 +1,8 @@
 """`tnt bench decode`: the step of one new token behind a long context, TNT's beside that of a Llama of equal size.
 
-At each context all contenders stand ready and are stepped in turns, so that what else the machine does meets all of
-them; of the two steps of a turn the second is timed. A step is the forward of one token a row, through transformers'
-own classes; on a GPU it is waited for.
+At each context all contenders, TNT with each of `--backends`, stand ready and are stepped in turns, so that what else
+the machine does meets all of them; of the two steps of a turn the second is timed. A step is the forward of one token a
+row, through transformers' own classes; on a GPU it is waited for.
 
 The set-up does not read the whole context. A KV cache is filled with random keys and values: attention costs the same
 whatever they are. TNT reads `--read` tokens (all of a shorter context) and its counters of tokens are then set to the
@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, Stat
 
 from modeling_tnt import TNTForCausalLM
 from modeling_tnt.compat import named_cache
-from modeling_tnt.kernels import choose_step_backend
+from modeling_tnt.kernels import BackendChoice, choose_step_backend
 
 from ..common.machine import OtherProcesses
 from ..common.models import build_llama
@@ -36,9 +36,10 @@ from .arguments import DTYPES, DecodeBenchArguments
 from .harness import Bench, run
 from .measure import FEWEST_REPEATS, Timing
 from .report import GIB, MIB, align, length_table, speed, spread
-from .rows import DecodeRow
+from .rows import DecodeRow, name_with_backend
 
 TNT, DYNAMIC, STATIC = "tnt", "llama dynamic", "llama static"
+LLAMAS = (DYNAMIC, STATIC)
 WARM_UP = 3
 MOST_STEPS = 200
 SHARE_OF_FREE_MEMORY = 0.6
@@ -68,14 +69,16 @@ class DecodeBench(Bench):
         super().__init__(args)
         self.dtype = DTYPES[args.dtype]
         self.limit = args.memory_limit * GIB if args.memory_limit is not None else None
-        config = args.tnt_config()
         torch.manual_seed(args.seed)
-        self.models = {TNT: self._ready(lambda: TNTForCausalLM(config))}
+        self.models: dict[str, PreTrainedModel] = {}
+        self.backends: dict[str, BackendChoice] = {}  # of the names that are TNT's
+        for backend in args.backends:
+            config, name = args.tnt_config(backend), name_with_backend(TNT, backend, args.backends)
+            self.models[name] = self._ready(partial(TNTForCausalLM, config))
+            memory = next(iter(self.models[name].model.layers[0].memory.memories().values()))
+            self.backends[name] = choose_step_backend(backend, memory.params)
         if args.peer != "none":
-            llama = self._ready(lambda: build_llama(config, max(args.contexts) + 1))
-            self.models |= {DYNAMIC: llama, STATIC: llama}
-        memory = next(iter(self.models[TNT].model.layers[0].memory.memories().values()))
-        self.backend = choose_step_backend(args.backend, memory.params)
+            self.models |= dict.fromkeys(LLAMAS, self._ready(lambda: build_llama(config, max(args.contexts) + 1)))
         self.token = torch.ones(args.batch_size, 1, dtype=torch.int64, device=self.device)
 
     def _ready(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -88,16 +91,16 @@ class DecodeBench(Bench):
             outcome = self.attempt(partial(self._measure, context))
             outcomes = outcome.value if outcome.status == OK else dict.fromkeys(self.models, outcome)
             rows = [self._row(name, context, outcomes[name]) for name in self.models]
-            peers = [row.ms_median for row in rows if row.status == OK and row.contender != TNT]
+            peers = [row.ms_median for row in rows if row.status == OK and row.contender in LLAMAS]
             for row in rows:
                 yield replace(row, relative=row.ms_median / min(peers)) if row.status == OK and peers else row
 
     def _row(self, name: str, context: int, outcome: Outcome) -> DecodeRow:
         args = self.args
-        lacked = outcome.status == OUT_OF_MEMORY and name != TNT
+        lacked = outcome.status == OUT_OF_MEMORY and name in LLAMAS
         return self.row(
             outcome, contender=name, length=context, batch=args.batch_size, dtype=args.dtype, preset=args.preset,
-            backend=self.backend.name if name == TNT else "", parameters=self.models[name].num_parameters(),
+            backend="" if name in LLAMAS else self.backends[name].name, parameters=self.models[name].num_parameters(),
             cache_bytes=self._needed_bytes(STATIC, context) if lacked else None,
         )  # fmt: skip
 
@@ -108,7 +111,7 @@ class DecodeBench(Bench):
         ready: list[CachedModel] = []
         limit = self.limit if self.limit is not None else SHARE_OF_FREE_MEMORY * free_bytes(self.device)
         for name in self.models:
-            needed = 0 if name == TNT else self._needed_bytes(name, context)
+            needed = self._needed_bytes(name, context) if name in LLAMAS else 0
             if needed > limit:
                 reason = f"a KV cache of {needed / GIB:.1f} GiB is over the limit of {limit / GIB:.1f} GiB"
                 outcomes[name] = Outcome(OUT_OF_MEMORY, reason)
@@ -123,7 +126,7 @@ class DecodeBench(Bench):
 
     def _prepare(self, name: str, context: int) -> CachedModel:
         model = self.models[name]
-        if name == TNT:
+        if name not in LLAMAS:
             cache = self._read(model, context)
             return CachedModel(name, model, cache, sum(layer.nbytes for layer in cache.layers), lambda: None)
         if name == DYNAMIC:
@@ -226,8 +229,8 @@ class DecodeBench(Bench):
         args, llama = self.args, self.models.get(STATIC)
         peer = "none" if llama is None else f"Llama, {llama.num_parameters():,} parameters, sdpa attention"
         return [
-            f"models    {args.preset}, {self.models[TNT].num_parameters():,} parameters, backend {self.backend.name} "
-            f"({self.backend.reason})",
+            f"models    {args.preset}, {next(iter(self.models.values())).num_parameters():,} parameters, backend "
+            + ", ".join(f"{choice.name} ({choice.reason})" for choice in self.backends.values()),
             f"peer      {peer}",
             f"steps     one token in {args.batch_size} rows, {args.dtype}, contenders in turns",
         ]
@@ -251,16 +254,23 @@ class DecodeBench(Bench):
 
 
 def summarize_decode(rows: Sequence[DecodeRow]) -> str:
-    """TNT's step as a multiple of the faster Llama's at each context, and of its own at the shortest one."""
-    ours = [row for row in rows if row.contender == TNT and row.status == OK]
-    if not ours:
-        return "TNT was not measured"
+    """TNT's step as a multiple of the faster Llama's at each context, and of its own at the shortest one; a table for
+    each backend that was compared."""
+    ours: dict[str, list[DecodeRow]] = {}
+    for row in rows:
+        if row.contender not in LLAMAS and row.status == OK:
+            ours.setdefault(row.contender, []).append(row)
+    return "\n\n".join(map(_summarize_steps, ours.values())) or "TNT was not measured"
+
+
+def _summarize_steps(ours: Sequence[DecodeRow]) -> str:
     first = min(ours, key=lambda row: row.length)
     lines = [["context", "to Llama's", "to its own at " + short_count(first.length)]]
     for row in ours:
         relative = "" if row.relative is None else f"{row.relative:.2f}"
         lines.append([short_count(row.length), relative, f"{row.ms_median / first.ms_median:.2f}"])
-    return f"TNT's median step as a multiple\n{align(lines)}"
+    backend = first.contender.removeprefix(TNT)
+    return f"TNT's median step as a multiple{backend and f',{backend} backend'}\n{align(lines)}"
 
 
 def save_decode_plot(path: Path, rows: Sequence[DecodeRow]) -> None:

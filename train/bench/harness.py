@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ..common.machine import OtherProcesses, describe_machine, describe_others, describe_versions, look_around
-from ..common.timing import NOT_RUN, OK, Deadline, DeviceLostError, Outcome, attempt
+from ..common.timing import NOT_RUN, OK, Deadline, DeviceLostError, Outcome, attempt, free_memory
 from ..options import fail, to_mapping
 from .arguments import BenchArguments
-from .measure import expected_seconds
+from .measure import Stopwatch, Work, expected_seconds
 from .report import list_reasons
 from .rows import Row, save_rows
+
+TURNS = 5
+
+
+class _Begun(NamedTuple):
+    """A piece of work and the watch that times it."""
+
+    work: Work
+    watch: Stopwatch
+
+    def finish(self) -> dict[str, Any]:
+        return self.work.figures(self.watch.read())
 
 
 class Bench:
@@ -60,32 +73,62 @@ class Bench:
 
     # ----------------------------------------------------------------------------------------------------- measurements
 
-    def attempt(self, measurement: Callable[[], dict[str, Any]], series: Hashable = None, length: int = 1) -> Outcome:
-        """The outcome of `measurement`, which returns fields of a row; or that it was not begun, and why.
+    def attempt(self, measurement: Callable[[], Any]) -> Outcome:
+        """The outcome of `measurement`; or that it was not begun, and why."""
+        late = self.deadline.refuse()
+        return self._try(measurement) if late is None else Outcome(NOT_RUN, late)
+
+    def attempt_in_turns(
+        self, preparations: Mapping[Hashable, Callable[[], Work]], length: int
+    ) -> dict[Hashable, Outcome]:
+        """The outcomes, fields of a row, of measurements that are to be compared; or that they were not begun, and why.
+
+        What they prepare is timed alternately, TURNS times each, so that whatever else the machine does meets all of
+        them; one alone is timed at once. One that fails is left out from there on.
 
         Args:
-            series: what differs from other measurements in its length only. A longer one is expected to take longer in
-                proportion. None: nothing is expected.
+            preparations: by their series, which is what differs from other measurements in its length only. A longer
+                one is expected to take longer in proportion.
         """
-        if self._lost is not None:
-            return Outcome(NOT_RUN, self._lost)
-        late = self.deadline.refuse(self._expect(series, length))
+        turns = 1 if len(preparations) == 1 else TURNS
+        late = self.deadline.refuse(sum(self._expect(series, length, turns) for series in preparations))
         if late is not None:
-            return Outcome(NOT_RUN, late)
-        try:
-            outcome = attempt(measurement, self.device)
-        except DeviceLostError as error:
-            self._lost = str(error)
-            return Outcome(NOT_RUN, self._lost)
-        if series is not None and outcome.status == OK:
-            self._earlier[series] = (length, outcome.value["ms_median"] / 1e3)
-        return outcome
+            return dict.fromkeys(preparations, Outcome(NOT_RUN, late))
+        outcomes = self._time_in_turns(preparations)
+        free_memory(self.device)  # of what all of them held until now
+        for series, outcome in outcomes.items():
+            if outcome.status == OK:
+                self._earlier[series] = (length, outcome.value["ms_median"] / 1e3)
+        return outcomes
 
-    def _expect(self, series: Hashable, length: int) -> float:
+    def _time_in_turns(self, preparations: Mapping[Hashable, Callable[[], Work]]) -> dict[Hashable, Outcome]:
+        works = {series: self._try(partial(self._begin, prepare)) for series, prepare in preparations.items()}
+        turns = 1 if sum(work.status == OK for work in works.values()) == 1 else TURNS
+        for _ in range(turns):
+            for series, work in works.items():
+                if work.status == OK:
+                    taken = self._try(partial(work.value.watch.take_turn, turns))
+                    works[series] = work if taken.status == OK else taken
+        return {series: self._try(work.value.finish) if work.status == OK else work for series, work in works.items()}
+
+    def _begin(self, prepare: Callable[[], Work]) -> _Begun:
+        work = prepare()
+        return _Begun(work, Stopwatch(work.call, self.device, self.args.case_seconds))
+
+    def _try(self, measurement: Callable[[], Any]) -> Outcome:
+        """Its outcome, or that it was not begun because the device is lost, now or before."""
+        if self._lost is None:
+            try:
+                return attempt(measurement, self.device)
+            except DeviceLostError as error:
+                self._lost = str(error)
+        return Outcome(NOT_RUN, self._lost)
+
+    def _expect(self, series: Hashable, length: int, turns: int = 1) -> float:
         if series not in self._earlier:
             return 0.0
         earlier, seconds = self._earlier[series]
-        return expected_seconds(seconds * max(1.0, length / earlier), self.args.case_seconds)
+        return expected_seconds(seconds * max(1.0, length / earlier), self.args.case_seconds, turns)
 
     def row(self, outcome: Outcome, **fields: Any) -> Any:
         """The row of an outcome: `fields` and, of what was measured, those that its value has."""
@@ -135,11 +178,11 @@ def run(bench: type[Bench], arguments: BenchArguments) -> int:
     """From a benchmark's arguments to its exit status: 1 for a gate that failed or files that cannot be written, 2 for
     arguments that cannot be used, 130 for an interruption."""
     try:
-        resolved = arguments.resolve()
+        made = bench(arguments.resolve())
     except (ValueError, TypeError) as error:
         return fail(arguments.command, error, status=2)
     try:
-        return bench(resolved).run()
+        return made.run()
     except OSError as error:
         return fail(arguments.command, error, status=1)
     except KeyboardInterrupt:

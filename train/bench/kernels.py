@@ -17,7 +17,7 @@ from .arguments import KernelBenchArguments
 from .contenders import Case, make_contenders, projection_of
 from .gate import Gate
 from .harness import Bench, run
-from .measure import Timing, measure
+from .measure import Timing, Work
 from .predicted import summarize_predictions
 from .report import MIB, align, describe_rows, draw_speeds, length_table, speed, spread
 from .rows import KernelRow
@@ -34,7 +34,7 @@ def run_kernels(arguments: KernelBenchArguments) -> int:
 
 
 class KernelBench(Bench):
-    """Backends, which pass a gate before they are timed, and peers, on the same number of tokens at every length."""
+    """Backends, which pass a gate and are timed in turns, and peers, on the same number of tokens at every length."""
 
     row_class = KernelRow
 
@@ -50,25 +50,31 @@ class KernelBench(Bench):
     def failed(self) -> bool:
         return self.gate.failed
 
-    def cases(self) -> Iterator[Case]:
-        """The first chunk size first, ours before the peers; attention, which has no chunks, once."""
+    def groups(self) -> Iterator[list[Case]]:
+        """What is timed in turns: all backends, or one peer, on one case. The first chunk size first, ours before the
+        peers; attention, which has no chunks, once."""
+        rivals = [self.args.backends, *([name] for name, one in self.contenders.items() if not one.is_ours)]
         for i, chunk_size in enumerate(self.args.chunk_sizes):
-            for contender in self.contenders.values():
-                memories = [m for m in contender.memories if m in self.args.memories or (m is None and i == 0)]
+            for names in rivals:
+                memories = self.contenders[names[0]].memories
+                memories = [m for m in memories if m in self.args.memories or (m is None and i == 0)]
                 for memory, length, mode in product(memories, self.args.lengths, self.args.modes):
-                    yield Case(contender.name, memory, chunk_size if memory else None, length, mode)
+                    yield [Case(name, memory, chunk_size if memory else None, length, mode) for name in names]
 
     def rows(self) -> Iterator[KernelRow]:
-        for case in self.cases():
-            outcome = self._missing.get(case.contender)
-            if outcome is None:
-                series = (case.contender, case.memory, case.chunk_size, case.mode)
-                outcome = self.attempt(partial(self._check_and_time, case), series, case.length)
+        for group in self.groups():
+            begun = [case for case in group if case.contender not in self._missing]
+            outcomes = self.attempt_in_turns(
+                {_series(case): partial(self._prepare, case) for case in begun}, group[0].length
+            )
+            for case in group:
+                outcome = outcomes.get(_series(case)) or self._missing[case.contender]
                 if outcome.status == MISSING:
                     self._missing[case.contender] = outcome
-            yield self._row(case, outcome)
+                yield self._row(case, outcome)
 
-    def _check_and_time(self, case: Case) -> dict[str, Any]:
+    def _prepare(self, case: Case) -> Work:
+        """Inputs of a case whose contender has passed the gate. Raises `Refused`, or FloatingPointError for ours."""
         args, contender = self.args, self.contenders[case.contender]
         if args.device not in contender.devices:
             reason = f"runs on {' and '.join(contender.devices)} only, not on {args.device}"
@@ -81,7 +87,7 @@ class KernelBench(Bench):
         if remark and contender.is_ours:
             raise FloatingPointError(remark)
         # A peer may diverge on random inputs, which does not change its time.
-        return {"reason": remark} | self._figures(case, measure(call, self.device, args.case_seconds))
+        return Work(call, lambda timing: {"reason": remark} | self._figures(case, timing))
 
     def _figures(self, case: Case, timing: Timing) -> dict[str, Any]:
         args = self.args
@@ -181,6 +187,11 @@ def save_kernel_plot(path: Path, rows: Sequence[KernelRow], headline_chunk: int,
                 by_chunk.axhline(value, color=colors[name], linestyle="--", label=f"{name} (has no chunks)")
             draw_speeds(by_chunk, lines, colors, "tokens in a chunk")
             by_chunk.set_title(f"{mode}, rows of {short_count(headline_length)} tokens")
+
+
+def _series(case: Case) -> tuple[str, str | None, int | None, str]:
+    """What cases that differ in their length share."""
+    return case.contender, case.memory, case.chunk_size, case.mode
 
 
 def _find_not_finite(results: tuple[Tensor | None, ...]) -> str:

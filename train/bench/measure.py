@@ -22,7 +22,8 @@ class Timing(NamedTuple):
     """Seconds of one call: median, lowest and highest of `repeats`; and peak memory in bytes, None where unknown.
 
     The peak is what one call needs beyond what was allocated before it (`peak_extra_bytes`), and with it
-    (`peak_bytes`), as torch's allocator counts. `cpus_used_by_others`: see `machine.OtherProcesses`.
+    (`peak_bytes`), as torch's allocator counts; what is timed in turns is held all at once. `cpus_used_by_others`: see
+    `machine.OtherProcesses`.
     """
 
     median: float
@@ -58,35 +59,60 @@ class Timing(NamedTuple):
         }
 
 
-def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Timing:
-    """Time `call` for about `seconds` of repeats, after one call that compiles and one that gives the peak memory.
+class Work(NamedTuple):
+    """A call that is ready to be timed, and the fields of a row that follow from its timing."""
+
+    call: Callable[[], object]
+    figures: Callable[[Timing], dict[str, Any]]
+
+
+class Stopwatch:
+    """Times `call` for about `seconds` of repeats, after one call that compiles and one that gives the peak memory.
 
     On a GPU `triton.testing.do_bench` does it, which empties the L2 cache before each call; on a CPU
     `torch.utils.benchmark`, which takes short calls in blocks and gives the mean of each. A call of more than a third
-    of `seconds` is timed by the clock, three times, or once if it takes longer than `SLOW_CALL_SECONDS`.
+    of `seconds` is timed by the clock, three times or once a turn, or once if it takes longer than `SLOW_CALL_SECONDS`.
     """
-    call()
-    synchronize(device)
-    before = 0
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    others = OtherProcesses()
-    times = [_clock(call, device)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    if times[0] <= SLOW_CALL_SECONDS:
-        if FEWEST_REPEATS * times[0] > seconds:
-            times += [_clock(call, device) for _ in range(FEWEST_REPEATS - 1)]
+
+    def __init__(self, call: Callable[[], object], device: torch.device, seconds: float):
+        self.call, self.device, self.seconds = call, device, seconds
+        call()
+        synchronize(device)
+        before = 0
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self.others = OtherProcesses()
+        self.first = _clock(call, device)
+        self.peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        self.peak_extra = None if self.peak is None else self.peak - before
+        self.times: list[float] = []
+
+    def take_turn(self, turns: int = 1) -> None:
+        """Time the call for one of so many turns."""
+        if self.first > SLOW_CALL_SECONDS:
+            return
+        if FEWEST_REPEATS * self.first > self.seconds:
+            repeats = max(1, (FEWEST_REPEATS - 1) // turns)
+            self.times += [_clock(self.call, self.device) for _ in range(repeats)]
         else:
-            times = _time_on_gpu(call, seconds) if device.type == "cuda" else _time_on_cpu(call, seconds)
-    return Timing.of(times, None if peak is None else peak - before, peak, others.cpus())
+            time_calls = _time_on_gpu if self.device.type == "cuda" else _time_on_cpu
+            self.times += time_calls(self.call, self.seconds / turns)
+
+    def read(self) -> Timing:
+        """What was timed so far."""
+        slow = FEWEST_REPEATS * self.first > self.seconds
+        times = [self.first, *self.times] if slow or not self.times else self.times
+        return Timing.of(times, self.peak_extra, self.peak, self.others.cpus())
 
 
-def expected_seconds(call: float, seconds: float) -> float:
-    """What `measure` will take at most for calls of `call` seconds, compilation not counted."""
+def expected_seconds(call: float, seconds: float, turns: int = 1) -> float:
+    """What a `Stopwatch` will take at most for calls of `call` seconds, compilation not counted."""
     if call > SLOW_CALL_SECONDS:
         return 2 * call
-    return (1 + FEWEST_REPEATS) * call if FEWEST_REPEATS * call > seconds else CALLS_BEFORE * call + seconds
+    if FEWEST_REPEATS * call > seconds:
+        return (2 + max(FEWEST_REPEATS - 1, turns)) * call
+    return CALLS_BEFORE * turns * call + seconds
 
 
 def _clock(call: Callable[[], object], device: torch.device) -> float:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from modeling_tnt import TNTForCausalLM
+from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.kernels import choose_backend
 
 from ..common.models import build_llama
@@ -30,19 +30,20 @@ from ..common.pictures import COLORS, picture, short_count
 from ..common.timing import OK, Outcome
 from .arguments import ModelBenchArguments
 from .harness import Bench, run
-from .measure import measure
+from .measure import Timing, Work
 from .report import GIB, align, describe_rows, draw_speeds, length_table, speed, spread
-from .rows import ModelRow
+from .rows import ModelRow, name_with_backend
 
 LLAMA = "llama"
 ATTENTION_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 class Candidate(NamedTuple):
-    """A model to be trained: its name, its local chunk size (None for the Llama), and how it is built."""
+    """A model to be trained: its name, local chunk size and backend (None and "" for the Llama), how it is built."""
 
     name: str
     chunk_size: int | None
+    backend: str
     build: Callable[[], PreTrainedModel]
 
 
@@ -51,33 +52,43 @@ def run_model(arguments: ModelBenchArguments) -> int:
 
 
 class ModelBench(Bench):
-    """Training steps of every model at every length."""
+    """Training steps of every model at every length, a model's backends in turns."""
 
     row_class = ModelRow
 
     def __init__(self, args: ModelBenchArguments):
         super().__init__(args)
-        self.config = args.tnt_config(args.chunk_sizes[0])
+        self.config = args.tnt_config(args.chunk_sizes[0], args.backends[0])
 
-    def candidates(self) -> list[Candidate]:
-        """The Llama first, since all are compared with it; Titans, which has most steps in sequence, last."""
+    def candidates(self) -> list[list[Candidate]]:
+        """The Llama first, since all are compared with it; Titans, which has most steps in sequence, last. In a list of
+        their own those that differ in their backend only."""
         args = self.args
-        found = [Candidate(LLAMA, None, partial(build_llama, self.config, max(args.lengths)))]
+        found = [[Candidate(LLAMA, None, "", partial(build_llama, self.config, max(args.lengths)))]]
         for chunk_size in args.chunk_sizes:
-            build = partial(TNTForCausalLM, args.tnt_config(chunk_size))
-            found.append(Candidate(f"tnt C={chunk_size}", chunk_size, build))
+            found.append(self._with_each_backend("tnt", chunk_size, partial(args.tnt_config, chunk_size)))
         if args.titans_chunk_size:
-            name, build = f"titans C={args.titans_chunk_size}", partial(TNTForCausalLM, args.titans_config())
-            found.append(Candidate(name, args.titans_chunk_size, build))
+            found.append(self._with_each_backend("titans", args.titans_chunk_size, args.titans_config))
         return found
 
-    def rows(self) -> Iterator[ModelRow]:
-        for candidate in self.candidates():
-            for length in self.args.lengths:
-                outcome = self.attempt(partial(self._measure, candidate, length), candidate.name, length)
-                yield self._row(candidate, length, outcome)
+    def _with_each_backend(self, kind: str, chunk_size: int, config: Callable[[str], TNTConfig]) -> list[Candidate]:
+        return [
+            Candidate(
+                f"{name_with_backend(kind, backend, self.args.backends)} C={chunk_size}", chunk_size, backend,
+                partial(TNTForCausalLM, config(backend)),
+            )
+            for backend in self.args.backends
+        ]  # fmt: skip
 
-    def _measure(self, candidate: Candidate, length: int) -> dict[str, Any]:
+    def rows(self) -> Iterator[ModelRow]:
+        for candidates, length in product(self.candidates(), self.args.lengths):
+            preparations = {one.name: partial(self._prepare, one, length) for one in candidates}
+            outcomes = self.attempt_in_turns(preparations, length)
+            for one in candidates:
+                yield self._row(one, length, outcomes[one.name])
+
+    def _prepare(self, candidate: Candidate, length: int) -> Work:
+        """A step of a fresh model on random tokens; its figures raise FloatingPointError for a loss not finite."""
         args = self.args
         torch.manual_seed(args.seed)
         with self.device:  # weights are drawn where they are needed, which takes no time on a GPU
@@ -101,11 +112,13 @@ class ModelBench(Bench):
             optimizer.zero_grad(set_to_none=True)
             losses[0] = loss.detach()
 
-        timing = measure(step, self.device, args.case_seconds)
-        loss = losses[0].item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}")
-        return timing.fields(args.tokens) | {"parameters": model.num_parameters(), "loss": loss}
+        def figures(timing: Timing) -> dict[str, Any]:
+            loss = losses[0].item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            return timing.fields(args.tokens) | {"parameters": model.num_parameters(), "loss": loss}
+
+        return Work(step, figures)
 
     def _autocast(self) -> AbstractContextManager:
         if self.args.precision == "autocast-bf16":
@@ -114,23 +127,24 @@ class ModelBench(Bench):
 
     def _row(self, candidate: Candidate, length: int, outcome: Outcome) -> ModelRow:
         args, is_llama = self.args, candidate.name == LLAMA
+        backend = "" if is_llama else self._chosen(candidate.backend)
         return self.row(
             outcome, contender=candidate.name, chunk_size=candidate.chunk_size, length=length,
-            batch=args.tokens // length, dtype=args.precision, backend="" if is_llama else self._backend(),
+            batch=args.tokens // length, dtype=args.precision, backend=backend,
             attention=args.attention if is_llama else "", compiled=is_llama and args.compile_llama,
         )  # fmt: skip
 
-    def _backend(self) -> str:
-        return choose_backend(self.device.type).name if self.args.backend == "auto" else self.args.backend
+    def _chosen(self, backend: str) -> str:
+        return choose_backend(self.device.type).name if backend == "auto" else backend
 
     # ----------------------------------------------------------------------------------------------------------- report
 
     def facts(self) -> list[str]:
         args = self.args
-        chosen = f" ({choose_backend(self.device.type).reason})" if args.backend == "auto" else ""
+        chosen = f" (auto: {choose_backend(self.device.type).reason})" if "auto" in args.backends else ""
         compiled = ", compiled" if args.compile_llama else ""
         return [
-            f"models    {args.preset}, backend {self._backend()}{chosen}",
+            f"models    {args.preset}, backend {', '.join(map(self._chosen, args.backends))}{chosen}",
             f"          Llama of the same size, {args.attention} attention{compiled}",
             f"steps     forward, backward, AdamW on {args.tokens} random tokens, {args.precision}",
         ]

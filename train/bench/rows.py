@@ -92,6 +92,11 @@ class DecodeRow(Row):
     relative: float | None = None
 
 
+def name_with_backend(name: str, backend: str, backends: Sequence[str]) -> str:
+    """`name`, and the backend where several are compared."""
+    return name if len(backends) == 1 else f"{name} {backend}"
+
+
 def save_rows(path: Path, rows: Sequence[Row], arguments: dict[str, Any]) -> None:
     """Write all rows, whole or not at all: as CSV, or as JSON with the run's arguments, by the file's name."""
     cells = [asdict(row) for row in rows]

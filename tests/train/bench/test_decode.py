@@ -64,6 +64,26 @@ def test_no_time_and_a_step_that_fails(run, monkeypatch):
     ]
 
 
+def test_backends_are_contenders_of_their_own(run, capsys):
+    _, rows = run("decode", "--backends", "torch", "auto", "--contexts", "16")
+    names = ["tnt torch", "tnt auto", DYNAMIC, STATIC]
+    assert [row["contender"] for row in rows] == names and rows[0]["backend"] == "torch" and rows[2]["backend"] == ""
+    assert {row["status"] for row in rows} == {"ok"}
+    peer = min(row["ms_median"] for row in rows[2:])
+    assert [row["relative"] for row in rows] == pytest.approx([row["ms_median"] / peer for row in rows])
+    printed = capsys.readouterr().out
+    assert all(f"TNT's median step as a multiple, {backend} backend" in printed for backend in ("torch", "auto"))
+
+
+def test_a_backend_that_cannot_step_here_is_no_traceback(bench, monkeypatch, capsys):
+    def refuse(backend, params):
+        raise ValueError(f'backend="{backend}" cannot run this step')
+
+    monkeypatch.setattr(decode, "choose_step_backend", refuse)
+    assert bench("decode", "--backends", "triton") == 2
+    assert 'error: backend="triton" cannot run this step' in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_every_contender_stands_at_the_context(output_dir: Path):
     bench = DecodeBench(DecodeBenchArguments(device="cpu", contexts=[300], read=20, output_dir=output_dir).resolve())

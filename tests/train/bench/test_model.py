@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.kernels import choose_backend
 from modeling_tnt.train.bench import model
 from modeling_tnt.train.bench.arguments import ModelBenchArguments
 from modeling_tnt.train.bench.model import find_crossover, summarize_crossovers
@@ -40,10 +41,19 @@ def test_model_time_limit_and_failure(run, monkeypatch, capsys):
     def diverge(self, *args, **options):
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(model.ModelBench, "_measure", diverge)
+    monkeypatch.setattr(model.ModelBench, "_prepare", diverge)
     status, rows = run("model", "--overwrite")
     assert status == 0 and {row["reason"] for row in rows} == {"FloatingPointError: the loss is nan"}
     assert "llama T=32 and 1 more: failed" in capsys.readouterr().out
+
+
+def test_backends_are_rows_of_their_own(run, capsys):
+    _, rows = run("model", "--backends", "torch", "auto", "--lengths", "32", "--titans-chunk-size", "0")
+    assert [(row["contender"], row["backend"]) for row in rows] == [
+        ("llama", ""), ("tnt torch C=16", "torch"), ("tnt auto C=16", choose_backend("cpu").name),
+    ]  # fmt: skip
+    assert {row["status"] for row in rows} == {"ok"} and {row["parameters"] for row in rows[1:]} == {"848120"}
+    assert "tnt auto C=16 " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -65,7 +75,7 @@ def test_the_llama_has_as_many_parameters(preset: str):
 
 
 def test_the_titans_model_is_the_preset():
-    made, preset = ModelBenchArguments(preset="tnt-150m").titans_config(), TNTConfig.from_preset("titans-150m")
+    made, preset = ModelBenchArguments(preset="tnt-150m").titans_config("auto"), TNTConfig.from_preset("titans-150m")
     assert made.to_diff_dict() == preset.to_diff_dict()
 
 
