@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_memory.py                                        # both, chunks of 16 and of 64
     python tests/benchmarks/bench_memory.py --only ours --length 65536 --chunk-sizes 16 1 --repeats 1
     python tests/benchmarks/bench_memory.py --only ours --device cuda --length 16384
+    python tests/benchmarks/bench_memory.py --backends torch auto        # ours with each, in turns with all the others
 
 What is timed is one training step of a memory *layer*, `loss = mean(o²)`, gradients of the input and of every
 parameter, for an input [B, T, H·D] in float32. The contenders, alternating in one process (A, B, A, B, …):
@@ -42,17 +43,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling_tnt.kernels import MemoryParams, local_memory
+from modeling_tnt.kernels import BACKENDS, MemoryParams, choose_backend, local_memory
 from modeling_tnt.train.common.machine import OtherProcesses, describe_others, look_around
 
 PEER = "titans_pytorch"
 CONTENDERS = ("operation", "ours", "ours+gates", "peer")
 MIB = 2**20
+
+
+class Contender(NamedTuple):
+    """One of CONTENDERS, with its backend unless it is the peer."""
+
+    name: str
+    backend: str | None
 
 
 class MemoryLayer(nn.Module):
@@ -98,8 +107,9 @@ class MemoryLayer(nn.Module):
         return self.to_out((o * self.to_gate(read).sigmoid().unsqueeze(-1)).flatten(-2))
 
 
-def make_contender(name: str, args: argparse.Namespace, chunk_size: int) -> Callable[[int], None]:
+def make_step(contender: Contender, args: argparse.Namespace, chunk_size: int) -> Callable[[int], None]:
     """One training step as a function of the number of tokens."""
+    name = contender.name
     torch.manual_seed(0)
     dim = args.heads * args.head_dim
     if name == "peer":
@@ -119,7 +129,7 @@ def make_contender(name: str, args: argparse.Namespace, chunk_size: int) -> Call
 
         parameters = list(memory.parameters())
     else:
-        memory = MemoryLayer(args, chunk_size, gates=name == "ours+gates", backend=args.backend).to(args.device)
+        memory = MemoryLayer(args, chunk_size, gates=name == "ours+gates", backend=contender.backend).to(args.device)
         if name == "operation":
             return operation_step(args, memory)
         layer, parameters = memory, list(memory.parameters())
@@ -200,12 +210,12 @@ def matmul_rate(device: str) -> float:
     return best
 
 
-def check_ours(args: argparse.Namespace, chunk_size: int, gates: bool) -> None:
+def check_ours(contender: Contender, args: argparse.Namespace, chunk_size: int) -> None:
     """Time only what is right: output and gradients of a short call against the reference, in float32."""
     results = []
-    for backend in (args.backend, "reference"):
+    for backend in (contender.backend, "reference"):
         torch.manual_seed(0)
-        layer = MemoryLayer(args, chunk_size, gates, backend).to(args.device)
+        layer = MemoryLayer(args, chunk_size, contender.name == "ours+gates", backend).to(args.device)
         x = torch.randn(1, min(chunk_size + 5, 24), args.heads * args.head_dim, device=args.device).requires_grad_()
         o = layer(x)
         results.append([o.detach(), *torch.autograd.grad(o.square().mean(), [x, *layer.parameters()])])
@@ -213,7 +223,7 @@ def check_ours(args: argparse.Namespace, chunk_size: int, gates: bool) -> None:
         error = ((got - want).abs().max() / want.abs().max()).item()
         if not error < 1e-3:  # float32 rounding amplified by the norm stays below 1e-4
             raise RuntimeError(
-                f"backend={args.backend!r} is wrong by {error:.1e} at chunk size {chunk_size}; not timed"
+                f"backend={contender.backend!r} is wrong by {error:.1e} at chunk size {chunk_size}; not timed"
             )
 
 
@@ -221,9 +231,9 @@ def status_bytes(field: str) -> int:
     return 1024 * int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M).group(1))
 
 
-def measure_peak(args: argparse.Namespace, name: str, chunk_size: int) -> int:
+def measure_peak(contender: Contender, args: argparse.Namespace, chunk_size: int) -> int:
     """Bytes that one step needs beyond what is resident before it. Run in a fresh process."""
-    step = make_contender(name, args, chunk_size)
+    step = make_step(contender, args, chunk_size)
     step(min(128, args.length))
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -236,52 +246,59 @@ def measure_peak(args: argparse.Namespace, name: str, chunk_size: int) -> int:
     return status_bytes("VmHWM") - before
 
 
-def peak_in_a_fresh_process(name: str, chunk_size: int, argv: list[str]) -> int | None:
+def peak_in_a_fresh_process(contender: Contender, chunk_size: int, argv: list[str]) -> int | None:
     """None if the process failed, for example for want of memory; its message is passed on."""
-    command = [sys.executable, __file__, *argv, "--measure-peak-of", name, str(chunk_size)]
+    what = [contender.name, contender.backend or "none", str(chunk_size)]
+    command = [sys.executable, __file__, *argv, "--measure-peak-of", *what]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"  {name}: peak memory not measured: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        print(f"  {' '.join(what)}: peak memory not measured: {done.stderr.strip().splitlines()[-1:]}", flush=True)
         return None
     return int(done.stdout.split()[-1])
 
 
-def run_chunk_size(args: argparse.Namespace, names: list[str], chunk_size: int, argv: list[str]) -> list[dict]:
-    for name in names:
-        if name.startswith("ours"):
-            check_ours(args, chunk_size, gates=name == "ours+gates")
-    steps = {name: make_contender(name, args, chunk_size) for name in names}
+def run_chunk_size(
+    args: argparse.Namespace, contenders: list[Contender], chunk_size: int, argv: list[str]
+) -> list[dict]:
+    for contender in contenders:
+        if contender.name.startswith("ours"):
+            check_ours(contender, args, chunk_size)
+    steps = {contender: make_step(contender, args, chunk_size) for contender in contenders}
     for step in steps.values():
         step(min(args.length, 512))
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[Contender, list[float]] = {contender: [] for contender in contenders}
     others = OtherProcesses()
     for _ in range(args.repeats):
-        for name, step in steps.items():
-            times[name].append(seconds(lambda: step(args.length), args.device))  # noqa: B023
+        for contender, step in steps.items():
+            times[contender].append(seconds(lambda: step(args.length), args.device))  # noqa: B023
     cpus_used_by_others = others.cpus()
     rows = []
-    for name in names:
-        tokens_per_second = [args.batch * args.length / t for t in times[name]]
+    for contender in contenders:
+        tokens_per_second = [args.batch * args.length / t for t in times[contender]]
         row = {
-            "contender": name,
+            "contender": contender.name,
+            "backend": contender.backend,
             "chunk_size": chunk_size,
             "tokens_per_second": statistics.median(tokens_per_second),
             "tokens_per_second_lowest": min(tokens_per_second),
             "tokens_per_second_highest": max(tokens_per_second),
             "cpus_used_by_others": cpus_used_by_others,
         }
-        if name != "peer":
-            row["operations"] = operations(args, chunk_size, name)
-            row["operations_per_second"] = row["operations"] / statistics.median(times[name])
+        if contender.name != "peer":
+            row["operations"] = operations(args, chunk_size, contender.name)
+            row["operations_per_second"] = row["operations"] / statistics.median(times[contender])
         if not args.no_peak:
-            row["peak_bytes"] = peak_in_a_fresh_process(name, chunk_size, argv)
+            row["peak_bytes"] = peak_in_a_fresh_process(contender, chunk_size, argv)
         rows.append(row)
     return rows
 
 
 def report(rows: list[dict], rate: float) -> None:
-    head = ("C", "contender", "tokens/s: median (lowest-highest)", "x peer", "GFLOP/s", "share", "peak MiB", "of peer")
-    line = "{:>4} {:<11} {:>36} {:>7} {:>8} {:>6} {:>9} {:>8}"
+    head = (
+        "C", "contender", "tokens/s: median (lowest-highest)", "x peer", "x first", "GFLOP/s", "share", "peak MiB",
+        "of peer",
+    )  # fmt: skip
+    line = "{:>4} {:<20} {:>36} {:>7} {:>7} {:>8} {:>6} {:>9} {:>8}"
     print(line.format(*head))
     for row in rows:
         # The operation alone does less than the peer's layer, so it is not compared with it.
@@ -295,6 +312,10 @@ def report(rows: list[dict], rate: float) -> None:
             f"({row['tokens_per_second_lowest']:,.0f}-{row['tokens_per_second_highest']:,.0f})"
         )
         ratio = f"{row['tokens_per_second'] / peer['tokens_per_second']:.2f}" if peer else ""
+        label = " ".join(filter(None, (row["contender"], row["backend"])))
+        # The same contender with the backend that was named first.
+        first = next(r for r in rows if all(r[key] == row[key] for key in ("contender", "chunk_size")))
+        gain = "" if first is row else f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}"
         flops = share = memory = of_peer = ""
         if "operations_per_second" in row:
             flops = f"{row['operations_per_second'] / 1e9:.1f}"
@@ -302,7 +323,7 @@ def report(rows: list[dict], rate: float) -> None:
         if row.get("peak_bytes"):
             memory = f"{row['peak_bytes'] / MIB:,.0f}"
             of_peer = f"{row['peak_bytes'] / peer['peak_bytes']:.3f}" if peer and peer.get("peak_bytes") else ""
-        print(line.format(row["chunk_size"], row["contender"], speed, ratio, flops, share, memory, of_peer))
+        print(line.format(row["chunk_size"], label, speed, ratio, gain, flops, share, memory, of_peer))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -320,22 +341,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer-expansion", type=int, help="another expansion for the peer, such as its default, 4")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--only", choices=("ours", "peer"), help="leave the others out")
-    parser.add_argument("--backend", default="torch", help="of ours")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["auto"], help="of ours, in turns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-peak", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--measure-peak-of", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--measure-peak-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.backends = list(dict.fromkeys(args.backends))
+    return args
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     if args.measure_peak_of:
-        name, chunk_size = args.measure_peak_of
-        print(measure_peak(args, name, int(chunk_size)))
+        name, backend, chunk_size = args.measure_peak_of
+        print(measure_peak(Contender(name, backend), args, int(chunk_size)))
         return
     names = [n for n in args.contenders if args.only is None or (args.only == "peer") == (n == "peer")]
     missing = "peer" in names and importlib.util.find_spec(PEER) is None
@@ -345,11 +368,14 @@ def main(argv: list[str]) -> None:
     machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
     print(f"B={args.batch} T={args.length} H={args.heads} D={args.head_dim} expansion={args.expansion} "
           f"shard={args.shard_length} projection={args.qk_projection} float32 on {args.device}; {machine}")  # fmt: skip
+    if "auto" in args.backends:
+        print(f"auto: {choose_backend(args.device).name}. {choose_backend(args.device).reason}")
     threads = args.threads if args.device == "cpu" else 1
     print(describe_others(look_around(), threads), flush=True)
     others = OtherProcesses()
     rate = matmul_rate(args.device)
-    rows = [row for chunk_size in args.chunk_sizes for row in run_chunk_size(args, names, chunk_size, argv)]
+    contenders = [Contender(n, b) for n in names for b in ([None] if n == "peer" else args.backends)]
+    rows = [row for chunk_size in args.chunk_sizes for row in run_chunk_size(args, contenders, chunk_size, argv)]
     rate = max(rate, matmul_rate(args.device))
     print(f"float32 matmul: {rate / 1e9:.1f} GFLOP/s, the best square torch.mm before and after")
     report(rows, rate)

@@ -40,7 +40,7 @@ def test_a_machine_that_is_not_idle_is_told(bench, monkeypatch, tmp_path: Path, 
     (row,) = json.loads(out.read_text())["rows"]
     assert row["cpus_used_by_others"] == 1.25
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("0.8 of 2 CPUs busy with other processes: these times are too long")
+    assert lines[2].startswith("0.8 of 2 CPUs busy with other processes: these times are too long")
     assert lines[-1].startswith("1.2 of 2 CPUs busy with other processes (1.2 in the worst measurement): these times")
 
 
@@ -65,6 +65,24 @@ def test_a_missing_peer_is_named(bench, monkeypatch, capsys):
     assert "peer is missing: titans-pytorch is not installed" in capsys.readouterr().out
 
 
+def test_backends_are_compared_in_turns(bench, monkeypatch, tmp_path: Path, capsys):
+    called, right = [], bench.local_memory
+
+    def watched(*args, **options):
+        called.append(options["backend"])
+        return right(*args, **options)
+
+    monkeypatch.setattr(bench, "local_memory", watched)
+    out = tmp_path / "numbers.json"
+    backends = ["--backends", "torch", "reference"]
+    bench.main([*TINY, "--contenders", "operation", "--chunk-sizes", "4", "--no-peak", *backends, "--json", str(out)])
+    assert called == ["torch", "reference"] * 3  # to warm up, and the repeats
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["contender"], row["backend"]) for row in rows] == [("operation", "torch"), ("operation", "reference")]
+    ratio = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+    assert f" {ratio:.2f} " in next(x for x in capsys.readouterr().out.splitlines() if "operation reference" in x)
+
+
 def test_a_wrong_backend_is_not_timed(bench, monkeypatch):
     right = bench.local_memory
 
@@ -74,7 +92,7 @@ def test_a_wrong_backend_is_not_timed(bench, monkeypatch):
 
     monkeypatch.setattr(bench, "local_memory", wrong)
     with pytest.raises(RuntimeError, match="is wrong by .* at chunk size 4; not timed"):
-        bench.main([*TINY, "--chunk-sizes", "4", "--no-peak", "--only", "ours"])
+        bench.main([*TINY, "--chunk-sizes", "4", "--no-peak", "--only", "ours", "--backends", "torch"])
 
 
 def test_operations(bench):
