@@ -82,10 +82,20 @@ def step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
+    base_lrs: Sequence[float] | None = None,
 ) -> Tensor:
-    """See `step.step_checked`; of the stack the buffers are taken."""
+    """See `step.step_checked`, and `native.step.launch_step` for base_lrs; of the stack the buffers are taken."""
     from .native import step
 
     return step.launch_step(
-        q, k, v, ours(gates), tuple(map(ours, options)), list(map(ours, params)), token_scales, stack, active
+        q,
+        k,
+        v,
+        ours(gates),
+        tuple(map(ours, options)),
+        list(map(ours, params)),
+        token_scales,
+        stack,
+        active,
+        base_lrs,
     )

@@ -172,14 +172,12 @@ class TNTMemoryLayer(nn.Module):
         q, k, v = qkv.unbind(-3)
         return _l2_normalize(q), _l2_normalize(k), v, conv_tail
 
-    def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`project` for one token a row, x [B, 1, hidden_size] → q, k, v [B, H, D], in fewer operations."""
+    def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """For one token a row, x [B, 1, hidden_size]: q, k and v [B, 3, H, D] before `_activate`, and the new tail."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, tail=conv_tail, one_token=True)
-        qkv = F.silu(qkv).view(x.shape[0], 3, *self.head_shape)
-        q, k = _l2_normalize(qkv[:, :2]).unbind(1)
-        return q, k, qkv[:, 2], conv_tail
+        return qkv.view(x.shape[0], 3, *self.head_shape), conv_tail
 
     def forward(
         self,
@@ -250,7 +248,7 @@ class TNTMemoryLayer(nn.Module):
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
-        q, k, v, tail = self.project_token(x, cache_layer.conv_tail)
+        qkv, tail = self.project_token(x, cache_layer.conv_tail)
         memories = self.memories()
         if len(step.options) != len(memories):
             self._check_count()
@@ -258,13 +256,11 @@ class TNTMemoryLayer(nn.Module):
         if step.backend != "triton" and torch.compiler.is_compiling():
             advance = torch.compiler.disable(advance)  # it asks the host where chunks end
         reads = list(zip(memories.values(), step.options, strict=True))
-        return _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
+        return _inside(reads, x, lambda inputs: advance(qkv, inputs, tail, cache_layer, step)).unsqueeze(1)
 
     def _advance(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
         inputs: list[MemoryInputs],
         tail: Tensor | None,
         cache_layer: TNTCacheLayer,
@@ -275,18 +271,25 @@ class TNTMemoryLayer(nn.Module):
         is_new = not cache_layer.is_stacked(memories)
         if is_new:
             cache_layer.stack_memories(
-                list(memories), lambda: self._initial_states(q, params), tail, cache_signature(self.config)
+                list(memories), lambda: self._initial_states(qkv, params), tail, cache_signature(self.config)
             )
-        stack, gates = cache_layer.stack, _stack_gates(inputs)
-        token_scales = [given.token_scale for given in inputs]
-        unchecked = None if is_new else unchecked_step(step.backend, q, stack)
-        if unchecked is not None:
-            # All arguments but the cache are our own, and that was checked when it was stacked.
-            o = unchecked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
+        stack, token_scales = cache_layer.stack, [given.token_scale for given in inputs]
+        # All arguments but the cache are our own, and that was checked when it was stacked.
+        unchecked = None if is_new else unchecked_step(step.backend, qkv, stack)
+        if unchecked is not None and step.backend == "native":
+            o = unchecked(
+                *qkv.unbind(1), _gate_logits(inputs), step.options, params, token_scales, stack, step.active,
+                base_lrs=[given.base_lr for given in inputs],
+            )  # fmt: skip
+        elif unchecked is not None:
+            o = unchecked(
+                *_activate(qkv), _stack_gates(inputs), step.options, params, token_scales, stack, step.active
+            )  # fmt: skip
         else:
+            gates = _stack_gates(inputs)
             per_memory = zip(step.options, params, token_scales, *(_each(g, len(params)) for g in gates), strict=True)
             o = step_memories(
-                q, k, v,
+                *_activate(qkv),
                 [
                     StepMemory(
                         p, lr, *options[:5], momentum=m, decay=d, token_scale=scale, memory_type=options.memory_type,
@@ -338,12 +341,25 @@ def _inside(
     return memory(x, options.chunk_size, lambda one: _inside(others, x, use, [*inputs, one]))
 
 
+def _activate(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `project_token` gives, [B, 3, H, D], as the memories see it: q, k, v [B, H, D]."""
+    qkv = F.silu(qkv)
+    q, k = _l2_normalize(qkv[:, :2]).unbind(1)
+    return q, k, qkv[:, 2]
+
+
+def _gate_logits(inputs: list[MemoryInputs]) -> MemoryGates:
+    """Of each gate that is enabled the logits of every memory, [B, 1, H] each."""
+    kinds = zip(*(given.gate_logits for given in inputs), strict=True)
+    return MemoryGates(*(None if kind[0] is None else kind for kind in kinds))
+
+
 def _stack_gates(inputs: list[MemoryInputs]) -> MemoryGates:
     """`MemoryInputs.gates` of all memories for one token a row, [memories, B, H]: one sigmoid for all."""
-    kinds = [[given.gate_logits[i] for given in inputs] for i in range(len(MemoryGates._fields))]
-    enabled = [kind for kind in kinds if kind[0] is not None]
+    logits = _gate_logits(inputs)
+    enabled = [kind for kind in logits if kind is not None]
     gates = iter(torch.sigmoid(_widen(torch.stack([g[:, 0] for kind in enabled for g in kind]))).chunk(len(enabled)))
-    lr, momentum, decay = (None if kind[0] is None else next(gates) for kind in kinds)
+    lr, momentum, decay = (None if kind is None else next(gates) for kind in logits)
     for one, given in zip(lr, inputs, strict=True):
         one.mul_(given.base_lr)
     return MemoryGates(lr, momentum, decay)
