@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .checks import MemoryProblem
 
@@ -76,6 +77,15 @@ def native_unless(unfit: str | None) -> BackendChoice:
         choice = fall_back("native", obstacle)
         return choice._replace(instead_of=None) if native_backend().switched_off() else choice
     return BackendChoice("native", "the native kernels, compiled for this machine, run on cpu")
+
+
+def qkv_kernels(backend: str, q: Tensor, head_dim: int) -> ModuleType | None:
+    """The border of kernels that do what stands between the projections of q, k and v and the memories, or None where
+    that is left to torch: everywhere but on a CPU with the native kernels."""
+    if backend not in ("auto", "native") or q.device.type != "cpu":
+        return None
+    unfit = absent("native") or native_backend().qkv_obstacle(q, head_dim)
+    return native_backend() if native_unless(unfit).name == "native" else None
 
 
 def fall_back(kernels: str, obstacle: str) -> BackendChoice:

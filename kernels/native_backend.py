@@ -62,6 +62,22 @@ def read(problem: MemoryProblem, output_final_state: bool) -> tuple[Tensor, Memo
     return reader.read(ours(problem), output_final_state)
 
 
+def qkv_obstacle(q: Tensor, head_dim: int) -> str | None:
+    """Why the kernels are not made for `qkv` of such tokens, or None if they are."""
+    from .native import qkv
+
+    return qkv.obstacle(q, head_dim)
+
+
+def qkv(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, boundaries: Tensor | None, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution, silu and unit length of projected tokens, see `native.qkv`."""
+    from .native import qkv as module
+
+    return module.qkv(q, k, v, weight, boundaries, head_dim)
+
+
 def step_obstacle(
     memory_type: str, maps: int, update: str, head_dim: int, hidden: int, device: torch.device, dtype: torch.dtype
 ) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,8 +29,9 @@ class ShortConvolution(nn.Module):
         tail: Tensor | None = None,
         return_tail: bool = False,
         one_token: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Convolve.
+        use: Callable[[Any, Tensor], Any] | None = None,
+    ) -> tuple[Tensor, Tensor | None] | Any:
+        """Convolve, or return what `use` makes of x and the weight.
 
         Args:
             x: [B, T, C], or [1, total, C] with `packing`.
@@ -39,6 +43,8 @@ class ShortConvolution(nn.Module):
         Returns:
             y, shaped like x, and the tail or None.
         """
+        if use is not None:
+            return use(x, self.weight)
         if one_token:
             return self._step(x, tail)
         reach = self.weight.shape[1] - 1

@@ -15,7 +15,7 @@ from .configuration import TNTConfig
 from .convolution import ShortConvolution
 from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_state
 from .kernels.api import read
-from .kernels.backends import KERNELS
+from .kernels.backends import KERNELS, qkv_kernels
 from .kernels.checks import MemoryProblem
 from .kernels.step import StepMemory, step_backend_for, step_memories, unchecked_step
 from .kernels.types import MemoryGates, MemoryOptions
@@ -163,12 +163,18 @@ class TNTMemoryLayer(nn.Module):
 
         [B, T, H, D], or [1, total, H, D] with `packing`: the real tokens alone.
         """
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if packing is not None:
-            qkv = packing.gather(qkv)
+            parts = tuple(packing.gather(part) for part in parts)
+        if self.conv is not None:
+            native = qkv_kernels(self.config.kernel_backend, parts[0], self.config.head_dim)
+            if native is not None and conv_tail is None and not return_tail:
+                boundaries = None if packing is None else packing.boundaries
+                return *self.conv(parts, use=lambda x, w: native.qkv(*x, w, boundaries, self.config.head_dim)), None
+        qkv = torch.cat(parts, dim=-1)
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, packing, conv_tail, return_tail)
-        qkv = F.silu(qkv).unflatten(-1, (3, self.config.num_heads, self.config.head_dim))
+        qkv = F.silu(qkv).unflatten(-1, (3, *self.head_shape))
         q, k, v = qkv.unbind(-3)
         return _l2_normalize(q), _l2_normalize(k), v, conv_tail
 

@@ -14,12 +14,12 @@ from .limits import DTYPES, MULTIPLE
 MAX_HEAD_DIM = 512  # of a buffer in qkv.cpp
 
 
-def obstacle(q: Tensor, weight: Tensor, head_dim: int) -> str | None:
-    """Why `qkv` is not made for such tensors, or None if it is."""
-    if q.device.type != "cpu" or weight.device.type != "cpu":
-        return f"its kernels are for CPUs, the tensors are on {q.device} and {weight.device}"
-    if q.dtype not in DTYPES or weight.dtype != torch.float32:
-        return f"it takes tokens of {' or '.join(map(str, DTYPES))} and float32 taps, got {q.dtype} and {weight.dtype}"
+def obstacle(q: Tensor, head_dim: int) -> str | None:
+    """Why `qkv` is not made for such tokens, or None if it is."""
+    if q.device.type != "cpu":
+        return f"its kernels are for CPUs, the tensors are on {q.device}"
+    if q.dtype not in DTYPES:
+        return f"q must be of dtype {' or '.join(map(str, DTYPES))}, got {q.dtype}"
     if head_dim % MULTIPLE or head_dim > MAX_HEAD_DIM:
         return f"the head dim must be a multiple of {MULTIPLE} up to {MAX_HEAD_DIM}, got {head_dim}"
     return None
@@ -42,7 +42,7 @@ def qkv(
     if boundaries is None:
         boundaries = torch.arange(0, (B + 1) * T, T)
     outputs = OPERATORS.native_qkv_forward(
-        *(t.contiguous() for t in (q, k, v)), weight.contiguous(), boundaries, head_dim
+        *(t.contiguous() for t in (q, k, v)), weight.float().contiguous(), boundaries, head_dim
     )
     return tuple(t.view(B, T, channels // head_dim, head_dim) for t in outputs)
 

@@ -161,8 +161,8 @@ class KernelBenchArguments(_GridArguments):
     chunk_sizes: list[int] | None = _grid_option("chunk_sizes", "tokens in a chunk, in this order", _KERNEL_DEFAULTS)
 
     backends: list[str] | None = option(
-        None, "contenders", "of the memory operations, timed in turns in this order: torch, native or triton; default triton torch, "
-        "on a CPU native torch",
+        None, "contenders", "of the memory operations, timed in turns in this order: torch, native or triton; default "
+        "triton torch, on a CPU native torch",
     )  # fmt: skip
     peers: list[str] = option(
         list(PEERS), "contenders", "fla: chunk_ttt_linear of flash-linear-attention; flash, cudnn: causal attention "
