@@ -2,8 +2,6 @@
 // cache. The backward keeps the state before every `interval`-th chunk and walks a group of chunks again from there.
 // Nothing is summed across items here, so results do not depend on the number of threads.
 
-#include <omp.h>
-
 #include <memory>
 #include <vector>
 

@@ -3,8 +3,6 @@
 //
 //   y_t = Σ_j w[:, j] ⊙ x_{t − K + 1 + j},   a = y σ(y),   out = a / max(‖a‖, ε) per head (q, k), or a (v)
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
