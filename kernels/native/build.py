@@ -52,7 +52,7 @@ VECTOR_FLAGS = {  # by torch's name of what the CPU can do; on others, ARM among
 }  # fmt: skip
 WIDE_FLAGS = {"AVX512": ("-mprefer-vector-width=512",)}  # left out where the compiler does not know them
 
-FORBID = "TNT_NATIVE=0 to do without them"
+OTHERWISE = "name another C++ compiler in CXX, or set TNT_NATIVE=0 to do without the CPU kernels"
 
 
 def missing() -> str | None:
@@ -105,8 +105,11 @@ class Builder:
         if self._library is None:
             try:
                 self._library = self._load_or_build()
-            except (OSError, RuntimeError) as error:
+            except RuntimeError as error:
                 self._failure = str(error)
+                raise
+            except OSError as error:
+                self._failure = f"what the C++ compiler made cannot be loaded ({error}); {OTHERWISE}"
                 raise RuntimeError(self._failure) from error
         return self._library
 
@@ -268,8 +271,10 @@ class Flags(NamedTuple):
         capability = torch.backends.cpu.get_cpu_capability()
         common, wide = COMMON_FLAGS + VECTOR_FLAGS.get(capability, ()), WIDE_FLAGS.get(capability, ())
         if sys.platform != "darwin":
-            # What is not used is not named: the libstdc++ of an environment may be older than the compiler's.
-            return cls(common, wide, ("-fopenmp",), ("-fopenmp",), ("-shared", "-Wl,--as-needed"))
+            # What is not used is not named: the libstdc++ of an environment may be older than the compiler's. What is
+            # missing is an error here, and not when the library is loaded: clang may come without its OpenMP library.
+            link = ("-shared", "-Wl,--as-needed", "-Wl,-z,defs")
+            return cls(common, wide, ("-fopenmp",), ("-fopenmp",), link)
         # Apple's clang knows OpenMP but brings no library of it; torch's wheel does, and has loaded it. Not run yet.
         omp = Path(torch.__file__).parent / "lib" / "libomp.dylib"
         return cls(common, wide, ("-Xclang", "-fopenmp"), (str(omp), f"-Wl,-rpath,{omp.parent}"), ("-shared",))
@@ -278,7 +283,8 @@ class Flags(NamedTuple):
         """Without those that the compiler, or its linker, fails at."""
         probe = work / "probe.cpp"
         probe.write_text(
-            'extern "C" float sum(const float* x, int n) {\n  float s = 0;\n#pragma omp parallel for reduction(+ : s)\n'
+            'extern "C" __attribute__((visibility("default"))) float sum(const float* x, int n) {\n'
+            "  float s = 0;\n#pragma omp parallel for reduction(+ : s)\n"
             "  for (int i = 0; i < n; ++i) s += x[i];\n  return s;\n}\n"
         )
 
@@ -401,7 +407,7 @@ class _Process:
 
 
 def _failed(command: list[str], problem: str, why: str) -> RuntimeError:
-    return RuntimeError(f"{command[0]} {problem} ({why}); name another C++ compiler in CXX, or set {FORBID}")
+    return RuntimeError(f"{command[0]} {problem} ({why}); {OTHERWISE}")
 
 
 def _first_errors(printed: str, status: int) -> str:

@@ -406,15 +406,25 @@ def test_an_error_names_file_and_line_and_is_remembered(sources, cache, compiler
     builder = Builder(sources)
     reason = failure(builder)
     assert f"does not compile the CPU kernels ({sources}/bad.cpp:2:10: error:" in reason and "nothing" in reason
-    assert "name another C++ compiler in CXX, or set TNT_NATIVE=0 to do without them" in reason
+    assert "name another C++ compiler in CXX, or set TNT_NATIVE=0 to do without the CPU kernels" in reason
     assert sum("bad.cpp" in line for line in compiler.compiled()) == 1
     (said,) = capfd.readouterr().err.splitlines()
     assert said.endswith(" failed") and libraries(cache) == [] and not list(Path(tempfile.gettempdir()).iterdir())
 
 
-def test_an_error_of_the_linker(sources):
-    (sources / "again.cpp").write_text(ADD)
-    assert "multiple definition of" in failure(Builder(sources))
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(ADD, "multiple definition of"), (f"int g();\n{EXPORT} int f() {{ return g(); }}", "undefined")],
+)
+def test_an_error_of_the_linker(source, said, sources):
+    (sources / "b.cpp").write_text(source)
+    reason = failure(Builder(sources))
+    assert reason.startswith("c++ does not compile the CPU kernels (") and said in reason
+
+
+def test_a_library_that_does_not_load(sources, monkeypatch):
+    monkeypatch.setattr(build, "_compile", lambda *_: sources / "add.cpp")
+    assert "what the C++ compiler made cannot be loaded (" in failure(Builder(sources))
 
 
 def test_a_compiler_that_hangs_is_ended(sources, compiler, monkeypatch):
