@@ -1,7 +1,8 @@
 """Builds the CPU kernels: every `*.cpp` of this folder into one shared library, at first use, and loads it.
 
 The sources are plain `extern "C"` functions without torch's headers, called through ctypes, so a build takes seconds
-and fits any torch. What is called needs `__attribute__((visibility("default")))`: the rest is hidden.
+and fits any torch. What is called needs `__attribute__((visibility("default")))`: the rest is hidden. Where a compiler
+has no OpenMP they are built for one thread, so `omp.h` is included under `#ifdef _OPENMP`.
 
 The library is kept as `cpu_kernels-KEY-DIGEST.so` in the folder TNT_CACHE, or `modeling_tnt` in XDG_CACHE_HOME or
 ~/.cache. Not in the cache of Hugging Face, where tokenised data lies: several users may share that, and code is not
@@ -275,14 +276,18 @@ class Flags(NamedTuple):
             # missing is an error here, and not when the library is loaded: clang may come without its OpenMP library.
             link = ("-shared", "-Wl,--as-needed", "-Wl,-z,defs")
             return cls(common, wide, ("-fopenmp",), ("-fopenmp",), link)
-        # Apple's clang knows OpenMP but brings no library of it; torch's wheel does, and has loaded it. Not run yet.
-        omp = Path(torch.__file__).parent / "lib" / "libomp.dylib"
-        return cls(common, wide, ("-Xclang", "-fopenmp"), (str(omp), f"-Wl,-rpath,{omp.parent}"), ("-shared",))
+        # Apple's clang knows OpenMP but brings neither its header nor its library; torch's wheel does, and has loaded
+        # the library. Not run yet.
+        torch_folder = Path(torch.__file__).parent
+        omp = torch_folder / "lib" / "libomp.dylib"
+        compiling = ("-Xclang", "-fopenmp", f"-I{torch_folder / 'include'}")
+        return cls(common, wide, compiling, (str(omp), f"-Wl,-rpath,{omp.parent}"), ("-shared",))
 
     def accepted(self, compiler: list[str], work: Path) -> Flags:
         """Without those that the compiler, or its linker, fails at."""
         probe = work / "probe.cpp"
         probe.write_text(
+            "#ifdef _OPENMP\n#include <omp.h>\n#endif\n"
             'extern "C" __attribute__((visibility("default"))) float sum(const float* x, int n) {\n'
             "  float s = 0;\n#pragma omp parallel for reduction(+ : s)\n"
             "  for (int i = 0; i < n; ++i) s += x[i];\n  return s;\n}\n"
