@@ -44,7 +44,10 @@ AT_ONCE = 2  # compilers side by side
 KEPT, KEPT_DAYS = 4, 30  # other builds in the cache folder: so many stay, and all younger ones
 PREFIX = "cpu_kernels"
 
-COMMON_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden")
+COMMON_FLAGS = (
+    "-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden",
+    "-fopenmp-simd",  # of OpenMP what needs no library: the same vector code with and without threads
+)  # fmt: skip
 VECTOR_FLAGS = {  # by torch's name of what the CPU can do; on others, ARM among them, the compiler's baseline
     "AVX512": (
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mfma", "-mbmi2", "-mf16c",

@@ -35,7 +35,7 @@ case "$*" in
 *" -c "*)
     echo "$$ $*" >> "{folder}/compiled"
     while [ -e "{folder}/hang" ]; do sleep 0.05; done;;
-*{refused}*)
+*"{refused}"*)
     echo "error: unknown argument"; exit 1;;
 esac
 exec c++ "$@"
@@ -182,7 +182,7 @@ def test_a_flag_that_the_compiler_does_not_know_is_left_out(sources, compiler, m
 
 
 def test_without_openmp_there_is_one_thread(sources, compiler, capfd):
-    compiler.refuse("-fopenmp")
+    compiler.refuse(" -fopenmp ")
     (sources / "threads.cpp").write_text(THREADS)
     assert Builder(sources).library().count_threads(2) == 1
     assert "; with one thread, as OpenMP is missing: install it" in capfd.readouterr().err
