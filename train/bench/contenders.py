@@ -1,7 +1,6 @@
 """Who is timed by `tnt bench kernels`: our memory with each backend, and the peers, behind one interface.
 
-torch, native, triton
-               `local_memory` with that backend: biases, residual norm, plain gradient descent; gradients of q, k, v,
+ours           `local_memory` with each of --backends: biases, residual norm, plain descent; gradients of q, k, v,
                lr and every parameter.
 fla            `chunk_ttt_linear` of flash-linear-attention: a linear memory with bias and norm. It has no reset, so
                it gets each shard as a row of a larger batch: the same resets, and as much parallel work. Its state

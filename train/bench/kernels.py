@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.pictures import COLORS, picture, short_count
 from ..common.timing import MISSING, OK, Outcome, Refused
-from .arguments import KernelBenchArguments
+from .arguments import MEMORY_BACKENDS, KernelBenchArguments
 from .contenders import Case, make_contenders, projection_of
 from .gate import Gate
 from .harness import Bench, run
@@ -23,9 +23,9 @@ from .report import MIB, align, describe_rows, draw_speeds, length_table, speed,
 from .rows import KernelRow
 
 HEADLINE_LENGTH = 32768  # of the detailed tables; where it is not measured, the longest length
-LEGEND = """\
-torch, native, triton: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash, cudnn:
-causal attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the
+LEGEND = f"""\
+{", ".join(MEMORY_BACKENDS)}: local_memory with that backend; fla: chunk_ttt_linear, given each shard as a row; flash,
+cudnn: causal attention; titans: NeuralMemory, a whole layer with its projections and gates. Extra MiB: peak beyond the
 inputs."""
 
 

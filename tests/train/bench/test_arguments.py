@@ -40,6 +40,7 @@ from modeling_tnt.train.cli import main
         ("decode", ["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
         ("decode", ["--memory-limit", "-1"], "--memory-limit must be at least 0 and finite, got -1.0"),
         ("decode", ["--backends", "torc"], "--backends must be one of auto, torch, native, triton, got 'torc'"),
+        ("model", ["--backends", "torch", "torch"], "--backends must name each backend once, got torch torch"),
     ],
 )
 def test_bad_arguments(bench, name: str, flags: list[str], message: str, output_dir: Path, capsys):

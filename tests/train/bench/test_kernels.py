@@ -16,7 +16,7 @@ from modeling_tnt.train.bench.contenders import Attention, Case, FlaTttLinear
 from modeling_tnt.train.bench.measure import Timing, Work
 from modeling_tnt.train.bench.predicted import load_predictions
 from modeling_tnt.train.common.costs import BOTH
-from modeling_tnt.train.common.timing import NOT_RUN, Outcome
+from modeling_tnt.train.common.timing import MISSING, NOT_RUN, OK, Outcome, Refused
 
 
 def test_kernels_measures_writes_and_prints(run, output_dir: Path, capsys):
@@ -96,8 +96,8 @@ def test_fla_gets_shards_as_rows_and_our_weights_as_its_state(run, monkeypatch):
 
 def test_attention_is_the_named_kernel_and_causal(monkeypatch):
     args = KernelBenchArguments(device="cpu", lengths=[64], tokens=128, heads=2, head_dim=16).resolve()
-    attention = contenders.make_contenders(args)[3]
-    assert isinstance(attention, Attention) and attention.name == "flash"
+    (attention,) = (one for one in contenders.make_contenders(args) if one.name == "flash")
+    assert isinstance(attention, Attention)
     work = attention.prepare(Case("flash", None, None, 64, BOTH), args, torch.Generator().manual_seed(0))
     q, k, v = (x.transpose(1, 2) for x in work.leaves)
     scores = (q @ k.mT / 4).masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
@@ -154,6 +154,29 @@ def test_a_quick_run_prints_measured_beside_predicted(output_dir: Path, monkeypa
         assert float(line[5]) == pytest.approx(2 * entry["ms"], rel=1e-2)
         assert float(line[6]) == pytest.approx(entry["ms"], rel=1e-2)
         assert line[7] == "2.00"
+
+
+def test_backends_stand_side_by_side_and_a_missing_one_is_asked_once(output_dir: Path, monkeypatch):
+    args = KernelBenchArguments(
+        device="cpu", backends=["triton", "torch"], peers=["flash"], memories=["mlp"], lengths=[64, 128], tokens=128,
+        modes=[BOTH], chunk_sizes=[16, 8], case_seconds=1e-3, output_dir=output_dir,
+    ).resolve()  # fmt: skip
+    asked = []
+
+    def prepared(case):
+        asked.append(case.contender)
+        if case.contender == "triton":
+            raise Refused(MISSING, "not here")
+        return Work(lambda: None, lambda timing: timing.fields(args.tokens))
+
+    bench = kernels.KernelBench(args)
+    monkeypatch.setattr(bench, "_prepare", prepared)
+    rows = list(bench.rows())
+    ours = [(name, T, C) for C in (16, 8) for T in (64, 128) for name in ("triton", "torch")]
+    flash = [("flash", T, None) for T in (64, 128)]
+    assert [(row.contender, row.length, row.chunk_size) for row in rows] == [*ours[:4], *flash, *ours[4:]]
+    assert {row.contender: row.status for row in rows} == {"triton": MISSING, "torch": OK, "flash": OK}
+    assert asked.count("triton") == 1 and asked.count("torch") == 4
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": 65536}, {"heads": 8}, {"dtype": "fp16"}, {"shard_length": 1024}])
