@@ -28,6 +28,7 @@ from modeling_tnt.kernels import choose_backend
 from ..common.models import build_llama
 from ..common.pictures import COLORS, picture, short_count
 from ..common.timing import OK, Outcome
+from ..loop.optim import FUSED_DEVICES
 from .arguments import ModelBenchArguments
 from .harness import Bench, run
 from .measure import Timing, Work
@@ -98,7 +99,7 @@ class ModelBench(Bench):
         forward: Callable[..., Any] = model
         if args.compile_llama and candidate.name == LLAMA:
             forward = torch.compile(model)
-        optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=self.device.type == "cuda")
+        optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=self.device.type in FUSED_DEVICES)
         shape = (args.tokens // length, length)
         batches = cycle([torch.randint(self.config.vocab_size, shape, device=self.device) for _ in range(2)])
         losses: list[Tensor] = [torch.zeros(())]

@@ -34,7 +34,7 @@ from ..plan import Run, Stage
 from ..recipe import LARGEST_SEED
 from .batches import StepBatches
 from .distributed import clip_gradients, sum_over_processes, unsharded, without_gradient_sync, wrap
-from .optim import learning_rate_at, parameter_groups
+from .optim import FUSED_DEVICES, learning_rate_at, parameter_groups
 from .report import Log, Progress, Reporting, print_start, save_results
 from .saving import Checkpoint, Saver
 from .scoring import generate_final_sample, score_bigrams, score_validation
@@ -176,7 +176,8 @@ class Session:
     def _make_optimizer(self, wrapped: nn.Module, stage: Stage) -> AdamW:
         options = self.recipe.optimizer
         groups = parameter_groups(wrapped, options.weight_decay)
-        return AdamW(groups, lr=stage.learning_rate, betas=(options.beta1, options.beta2))
+        fused = self.accelerator.device.type in FUSED_DEVICES
+        return AdamW(groups, lr=stage.learning_rate, betas=(options.beta1, options.beta2), fused=fused)
 
     def _read_steps(self, stage: Stage) -> Iterator[list[dict[str, Tensor]]]:
         """For each step left in the stage this process's batches, in the order of the passes that they are for."""
