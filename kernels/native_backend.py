@@ -98,20 +98,33 @@ def step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
-    base_lrs: Sequence[float] | None = None,
 ) -> Tensor:
-    """See `step.step_checked`, and `native.step.launch_step` for base_lrs; of the stack the buffers are taken."""
+    """See `step.step_checked`; of the stack the buffers are taken."""
     from .native import step
 
     return step.launch_step(
-        q,
-        k,
-        v,
-        ours(gates),
-        tuple(map(ours, options)),
-        list(map(ours, params)),
-        token_scales,
-        stack,
-        active,
-        base_lrs,
+        q, k, v, ours(gates), tuple(map(ours, options)), list(map(ours, params)), token_scales, stack, active
     )
+
+
+def layer_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor | None,
+    tail: Tensor | None,
+    logits: MemoryGates,
+    base_lrs: Sequence[float],
+    options: Sequence[MemoryOptions],
+    params: Sequence[MemoryParams],
+    token_scales: Sequence[Tensor | None],
+    stack: MemoryStack,
+    active: Tensor | None,
+) -> Tensor:
+    """See `native.step.launch_layer_step`; of the stack the buffers are taken."""
+    from .native import step
+
+    return step.launch_layer_step(
+        q, k, v, taps, tail, ours(logits), base_lrs, tuple(map(ours, options)), list(map(ours, params)), token_scales,
+        stack, active,
+    )  # fmt: skip

@@ -127,6 +127,15 @@ def unchecked_step(backend: str, q: Tensor, stack: MemoryStack) -> Callable[...,
     return step_checked if backend == "torch" else None
 
 
+def layer_step(x: Tensor, stack: MemoryStack, tail: Tensor | None) -> Callable[..., Tensor] | None:
+    """`native_backend.layer_step` if it can step a layer that reads x and has these states, of which `tail` is that of
+    the convolution; None where they are on another device, or one is float64. For where the backend is "native"."""
+    held = [stack.weights] if tail is None else [stack.weights, tail]
+    if any(t.device != x.device or t.dtype == torch.float64 for t in held):
+        return None
+    return native_backend().layer_step
+
+
 def step_checked(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,11 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether hooks look at what goes in and comes out, which with `use` is something else."""
+        return bool(self._forward_pre_hooks or self._forward_hooks)
+
     def forward(
         self,
         x: Tensor,

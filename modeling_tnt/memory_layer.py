@@ -17,7 +17,7 @@ from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_s
 from .kernels.api import read
 from .kernels.backends import KERNELS, qkv_kernels
 from .kernels.checks import MemoryProblem
-from .kernels.step import StepMemory, step_backend_for, step_memories, unchecked_step
+from .kernels.step import StepMemory, layer_step, step_backend_for, step_memories, unchecked_step
 from .kernels.types import MemoryGates, MemoryOptions
 from .packing import Packing, TokenStep
 
@@ -178,12 +178,14 @@ class TNTMemoryLayer(nn.Module):
         q, k, v = qkv.unbind(-3)
         return _l2_normalize(q), _l2_normalize(k), v, conv_tail
 
-    def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """For one token a row, x [B, 1, hidden_size]: q, k and v [B, 3, H, D] before `_activate`, and the new tail."""
+    def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`project` for one token a row, x [B, 1, hidden_size] → q, k, v [B, H, D], in fewer operations."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, tail=conv_tail, one_token=True)
-        return qkv.view(x.shape[0], 3, *self.head_shape), conv_tail
+        qkv = F.silu(qkv).view(x.shape[0], 3, *self.head_shape)
+        q, k = _l2_normalize(qkv[:, :2]).unbind(1)
+        return q, k, qkv[:, 2], conv_tail
 
     def forward(
         self,
@@ -254,19 +256,51 @@ class TNTMemoryLayer(nn.Module):
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
-        qkv, tail = self.project_token(x, cache_layer.conv_tail)
         memories = self.memories()
         if len(step.options) != len(memories):
             self._check_count()
+        reads = list(zip(memories.values(), step.options, strict=True))
+        is_watched = self.conv is not None and self.conv.is_watched
+        if step.backend == "native" and not is_watched and cache_layer.is_stacked(memories):
+            launch = layer_step(x, cache_layer.stack, cache_layer.conv_tail)
+            if launch is not None:
+                return self._step_at_once(x, cache_layer, step, reads, launch)
+        q, k, v, tail = self.project_token(x, cache_layer.conv_tail)
         advance = self._advance
         if step.backend != "triton" and torch.compiler.is_compiling():
             advance = torch.compiler.disable(advance)  # it asks the host where chunks end
-        reads = list(zip(memories.values(), step.options, strict=True))
-        return _inside(reads, x, lambda inputs: advance(qkv, inputs, tail, cache_layer, step)).unsqueeze(1)
+        return _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
+
+    def _step_at_once(
+        self,
+        x: Tensor,
+        cache_layer: TNTCacheLayer,
+        step: TokenStep,
+        reads: list[tuple[TNTMemory, MemoryOptions]],
+        launch: Callable[..., Tensor],
+    ) -> Tensor:
+        """The same by one call from the projections on; `launch` is a `layer_step`."""
+        qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        if torch.compiler.is_compiling():
+            launch = torch.compiler.disable(launch)
+
+        def read(inputs: list[MemoryInputs], qkv: tuple[Tensor, ...], taps: Tensor | None) -> Tensor:
+            logits = zip(*(given.gate_logits for given in inputs), strict=True)
+            return launch(
+                *qkv, taps, cache_layer.conv_tail, MemoryGates(*(None if of[0] is None else of for of in logits)),
+                [given.base_lr for given in inputs], step.options, [given.params for given in inputs],
+                [given.token_scale for given in inputs], cache_layer.stack, step.active,
+            )  # fmt: skip
+
+        if self.conv is None:
+            return _inside(reads, x, lambda inputs: read(inputs, qkv, None))
+        return self.conv(qkv, use=lambda qkv, taps: _inside(reads, x, lambda inputs: read(inputs, qkv, taps)))
 
     def _advance(
         self,
-        qkv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         inputs: list[MemoryInputs],
         tail: Tensor | None,
         cache_layer: TNTCacheLayer,
@@ -277,25 +311,18 @@ class TNTMemoryLayer(nn.Module):
         is_new = not cache_layer.is_stacked(memories)
         if is_new:
             cache_layer.stack_memories(
-                list(memories), lambda: self._initial_states(qkv, params), tail, cache_signature(self.config)
+                list(memories), lambda: self._initial_states(q, params), tail, cache_signature(self.config)
             )
-        stack, token_scales = cache_layer.stack, [given.token_scale for given in inputs]
-        # All arguments but the cache are our own, and that was checked when it was stacked.
-        unchecked = None if is_new else unchecked_step(step.backend, qkv, stack)
-        if unchecked is not None and step.backend == "native":
-            o = unchecked(
-                *qkv.unbind(1), _gate_logits(inputs), step.options, params, token_scales, stack, step.active,
-                base_lrs=[given.base_lr for given in inputs],
-            )  # fmt: skip
-        elif unchecked is not None:
-            o = unchecked(
-                *_activate(qkv), _stack_gates(inputs), step.options, params, token_scales, stack, step.active
-            )  # fmt: skip
+        stack, gates = cache_layer.stack, _stack_gates(inputs)
+        token_scales = [given.token_scale for given in inputs]
+        unchecked = None if is_new else unchecked_step(step.backend, q, stack)
+        if unchecked is not None:
+            # All arguments but the cache are our own, and that was checked when it was stacked.
+            o = unchecked(q, k, v, gates, step.options, params, token_scales, stack, step.active)
         else:
-            gates = _stack_gates(inputs)
             per_memory = zip(step.options, params, token_scales, *(_each(g, len(params)) for g in gates), strict=True)
             o = step_memories(
-                *_activate(qkv),
+                q, k, v,
                 [
                     StepMemory(
                         p, lr, *options[:5], momentum=m, decay=d, token_scale=scale, memory_type=options.memory_type,
@@ -347,25 +374,12 @@ def _inside(
     return memory(x, options.chunk_size, lambda one: _inside(others, x, use, [*inputs, one]))
 
 
-def _activate(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `project_token` gives, [B, 3, H, D], as the memories see it: q, k, v [B, H, D]."""
-    qkv = F.silu(qkv)
-    q, k = _l2_normalize(qkv[:, :2]).unbind(1)
-    return q, k, qkv[:, 2]
-
-
-def _gate_logits(inputs: list[MemoryInputs]) -> MemoryGates:
-    """Of each gate that is enabled the logits of every memory, [B, 1, H] each."""
-    kinds = zip(*(given.gate_logits for given in inputs), strict=True)
-    return MemoryGates(*(None if kind[0] is None else kind for kind in kinds))
-
-
 def _stack_gates(inputs: list[MemoryInputs]) -> MemoryGates:
     """`MemoryInputs.gates` of all memories for one token a row, [memories, B, H]: one sigmoid for all."""
-    logits = _gate_logits(inputs)
-    enabled = [kind for kind in logits if kind is not None]
+    kinds = [[given.gate_logits[i] for given in inputs] for i in range(len(MemoryGates._fields))]
+    enabled = [kind for kind in kinds if kind[0] is not None]
     gates = iter(torch.sigmoid(_widen(torch.stack([g[:, 0] for kind in enabled for g in kind]))).chunk(len(enabled)))
-    lr, momentum, decay = (None if kind is None else next(gates) for kind in logits)
+    lr, momentum, decay = (None if kind[0] is None else next(gates) for kind in kinds)
     for one, given in zip(lr, inputs, strict=True):
         one.mul_(given.base_lr)
     return MemoryGates(lr, momentum, decay)

@@ -51,6 +51,14 @@ struct Line {  // q, k or v [rows, H, D], features contiguous
     int64_t type, row, head;  // strides
 };
 
+// Of a layer's step: q, k, v and gates are given as they are before their activations, see `prepare` and `gate`.
+struct Layer {
+    int64_t is_given;
+    const void* taps;  // of the convolution [3 H D, tap_count]; null: there is none
+    int64_t taps_type, tap_count;
+    void* tail;  // its last inputs [rows, tap_count − 1, 3 H D], of the type of q, k, v; advanced by the token
+};
+
 struct Step {  // a step's arguments; the same fields stand in step.py
     int64_t memories, rows, heads, dim, hidden, maps, has_bias, packed;
     const Memory* memory;  // [memories]
@@ -60,7 +68,7 @@ struct Step {  // a step's arguments; the same fields stand in step.py
     float* projection;  // [slots, rows, H, D, D]
     int64_t* position;  // [memories, rows, H]
     Line q, k, v;
-    int64_t is_raw;  // q, k, v and gates are given as they are before their activations, see `load_token` and `gate`
+    Layer layer;
     const uint8_t* active;  // [rows] or null: all
     float* o;  // [rows, H, D]
     int64_t threads;
@@ -95,8 +103,8 @@ void widen(float* target, const void* source, int64_t type, int64_t first, int64
     }
 }
 
-// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Lines of
-// the workspace end at a whole vector.
+// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Lines end
+// at a whole vector.
 constexpr float A1 = 1.5957691216057308f, A3 = A1 * 0.044715f;
 
 void gelu(float* z, float* slope, int64_t count) {
@@ -223,13 +231,76 @@ void project(
     if (to_zero) std::memset(projection, 0, size_t(dim * dim) * sizeof(float));
 }
 
-// What a thread works in. Lines are as wide as the widest input of a map and its 1, in whole vectors.
+// Lines of numbers end at a whole vector.
+int64_t line_width(int64_t count) { return (count + 15) / 16 * 16; }
+
+// q, k and v of every row and head, as the memories see them.
+struct Tokens {
+    const Step& s;
+    int64_t width;
+    std::vector<float> numbers;
+
+    explicit Tokens(const Step& step)
+        : s(step), width(line_width(s.dim)), numbers(size_t(3 * s.rows * s.heads * width)) {}
+    float* at(int64_t part, int64_t row, int64_t head) {
+        return numbers.data() + ((part * s.rows + row) * s.heads + head) * width;
+    }
+};
+
+// What the convolution makes of the newest input x of one head's q, k or v, which is channels from the `first` on.
+void convolve(const Step& s, float* __restrict x, int64_t row, int64_t first) {
+    const Layer& layer = s.layer;
+    const int64_t count = layer.tap_count, channels = 3 * s.heads * s.dim;
+    std::vector<float> taps(size_t(s.dim * count)), before(size_t(s.dim));
+    widen(taps.data(), layer.taps, layer.taps_type, first * count, s.dim * count);
+    for (int64_t i = 0; i < s.dim; ++i) x[i] *= taps[size_t(i * count + count - 1)];
+    for (int64_t j = 0; j + 1 < count; ++j) {
+        widen(before.data(), layer.tail, s.q.type, (row * (count - 1) + j) * channels + first, s.dim);
+        for (int64_t i = 0; i < s.dim; ++i) x[i] += taps[size_t(i * count + j)] * before[size_t(i)];
+    }
+}
+
+// The newest inputs of a row come to the end of its tail, and the oldest are forgotten.
+void advance_tail(const Step& s, int64_t row) {
+    if (s.layer.tap_count < 2) return;
+    const int64_t number = s.q.type == FLOAT32 ? 4 : 2, part = s.heads * s.dim * number;  // bytes
+    const int64_t kept = (s.layer.tap_count - 2) * 3 * part;
+    char* tail = static_cast<char*>(s.layer.tail) + row * (kept + 3 * part);
+    std::memmove(tail, tail + 3 * part, size_t(kept));
+    tail += kept;
+    for (const Line* line : {&s.q, &s.k, &s.v}) {
+        std::memcpy(tail, static_cast<const char*>(line->data) + row * line->row * number, size_t(part));
+        tail += part;
+    }
+}
+
+// Of a layer's step q, k and v are silu of the convolution of what is projected, and heads of q and k get length 1.
+void prepare(const Step& s, Tokens& tokens) {
+    const Line lines[] = {s.q, s.k, s.v};
+    for (int64_t row = 0; row < s.rows; ++row) {
+        if (s.active && !s.active[row]) continue;
+        for (int64_t part = 0; part < 3; ++part) {
+            const Line& line = lines[part];
+            for (int64_t head = 0; head < s.heads; ++head) {
+                float* x = tokens.at(part, row, head);
+                widen(x, line.data, line.type, row * line.row + head * line.head, s.dim);
+                if (!s.layer.is_given) continue;
+                if (s.layer.taps) convolve(s, x, row, (part * s.heads + head) * s.dim);
+                silu(x, s.dim);
+                if (part < 2) make_unit(x, s.dim, SMALLEST_LENGTH);
+            }
+        }
+        if (s.layer.is_given && s.layer.taps) advance_tail(s, row);
+    }
+}
+
+// What a thread works in. Lines are as wide as the widest input of a map and its 1.
 struct Workspace {
     int64_t width;
     std::vector<float> numbers;
 
     explicit Workspace(const Step& s)
-        : width((std::max(s.dim, s.hidden) / 16 + 1) * 16), numbers(size_t(width * (7 + 3 * s.maps))) {}
+        : width(line_width(std::max(s.dim, s.hidden) + 1)), numbers(size_t(width * (7 + 3 * s.maps))) {}
     float* line(int64_t i) { return numbers.data() + i * width; }
     float* value() { return line(0); }
     float* query() { return line(1); }
@@ -247,6 +318,7 @@ struct Head {  // one head's task
     const Step& s;
     const Memory& memory;
     int64_t row, head, at;  // `at` counts heads of all memories and rows
+    Tokens& tokens;
     Workspace& work;
 
     int64_t inputs(int64_t map) const { return map == 0 ? s.dim : s.hidden; }
@@ -374,28 +446,12 @@ struct Head {  // one head's task
         return line;
     }
 
-    void load_line(float* target, const Line& line) const {
-        widen(target, line.data, line.type, row * line.row + head * line.head, s.dim);
-        if (s.is_raw) silu(target, s.dim);
-    }
-
-    // q, k and v; raw ones are what is projected from a token: silu(·) of each, of which q and k get length 1.
-    void load_token() const {
-        load_line(work.key(), s.k);
-        load_line(work.value(), s.v);
-        load_line(work.query(), s.q);
-        if (s.is_raw) {
-            make_unit(work.key(), s.dim, SMALLEST_LENGTH);
-            make_unit(work.query(), s.dim, SMALLEST_LENGTH);
-        }
-    }
-
-    // Raw gates are logits; that of lr is of a share of the base.
+    // A layer's gates are logits; that of lr is of a share of the base.
     float gate(int64_t place) const {
         float value;
         load_tensor(&value, place, row * s.heads + head, 1);
-        if (s.is_raw) value = 1.0f / (1.0f + std::exp(-value));
-        return s.is_raw && place == LR ? float(memory.base_lr) * value : value;
+        if (s.layer.is_given) value = 1.0f / (1.0f + std::exp(-value));
+        return s.layer.is_given && place == LR ? float(memory.base_lr) * value : value;
     }
 
     float token_scale(int64_t in_chunk) const {
@@ -412,7 +468,10 @@ struct Head {  // one head's task
         const bool at_start = in_chunk == 0, at_end = in_chunk + 1 == memory.chunk_size;
         ++position;
 
-        load_token();
+        float* const lines[] = {work.query(), work.key(), work.value()};
+        for (int64_t part = 0; part < 3; ++part) {
+            std::memcpy(lines[part], tokens.at(part, row, head), size_t(s.dim) * sizeof(float));
+        }
         if (has(NORM_WEIGHT)) {
             load_param(work.norm_weight(), NORM_WEIGHT, s.dim);
             load_param(work.norm_bias(), NORM_BIAS, s.dim);
@@ -454,6 +513,8 @@ extern "C" __attribute__((visibility("default"))) void tnt_step(const tnt::decod
     const Step& s = *step;
     const int64_t heads = s.rows * s.heads, tasks = s.memories * heads, width = heads * s.dim;
     std::vector<float> outputs(size_t(s.memories * width));
+    Tokens tokens(s);
+    prepare(s, tokens);
 #pragma omp parallel num_threads(int(s.threads)) if (s.threads > 1)
     {
         Workspace work(s);
@@ -461,7 +522,7 @@ extern "C" __attribute__((visibility("default"))) void tnt_step(const tnt::decod
         for (int64_t at = 0; at < tasks; ++at) {
             const int64_t i = at / heads, row = at % heads / s.heads, head = at % s.heads;
             if (s.active && !s.active[row]) continue;  // `outputs` are zeros
-            const float* o = Head{s, s.memory[i], row, head, at, work}.run();
+            const float* o = Head{s, s.memory[i], row, head, at, tokens, work}.run();
             std::memcpy(outputs.data() + at * s.dim, o, size_t(s.dim) * sizeof(float));
         }
     }

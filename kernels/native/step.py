@@ -46,6 +46,17 @@ class _Line(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("type", "row", "head"))]
 
 
+class _Layer(ctypes.Structure):
+    """`Layer` of step.cpp."""
+
+    _fields_ = [
+        ("is_given", ctypes.c_int64),
+        ("taps", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("taps_type", "tap_count")),
+        ("tail", ctypes.c_void_p),
+    ]
+
+
 class _Step(ctypes.Structure):
     """`Step` of step.cpp."""
 
@@ -55,7 +66,7 @@ class _Step(ctypes.Structure):
         ("memory", ctypes.POINTER(_Memory)),
         *((name, ctypes.c_void_p) for name in ("weights", "anchor", "momentum", "projection", "position")),
         *((name, _Line) for name in "qkv"),
-        ("is_raw", ctypes.c_int64),
+        ("layer", _Layer),
         *((name, ctypes.c_void_p) for name in ("active", "o")),
         ("threads", ctypes.c_int64),
     ]
@@ -88,20 +99,51 @@ def launch_step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
-    base_lrs: Sequence[float] | None = None,
 ) -> Tensor:
-    """See `step.step_checked`; the stack is of float32.
+    """See `step.step_checked`; the stack is of float32."""
+    return _stepper(stack, options).step(q, k, v, gates, params, token_scales, active)
 
-    With base_lrs, one of each memory, q, k, v and gates are given before their activations, which saves a layer a dozen
-    operations: q, k and v are silu of what is given, q and k at length 1; a gate is a sequence of each memory's logits,
-    [rows, 1, H], of which its sigmoid is taken, and the step size's is multiplied by the memory's base.
+
+def launch_layer_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor | None,
+    tail: Tensor | None,
+    logits: MemoryGates,
+    base_lrs: Sequence[float],
+    options: tuple[MemoryOptions, ...],
+    params: Sequence[MemoryParams],
+    token_scales: Sequence[Tensor | None],
+    stack: MemoryStack,
+    active: Tensor | None,
+) -> Tensor:
+    """A step with what a layer does around it, which is a few hundred numbers and would be some twenty operators: q, k
+    and v are silu of a convolution of what is given, q and k at length 1; gates are sigmoids.
+
+    Args:
+        q, k, v: [rows, 1, H D].
+        taps: [3 H D, K] of the convolution, or None.
+        tail: its last inputs of each row, [rows, K − 1, 3 H D], in a row and of no float64; advanced in place.
+        logits: of each gate those of every memory, [rows, 1, H] each.
+        base_lrs: of each memory what the sigmoid of the step size's logit is multiplied by.
+        options, params, token_scales, stack, active: see `step.step_checked`; the stack is of float32.
+
+    Returns:
+        The sum of the memories' outputs [rows, 1, H, D] in float32; zeros where a row is not active.
     """
+    return _stepper(stack, options).step_layer(
+        q, k, v, taps, tail, logits, base_lrs, params, token_scales, active
+    )  # fmt: skip
+
+
+def _stepper(stack: MemoryStack, options: tuple[MemoryOptions, ...]) -> NativeStep:
     stepper = stack.stepper
     if not isinstance(stepper, NativeStep) or stepper.options != options:
         stepper = stack.stepper = NativeStep(stack, options)
     if stack.aligned_to != stepper.chunk_sizes:  # step.cpp looks at no anchor where a chunk starts
         stack.aligned_to = None
-    return stepper(q, k, v, gates, params, token_scales, active, base_lrs)
+    return stepper
 
 
 class NativeStep:
@@ -131,7 +173,7 @@ class NativeStep:
         """A copy of a stack has buffers of its own, so it begins without a stepper."""
         return type(None), ()
 
-    def __call__(
+    def step(
         self,
         q: Tensor,
         k: Tensor,
@@ -140,33 +182,71 @@ class NativeStep:
         params: Sequence[MemoryParams],
         token_scales: Sequence[Tensor | None],
         active: Tensor | None,
-        base_lrs: Sequence[float] | None,
     ) -> Tensor:
-        """Learn from k, v and read at q, [rows, H, D] each; the states are advanced in place, of active rows.
-
-        Returns:
-            The sum of the memories' outputs [rows, H, D], in q.dtype; zeros where a row is not active.
-        """
-        arguments, kept = self._arguments, []  # copies for the call live as long as it
+        """See `launch_step`."""
+        kept: list[Tensor] = []
         for line, x in zip(self._lines, (q, k, v), strict=True):
             if x.dtype not in _TYPES or x.stride(-1) != 1:
                 kept.append(x := x.float().contiguous())
             line.data, line.type, line.row, line.head = x.data_ptr(), _TYPES[x.dtype], x.stride(0), x.stride(1)
+        self._arguments.layer.is_given = False
+        o = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        self._run(o, gates, params, token_scales, active, kept)
+        return o if q.dtype == o.dtype else o.to(q.dtype)
+
+    def step_layer(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        taps: Tensor | None,
+        tail: Tensor | None,
+        logits: MemoryGates,
+        base_lrs: Sequence[float],
+        params: Sequence[MemoryParams],
+        token_scales: Sequence[Tensor | None],
+        active: Tensor | None,
+    ) -> Tensor:
+        """See `launch_layer_step`."""
+        arguments, kept = self._arguments, []
+        layer, dim = arguments.layer, arguments.dim
+        dtype = tail.dtype if taps is not None else q.dtype if q.dtype in _TYPES else torch.float32
+        for line, x in zip(self._lines, (q, k, v), strict=True):
+            if x.dtype != dtype or x.stride(-1) != 1:
+                kept.append(x := x.to(dtype).contiguous())
+            line.data, line.type, line.row, line.head = x.data_ptr(), _TYPES[dtype], x.stride(0), dim
+        layer.is_given, layer.taps = True, None
+        if taps is not None:
+            _point((taps,), pointer := [None], types := [0], kept)
+            layer.taps, layer.taps_type, layer.tap_count, layer.tail = *pointer, *types, taps.shape[1], tail.data_ptr()
+        for memory, base_lr in zip(self._memories, base_lrs, strict=True):
+            memory.base_lr = base_lr
+        o = torch.empty(arguments.rows, 1, arguments.heads, dim, dtype=torch.float32, device=q.device)
+        self._run(o, logits, params, token_scales, active, kept)
+        if taps is not None:
+            torch.autograd.graph.increment_version(tail)
+        return o
+
+    def _run(
+        self,
+        o: Tensor,
+        gates: MemoryGates,
+        params: Sequence[MemoryParams],
+        token_scales: Sequence[Tensor | None],
+        active: Tensor | None,
+        kept: list[Tensor],
+    ) -> None:
+        """The call, whose tokens are in place, with what both kinds of step have. `kept`: copies that live as long."""
+        arguments = self._arguments
         of_memories = [[None] * len(params) if gate is None else gate for gate in gates]
         for i, (one, scale, *its_gates) in enumerate(zip(params, token_scales, *of_memories, strict=True)):
             _point((scale, *its_gates, *one[: self._params]), self._tensors[i], self._types[i], kept)
-        arguments.is_raw = base_lrs is not None
-        if base_lrs is not None:
-            for memory, base_lr in zip(self._memories, base_lrs, strict=True):
-                memory.base_lr = base_lr
-        o = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         active = None if active is None else active.contiguous()
         arguments.active, arguments.o = None if active is None else active.data_ptr(), o.data_ptr()
         arguments.threads = min(self._max_threads, torch.get_num_threads())
         self._call(self._reference)
         # In a graph that was recorded with these buffers, a backward has to see that they were written.
         torch.autograd.graph.increment_version(self._buffers)
-        return o if q.dtype == o.dtype else o.to(q.dtype)
 
 
 def _memory(options: MemoryOptions, slot: int) -> _Memory:
@@ -176,7 +256,12 @@ def _memory(options: MemoryOptions, slot: int) -> _Memory:
     )  # fmt: skip
 
 
-def _point(tensors: Sequence[Tensor | None], pointers: ctypes.Array, types: ctypes.Array, kept: list[Tensor]) -> None:
+def _point(
+    tensors: Sequence[Tensor | None],
+    pointers: ctypes.Array | list[int | None],
+    types: ctypes.Array | list[int],
+    kept: list[Tensor],
+) -> None:
     """Say where these tensors lie and what they hold; copies, where it takes one, are kept."""
     for i, x in enumerate(tensors):
         if x is None:

@@ -148,23 +148,40 @@ def test_every_half_is_widened_exactly():
         assert torch.equal(state.weights.w1[0], numbers.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel_size", [None, 1, 2, 4])
 @torch.no_grad()
-def test_what_is_projected_from_a_token_goes_in_as_it_is():
-    """silu, the length of q and k (one of which is nothing), and the gates' sigmoids."""
+def test_a_layer_steps_at_once(kernel_size, dtype):
+    """The convolution, silu, the length of q and k (one of which is nothing), and the gates' sigmoids, over six tokens
+    of which a row misses one. q, k, v and the tail are of `dtype`; nothing is rounded to it in between."""
     x, _ = single(make_inputs(MLP))
+    g = torch.Generator().manual_seed(0)
+    rows, H, D = MLP.batch, MLP.heads, MLP.head_dim
+    channels = 3 * H * D
+    taps = None if kernel_size is None else torch.randn(channels, kernel_size, generator=g)
+    tail = None if kernel_size is None else torch.randn(rows, kernel_size - 1, channels, generator=g).to(dtype)
+    got, want = (MemoryStack([first_state(MLP, x)]) for _ in range(2))
     memory = step_memory(MLP, x, 0)
-    q, k, v = (2 * x[name][:, 0] for name in "qkv")
-    q[0, 0] = 0
-    logits = [torch.randn(MLP.batch, 1, MLP.heads, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    raw, done = (MemoryStack([first_state(MLP, x)]) for _ in range(2))
-    options, params = (memory.step_options,), [memory.params]
-    got = native.launch_step(
-        q, k, v, MemoryGates(*([t] for t in logits)), options, params, [None], raw, None, base_lrs=[0.3]
-    )
-    lr, momentum, decay = (t[:, 0].sigmoid() for t in logits)
-    memory = memory._replace(lr=0.3 * lr, momentum=momentum, decay=decay)
-    want = step(*(F.normalize(F.silu(t), dim=-1, eps=1e-6) for t in (q, k)), F.silu(v), [memory], done)
-    assert_same(named(got, raw.states[0]), named(want, done.states[0]), TOLERANCE)
+    for t in range(MLP.length):
+        active = torch.tensor([True, t != 2, True])
+        projected = torch.randn(rows, 1, channels, generator=g).to(dtype)
+        projected[0, 0, : D * (t == 0)] = 0
+        logits = torch.randn(3, rows, 1, H, generator=g)
+        window = projected.float()
+        if taps is not None:
+            window = torch.cat([tail, projected], 1)
+            window, after = window.float() * taps.t(), torch.where(active[:, None, None], window[:, 1:], tail)
+        o = native.launch_layer_step(
+            *projected.split(H * D, -1), taps, tail, MemoryGates(*([one] for one in logits)), [0.3],
+            (memory.step_options,), [memory.params], [None], got, active,
+        )  # fmt: skip
+        q, k, v = F.silu(window.sum(1)).view(rows, 3, H, D).unbind(1)
+        lr, momentum, decay = logits[:, :, 0].sigmoid()
+        gated = memory._replace(lr=0.3 * lr, momentum=momentum, decay=decay)
+        expected = step(*(F.normalize(one, dim=-1, eps=1e-6) for one in (q, k)), v, [gated], want, active)
+        assert o.dtype == torch.float32 and o.shape == (rows, 1, H, D)
+        assert_same(named(o.squeeze(1), got.states[0]), named(expected, want.states[0]), TOLERANCE)
+        assert taps is None or torch.equal(tail, after)
 
 
 @contextmanager

@@ -66,21 +66,22 @@ def test_a_training_step_is_one_graph(model: TNTForCausalLM, backend: str):
 @pytest.mark.native
 @torch.no_grad()
 def test_a_cpu_reads_and_decodes_by_the_native_kernels(model: TNTForCausalLM, monkeypatch):
-    """Without being told to: every memory of a prompt, and one step a layer for each token behind it. States in float64
-    are the torch backend's."""
-    reads, steps = [], []
-    read, step = native_backend.read, native_backend.step
-    monkeypatch.setattr(native_backend, "read", lambda *call: reads.append(call) or read(*call))
-    monkeypatch.setattr(native_backend, "step", lambda *call: steps.append(call) or step(*call))
+    """Without being told to: every memory of a prompt, and one step a layer for each token behind it, the first of
+    which makes the buffers for those of whole layers. States in float64 are the torch backend's."""
+    calls = []
+    for name in ("read", "step", "layer_step"):
+        original = getattr(native_backend, name)
+        spy = lambda *call, name=name, original=original: calls.append(name) or original(*call)  # noqa: E731
+        monkeypatch.setattr(native_backend, name, spy)
     ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     greedy = {"max_new_tokens": 6, "do_sample": False}
     got = model.generate(ids, **greedy)
-    assert len(reads) == 2 and len(steps) == 5
+    assert calls == ["read"] * 2 + ["step"] + ["layer_step"] * 4
     model.config.kernel_backend = "torch"
     assert torch.equal(got, model.generate(ids, **greedy))
     model.config.kernel_backend = "auto"
     model.double().generate(ids, **greedy)
-    assert len(reads) == 2 and len(steps) == 5
+    assert len(calls) == 7
 
 
 @pytest.mark.filterwarnings("ignore:backend='auto' runs the torch backend")
