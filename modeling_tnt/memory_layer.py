@@ -166,9 +166,9 @@ class TNTMemoryLayer(nn.Module):
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if packing is not None:
             parts = tuple(packing.gather(part) for part in parts)
-        if self.conv is not None:
+        if self.conv is not None and not self.conv.is_watched and conv_tail is None and not return_tail:
             native = qkv_kernels(self.config.kernel_backend, parts[0], self.config.head_dim)
-            if native is not None and conv_tail is None and not return_tail:
+            if native is not None:
                 boundaries = None if packing is None else packing.boundaries
                 return *self.conv(parts, use=lambda x, w: native.qkv(*x, w, boundaries, self.config.head_dim)), None
         qkv = torch.cat(parts, dim=-1)

@@ -45,6 +45,21 @@ def test_training_step_equals_the_torch_backend(model: TNTForCausalLM, backend: 
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.native
+def test_hooks_see_and_may_change_what_a_convolution_gives(model: TNTForCausalLM):
+    """Where nothing is cached, too: twice as strong by a hook is one with twice the weights."""
+    ids, seen = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(1)), []
+    model.config.kernel_backend = "native"
+    conv = model.model.layers[0].memory.conv
+    with torch.no_grad():
+        handle = conv.register_forward_hook(lambda module, args, out: seen.append(out[0]) or (2 * out[0], out[1]))
+        got = model(ids, use_cache=False).logits
+        handle.remove()
+        conv.weight.mul_(2)
+        torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    assert [y.shape for y in seen] == [(2, 13, 48)]
+
+
 @pytest.mark.slow
 @KERNELS
 def test_a_training_step_is_one_graph(model: TNTForCausalLM, backend: str):
