@@ -50,10 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` where kernels cannot run as compiled code."""
+    """Skip tests marked `gpu` where kernels cannot run as compiled code, and those marked `native` without compiler."""
     compiled = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     if item.get_closest_marker("gpu") and not compiled:
         pytest.skip("needs a CUDA device, and compiled kernels")
+    if item.get_closest_marker("native") and (lacking := _lacks_native_kernels()):
+        pytest.skip(lacking)
+
+
+def _lacks_native_kernels() -> str | None:
+    """Why they cannot run here, or None; where they do not compile, they are there, and their tests fail."""
+    from modeling_tnt.kernels import backends
+
+    return backends.missing("native", "cpu")
 
 
 @pytest.fixture(scope="session")
