@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -52,10 +54,7 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None) -> Ba
     each configuration, which is run, too, see probe.py.
     """
     if device_type == "cpu":
-        unfit = absent("native")
-        if unfit is None and problem is not None:
-            unfit = native_backend().obstacle(problem)
-        return native_unless(unfit)
+        return choose_native(lambda native: None if problem is None else native.obstacle(problem))
     if device_type != "cuda":
         return BackendChoice("torch", f"kernels are for CUDA devices and CPUs; on {device_type} the torch backend runs")
     obstacle = missing("triton", device_type)
@@ -67,15 +66,18 @@ def choose_backend(device_type: str, problem: MemoryProblem | None = None) -> Ba
     return BackendChoice("triton", "Triton's kernels run on cuda, with the local memories' weights on the chip")
 
 
-def native_unless(unfit: str | None) -> BackendChoice:
-    """What "auto" runs on a CPU. `unfit`: why the native kernels are not meant to run something, if so; then nothing is
-    lacking, and nobody is told more than the reason."""
-    if unfit is not None:
-        return BackendChoice("torch", f"the native kernels do not run this on cpu: {unfit}")
-    obstacle = missing("native", "cpu") or native_backend().failure()
+def choose_native(unfit: Callable[[ModuleType], str | None]) -> BackendChoice:
+    """What "auto" runs on a CPU. `unfit` asks `native_backend` why the kernels are not made for something; then, and
+    for who wants none or only has a checkpoint, nothing is lacking, and nobody is told more than the reason."""
+    reason = _unwanted() or absent("native")
+    if reason is None:
+        obstacle = _misfit("native")  # before anything else is asked
+        reason = unfit(native_backend()) if obstacle is None else None
+    if reason is not None:
+        return BackendChoice("torch", f"the native kernels do not run this on cpu: {reason}")
+    obstacle = obstacle or missing("native", "cpu") or native_backend().failure()
     if obstacle is not None:
-        choice = fall_back("native", obstacle)
-        return choice._replace(instead_of=None) if native_backend().switched_off() else choice
+        return fall_back("native", obstacle)
     return BackendChoice("native", "the native kernels, compiled for this machine, run on cpu")
 
 
@@ -84,8 +86,8 @@ def qkv_kernels(backend: str, q: Tensor, head_dim: int) -> ModuleType | None:
     that is left to torch: everywhere but on a CPU with the native kernels."""
     if backend not in ("auto", "native") or q.device.type != "cpu":
         return None
-    unfit = absent("native") or native_backend().qkv_obstacle(q, head_dim)
-    return native_backend() if native_unless(unfit).name == "native" else None
+    choice = choose_native(lambda native: native.qkv_obstacle(q, head_dim))
+    return native_backend() if choice.name == "native" else None
 
 
 def fall_back(kernels: str, obstacle: str) -> BackendChoice:
@@ -172,6 +174,13 @@ def _import_error(kernels: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _unwanted() -> str | None:
+    """That the user asks for none of the native kernels, if so. A call that names them is refused by `missing`."""
+    return "TNT_NATIVE=0 in the environment" if os.environ.get("TNT_NATIVE") == "0" else None
+
+
+@torch.compiler.assume_constant_result
 def _misfit(kernels: str) -> str | None:
     """Why the kernels that are there are not for this copy of the code, or None."""
     if getattr(border(kernels), "INTERFACE", None) == INTERFACE:

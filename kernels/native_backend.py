@@ -5,7 +5,6 @@ A checkpoint's copy of this code calls these functions of the installed package,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +27,6 @@ def missing(device_type: str) -> str | None:
     from .native import build
 
     return build.missing()
-
-
-@torch.compiler.assume_constant_result
-def switched_off() -> bool:
-    """Whether the user wants none of the kernels, which `missing` says then; nobody needs to be told."""
-    return os.environ.get("TNT_NATIVE") == "0"
 
 
 def obstacle(problem: MemoryProblem) -> str | None:

@@ -24,11 +24,10 @@ from . import reference
 from .backends import (
     BACKENDS,
     BackendChoice,
-    absent,
+    choose_native,
     fall_back,
     missing,
     native_backend,
-    native_unless,
     report,
     triton_backend,
 )  # fmt: skip
@@ -199,7 +198,7 @@ def step_backend_for(
         return BackendChoice(backend, "named by the caller")
     sizes = (memory_type, maps, update, head_dim, hidden, device)
     if backend == "auto" and device.type == "cpu":
-        return native_unless(absent("native") or native_backend().step_obstacle(*sizes, dtype))
+        return choose_native(lambda native: native.step_obstacle(*sizes, dtype))
     if backend == "auto" and device.type != "cuda":
         return BackendChoice("torch", f"the torch backend is the fastest one on {device.type}")
     if backend == "native":

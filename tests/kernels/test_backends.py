@@ -46,7 +46,8 @@ def native(monkeypatch) -> Callable[..., None]:
         for name, value in answers.items():
             monkeypatch.setattr(native_backend, name, lambda *_, value=value: value)
 
-    answer(missing=None, obstacle=None, step_obstacle=None, failure=None, switched_off=False)
+    monkeypatch.delenv("TNT_NATIVE", raising=False)
+    answer(missing=None, obstacle=None, step_obstacle=None, failure=None)
     backends.advise.cache_clear()
     return answer
 
@@ -108,20 +109,18 @@ def test_who_lacks_something_is_told_once(lacks, native, said):
     assert all(reason in str(caught.value) for caught in named("native"))
 
 
-def test_who_wants_none_is_told_nothing(native, said):
-    native(missing="TNT_NATIVE=0 forbids them; unset it", switched_off=True)
-    for choice in choices():
+def test_who_wants_none_is_told_nothing(native, said, monkeypatch):
+    monkeypatch.setenv("TNT_NATIVE", "0")
+    for choice in (choose_backend("cpu"), *choices()):
         assert choice.name == "torch" and "TNT_NATIVE=0" in choice.reason and not choice.is_fallback
     backends.load_backend("auto", problem_of())
     assert not said()
-    assert all("TNT_NATIVE=0 forbids them; unset it" in str(caught.value) for caught in named("native"))
 
 
-def test_the_variable_that_switches_them_off(monkeypatch):
-    for value in ("0", "1", ""):
-        monkeypatch.setenv("TNT_NATIVE", value)
-        assert native_backend.switched_off() == (value == "0")
-        assert (native_backend.missing("cpu") or "").startswith("TNT_NATIVE=0") == (value == "0")
+@pytest.mark.native
+def test_who_wants_none_and_names_them_is_refused(monkeypatch):
+    monkeypatch.setenv("TNT_NATIVE", "0")
+    assert all("TNT_NATIVE=0" in str(caught.value) for caught in named("native"))
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
@@ -151,17 +150,17 @@ def test_a_build_that_fails_is_an_obstacle(monkeypatch):
 
 @pytest.fixture
 def in_a_copy(native, monkeypatch) -> Callable[..., None]:
-    """As in a checkpoint's copy of the code beside another version of the package, or without one."""
+    """As in a checkpoint's copy of the code beside another version of the package, which is asked nothing, or without
+    one."""
 
     def place(installed: bool) -> None:
         def border():
             if not installed:
                 raise ImportError("native_backend comes with the package modeling-tnt; pip install modeling-tnt")
-            return native_backend
+            return SimpleNamespace(INTERFACE=backends.INTERFACE + 1)
 
         monkeypatch.setattr(backends, "native_backend", border)
         monkeypatch.setattr(step, "native_backend", border)
-        monkeypatch.setattr(backends, "INTERFACE", backends.INTERFACE + 1)
         backends._import_error.cache_clear()
 
     yield place
