@@ -215,6 +215,6 @@ def warn_of_fallback(reason: str) -> None:
 def advise(reason: str) -> None:
     """A line in the log and no warning: on a CPU nothing is wrong, it could be faster."""
     logger.warning(
-        f"backend='auto' runs the torch backend on cpu, several times slower than the native kernels. {reason} "
-        "(TNT_NATIVE=0 in the environment silences this)"
+        f"backend='auto' runs the torch backend on cpu, several times slower, since {reason} (TNT_NATIVE=0 in the "
+        "environment silences this)"
     )
