@@ -5,8 +5,6 @@ import torch
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, memory_layer
 from modeling_tnt.kernels import backends, choose_backend, native_backend, probe
-from modeling_tnt.kernels.native.step import NativeStep
-from modeling_tnt.kernels.torch_backend.step import TorchStep
 
 pytest.importorskip("triton")
 KERNELS = pytest.mark.parametrize("backend", ["triton", pytest.param("native", marks=pytest.mark.native)])
