@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,11 +22,17 @@ BACKENDS = ("reference", *FAST_BACKENDS)
 RULES = ("plain", "momentum", "decay", "both", "token_scale")
 PROJECTIONS = ("none", "shard", "chunk", "shard_normalized", "chunk_normalized")
 MEMORIES = ("linear", "mlp")  # those that every backend has
-KINDS = ("mlp1", "mlp3", "swiglu")  # those that only the torch backend has, with the depth of an MLP
+KINDS = ("mlp1", "mlp3", "swiglu")  # those that Triton does not have, with the depth of an MLP
 
 # Results are compared to the largest entry of each tensor. In float64, rounding (1e-16) summed over some hundreds of
 # operations and divided by the norm's deviation (rarely below 0.1 here) stays below 1e-12; a wrong term is above 1e-3.
 FLOAT64_TOLERANCE = 1e-10
+# float32 rounds at 6e-8; where the norm divides by a small deviation, these cases amplify that by up to 600 (seen for
+# the reference and the torch backend alike: 4e-5), most by 50.
+FLOAT32_TOLERANCE = 1e-4
+
+# The native backend takes multiples of 16, and no float64.
+NATIVE_SIZES = {"head_dim": 16, "hidden": 32, "dtype": torch.float32}
 
 Result = dict[str, Tensor]
 
@@ -81,8 +88,19 @@ class Case:
         """How much larger differences may be: Newton-Schulz multiplies rounding by up to 485, here by 20 as seen."""
         return 1.0 if self.update == "gradient" else 100.0
 
+    @property
+    def tolerance(self) -> float:
+        return FLOAT64_TOLERANCE if self.dtype == torch.float64 else FLOAT32_TOLERANCE
+
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)
+
+    def fit(self, backend: str) -> Case:
+        """The same in sizes and a dtype that a backend takes."""
+        return self.with_(**NATIVE_SIZES) if backend == "native" else self
+
+    def runs_on(self, backend: str) -> bool:
+        return backend != "native" or (self.memory_type in MEMORIES and self.update == "gradient")
 
 
 # Every rule, projection and memory type, norm and biases on and off, with and without resets, in a few calls.
@@ -120,6 +138,21 @@ MUON_CASES = (
     Case(is_global=True, memory="swiglu", rule="plain", norm=False, shard_length=None, update="muon"),
 )
 CASES = LOCAL_CASES + GLOBAL_CASES + KIND_CASES + MUON_CASES
+
+native = pytest.param("native", marks=pytest.mark.native)
+
+
+def calls(backends: Sequence[str]) -> pytest.MarkDecorator:
+    """Every case on each of these backends that runs it, as a test's `backend` and `case`."""
+    return pytest.mark.parametrize(
+        "backend, case",
+        [
+            pytest.param(b, case.fit(b), id=f"{b}-{case}", marks=native.marks if b == "native" else ())
+            for case in CASES
+            for b in backends
+            if case.runs_on(b)
+        ],
+    )
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:
@@ -172,6 +205,9 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     return {name: t.to(case.dtype).requires_grad_() for name, t in x.items()}
 
 
+STAND_INS = {"native": "torch"}  # until it is there
+
+
 def call(
     case: Case,
     backend: str,
@@ -195,7 +231,7 @@ def call(
         "initial_state": state,
         "output_final_state": output_final_state,
         "memory_type": case.memory_type,
-        "backend": backend,
+        "backend": STAND_INS.get(backend, backend),
     }
     qkv_lr = (x["q"], x["k"], x["v"], x["lr"])
     if case.is_global:

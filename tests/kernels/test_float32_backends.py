@@ -23,14 +23,14 @@ from float32_checks import (
     some_gates_of_zero_and_one,
     zero_keys,
 )
-from memory_cases import GLOBAL_CASES, MEMORIES, PROJECTIONS, Case, summarize
+from memory_cases import GLOBAL_CASES, MEMORIES, PROJECTIONS, Case, native, summarize
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.fixture(params=[pytest.param("triton", marks=no_triton)])
+@pytest.fixture(params=[pytest.param("triton", marks=no_triton), native])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
