@@ -5,6 +5,7 @@ A case is hashable, so the slow reference runs once per case however many tests 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -153,6 +154,38 @@ def calls(backends: Sequence[str]) -> pytest.MarkDecorator:
             if case.runs_on(b)
         ],
     )
+
+
+def random_case(seed: int, memories: Sequence[str]) -> Case:
+    """Any combination of sizes, positions, packing and rules."""
+    rng = random.Random(seed)
+    chunk_size = rng.choice((1, 2, 3, 4, 5, 7, 8))
+    is_global = rng.random() < 0.25
+    length, rows = rng.randint(1, 30), rng.randint(1, 4)
+    case = Case(
+        memory=rng.choice(memories),
+        rule=rng.choice(RULES[:4] if is_global else RULES),
+        projection="none" if is_global else rng.choice(PROJECTIONS),
+        norm=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
+        is_global=is_global,
+        chunk_size=chunk_size,
+        shard_length=None if is_global or rng.random() < 0.3 else chunk_size * rng.randint(1, 4),
+        batch=rows,
+        length=length,
+        heads=rng.randint(1, 3),
+        hidden=rng.randint(1, 9),
+        start=tuple(rng.randint(0, 40) for _ in range(rows)) if rng.random() < 0.5 else None,
+        seed=seed,
+    )
+    if rng.random() < 0.4:
+        ends = sorted(rng.randint(0, length) for _ in range(rows - 1))
+        lengths = tuple(b - a for a, b in zip([0, *ends], [*ends, length], strict=True))
+        if 0 in lengths and case.start is not None and case.projection.startswith("chunk"):
+            # An empty row at a chunk's start has a projection of zero by contract, so a gradient of it means nothing.
+            case = case.with_(start=None)
+        case = case.with_(batch=1, lengths=lengths)
+    return case
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:

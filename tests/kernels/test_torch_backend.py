@@ -1,19 +1,16 @@
 """What only sizes or settings that the other tests do not reach would show in the torch backend."""
 
-import random
-
 import pytest
 import torch
 from memory_cases import (
     CASES,
     KINDS,
     MEMORIES,
-    PROJECTIONS,
-    RULES,
     Case,
     assert_same,
     call,
     make_inputs,
+    random_case,
     reference_result,
     run,
 )
@@ -70,39 +67,8 @@ def test_states_are_kept_at_intervals_only(is_global: bool):
     assert sum(saved.values()) < 2 * inputs + (n**0.5 + 4) * one_state < n / 2 * one_state
 
 
-def random_case(seed: int) -> Case:
-    rng = random.Random(seed)
-    chunk_size = rng.choice((1, 2, 3, 4, 5, 7, 8))
-    is_global = rng.random() < 0.25
-    length, rows = rng.randint(1, 30), rng.randint(1, 4)
-    case = Case(
-        memory=rng.choice((*MEMORIES, *KINDS)),
-        rule=rng.choice(RULES[:4] if is_global else RULES),
-        projection="none" if is_global else rng.choice(PROJECTIONS),
-        norm=rng.random() < 0.5,
-        bias=rng.random() < 0.5,
-        is_global=is_global,
-        chunk_size=chunk_size,
-        shard_length=None if is_global or rng.random() < 0.3 else chunk_size * rng.randint(1, 4),
-        batch=rows,
-        length=length,
-        heads=rng.randint(1, 3),
-        hidden=rng.randint(1, 9),
-        start=tuple(rng.randint(0, 40) for _ in range(rows)) if rng.random() < 0.5 else None,
-        seed=seed,
-    )
-    if rng.random() < 0.4:
-        ends = sorted(rng.randint(0, length) for _ in range(rows - 1))
-        lengths = tuple(b - a for a, b in zip([0, *ends], [*ends, length], strict=True))
-        if 0 in lengths and case.start is not None and case.projection.startswith("chunk"):
-            # An empty row at a chunk's start has a projection of zero by contract, so a gradient of it means nothing.
-            case = case.with_(start=None)
-        case = case.with_(batch=1, lengths=lengths)
-    return case
-
-
 @pytest.mark.parametrize("seed", range(24))
 def test_random_cases(seed: int):
     """Any combination of sizes, positions, packing and rules; the tolerance allows for a norm of four small numbers."""
-    case = random_case(seed)
+    case = random_case(seed, (*MEMORIES, *KINDS))
     assert_same(run(case, "torch"), reference_result(case), tolerance=1e-8)
