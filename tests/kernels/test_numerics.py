@@ -102,6 +102,24 @@ def test_layout_of_inputs_does_not_matter(case: Case, backend: str):
     assert_same(summarize(*call(case, backend, strided), strided), want, case.tolerance)
 
 
+@fast_calls
+def test_layout_of_upstream_gradients_does_not_matter(case: Case, backend: str):
+    """Of a sum they are one number, expanded; of a transpose they are transposed."""
+    case = case.with_(start=(5, 5))
+    x = make_inputs(case)
+    o, state = call(case, backend, x)
+    outputs = [o, *(t for t in state.tensors().values() if t.is_floating_point())]
+    expanded = [torch.ones((), dtype=t.dtype).expand(t.shape) for t in outputs]
+    transposed = [torch.randn_like(t.mT, memory_format=torch.contiguous_format).mT for t in outputs]
+    assert not transposed[0].is_contiguous()
+    for upstream in (expanded, transposed):
+        got, want = (
+            torch.autograd.grad(outputs, list(x.values()), given, retain_graph=True, materialize_grads=True)
+            for given in (upstream, [t.contiguous() for t in upstream])
+        )
+        assert_same(*(dict(zip(x, grads, strict=True)) for grads in (got, want)), case.tolerance)
+
+
 @fast_backends
 def test_expanded_inputs(backend: str):
     """One step size for all tokens, as a view without memory of its own."""
