@@ -25,15 +25,15 @@ if not torch.cuda.is_available():
 
 
 # Files of large grids: of each test the fast set has one case in so many, the first among them. Odd numbers, since what
-# varies fastest is often one of two backends. The first four run in Triton's interpreter, up to seconds a case.
+# varies fastest is often one of two backends. Most of the first five run in Triton's interpreter, up to seconds a case.
 ONE_CASE_IN = {
     "kernels/test_decode.py": 9, "kernels/test_float32_backends.py": 9, "kernels/test_global_scan.py": 9,
-    "kernels/test_triton_backend.py": 9,
+    "kernels/test_native_backend.py": 9, "kernels/test_triton_backend.py": 9,
     "kernels/test_equivalence.py": 7, "kernels/test_numerics.py": 7, "kernels/test_torch_backend.py": 7,
     "kernels/test_muon.py": 3, "modeling_tnt/test_cache.py": 3, "modeling_tnt/test_decode_step.py": 5,
     "modeling_tnt/test_equivalence.py": 5, "modeling_tnt/test_generation.py": 5, "modeling_tnt/test_hub_export.py": 5,
-    "modeling_tnt/test_memorize.py": 5, "modeling_tnt/test_modeling.py": 3, "modeling_tnt/test_no_waits.py": 3,
-    "modeling_tnt/test_state.py": 3,
+    "modeling_tnt/test_memorize.py": 5, "modeling_tnt/test_modeling.py": 3, "modeling_tnt/test_native_backend.py": 5,
+    "modeling_tnt/test_no_waits.py": 3, "modeling_tnt/test_state.py": 3,
 }  # fmt: skip
 
 
