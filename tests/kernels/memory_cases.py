@@ -242,9 +242,6 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     return {name: t.to(case.dtype).requires_grad_() for name, t in x.items()}
 
 
-STAND_INS = {"native": "torch"}  # until it is there
-
-
 def call(
     case: Case,
     backend: str,
@@ -268,7 +265,7 @@ def call(
         "initial_state": state,
         "output_final_state": output_final_state,
         "memory_type": case.memory_type,
-        "backend": STAND_INS.get(backend, backend),
+        "backend": backend,
     }
     qkv_lr = (x["q"], x["k"], x["v"], x["lr"])
     if case.is_global:
