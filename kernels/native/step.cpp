@@ -239,24 +239,27 @@ struct Tokens {
     const Step& s;
     int64_t width;
     std::vector<float> numbers;
+    std::vector<float> taps, before;  // what `convolve` works in
 
     explicit Tokens(const Step& step)
-        : s(step), width(line_width(s.dim)), numbers(size_t(3 * s.rows * s.heads * width)) {}
+        : s(step), width(line_width(s.dim)), numbers(size_t(3 * s.rows * s.heads * width)),
+          taps(size_t(s.layer.is_given && s.layer.taps ? s.dim * s.layer.tap_count : 0)), before(size_t(s.dim)) {}
     float* at(int64_t part, int64_t row, int64_t head) {
         return numbers.data() + ((part * s.rows + row) * s.heads + head) * width;
     }
 };
 
 // What the convolution makes of the newest input x of one head's q, k or v, which is channels from the `first` on.
-void convolve(const Step& s, float* __restrict x, int64_t row, int64_t first) {
+void convolve(const Step& s, Tokens& tokens, float* __restrict x, int64_t row, int64_t first) {
     const Layer& layer = s.layer;
     const int64_t count = layer.tap_count, channels = 3 * s.heads * s.dim;
-    std::vector<float> taps(size_t(s.dim * count)), before(size_t(s.dim));
-    widen(taps.data(), layer.taps, layer.taps_type, first * count, s.dim * count);
-    for (int64_t i = 0; i < s.dim; ++i) x[i] *= taps[size_t(i * count + count - 1)];
+    float* __restrict taps = tokens.taps.data();
+    float* __restrict before = tokens.before.data();
+    widen(taps, layer.taps, layer.taps_type, first * count, s.dim * count);
+    for (int64_t i = 0; i < s.dim; ++i) x[i] *= taps[i * count + count - 1];
     for (int64_t j = 0; j + 1 < count; ++j) {
-        widen(before.data(), layer.tail, s.q.type, (row * (count - 1) + j) * channels + first, s.dim);
-        for (int64_t i = 0; i < s.dim; ++i) x[i] += taps[size_t(i * count + j)] * before[size_t(i)];
+        widen(before, layer.tail, s.q.type, (row * (count - 1) + j) * channels + first, s.dim);
+        for (int64_t i = 0; i < s.dim; ++i) x[i] += taps[i * count + j] * before[i];
     }
 }
 
@@ -285,7 +288,7 @@ void prepare(const Step& s, Tokens& tokens) {
                 float* x = tokens.at(part, row, head);
                 widen(x, line.data, line.type, row * line.row + head * line.head, s.dim);
                 if (!s.layer.is_given) continue;
-                if (s.layer.taps) convolve(s, x, row, (part * s.heads + head) * s.dim);
+                if (s.layer.taps) convolve(s, tokens, x, row, (part * s.heads + head) * s.dim);
                 silu(x, s.dim);
                 if (part < 2) make_unit(x, s.dim, SMALLEST_LENGTH);
             }
