@@ -16,16 +16,11 @@
 #include <cstring>
 #include <vector>
 
-#include "vector.h"
+#include "row.h"
 
 namespace tnt::decode {
 
-constexpr float NORM_EPS = 1e-6f;
 constexpr float SMALLEST_LENGTH = 1e-6f;  // of q and k before they get length 1: what is shorter stays below it
-constexpr int64_t ROWS_AT_ONCE = 4;
-
-// What a pointer whose type is known at run time points to; the numbers are those of step.py.
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // A memory's tensors, by place: [chunk_size], the gates [rows, H], and behind them the fields of MemoryParams:
 // w1, b1, w2, b2, norm_weight, norm_bias, w3, b3, … [H, inputs, outputs], [H, outputs], [H, D].
@@ -73,105 +68,6 @@ struct Step {  // a step's arguments; the same fields stand in step.py
     float* o;  // [rows, H, D]
     int64_t threads;
 };
-
-float half_to_float(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 0x3ff;
-    if (exponent == 0) {  // zero and subnormal numbers, units of 2^−24
-        const float value = float(fraction) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t wide = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-// `count` numbers of a type from the `first` on.
-void widen(float* target, const void* source, int64_t type, int64_t first, int64_t count) {
-    if (type == FLOAT32) {
-        std::memcpy(target, static_cast<const float*>(source) + first, size_t(count) * sizeof(float));
-        return;
-    }
-    const uint16_t* bits = static_cast<const uint16_t*>(source) + first;
-    for (int64_t i = 0; i < count; ++i) {
-        if (type == FLOAT16) {
-            target[i] = half_to_float(bits[i]);
-        } else {
-            const uint32_t wide = uint32_t(bits[i]) << 16;
-            std::memcpy(target + i, &wide, sizeof wide);
-        }
-    }
-}
-
-// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Lines end
-// at a whole vector.
-constexpr float A1 = 1.5957691216057308f, A3 = A1 * 0.044715f;
-
-void gelu(float* z, float* slope, int64_t count) {
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const Vector<WIDTH> x = tnt::load<WIDTH>(z + i), square = x * x;
-        const Vector<WIDTH> sigmoid = 1.0f / (1.0f + tnt::exp<WIDTH>(-(A1 + A3 * square) * x));
-        const Vector<WIDTH> value = x * sigmoid;
-        if (slope) store<WIDTH>(slope + i, sigmoid + value * (1.0f - sigmoid) * (A1 + 3.0f * A3 * square));
-        store<WIDTH>(z + i, value);
-    }
-}
-
-void silu(float* x, int64_t count) {
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const Vector<WIDTH> z = tnt::load<WIDTH>(x + i);
-        store<WIDTH>(x + i, z / (1.0f + tnt::exp<WIDTH>(-z)));
-    }
-}
-
-float dot(const float* __restrict a, const float* __restrict b, int64_t count) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
-// x/‖x‖, or x/smallest where that is longer; a zero row stays zero.
-void make_unit(float* __restrict x, int64_t count, float smallest = 0.0f) {
-    const float length = std::sqrt(dot(x, x, count));
-    const float scale = length == 0.0f ? 0.0f : 1.0f / (length < smallest ? smallest : length);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) x[i] *= scale;
-}
-
-// x := LN(x) without weight and bias; returns 1/deviation.
-float standardise(float* __restrict x, int64_t count) {
-    float sum = 0.0f, square = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += x[i];
-    const float mean = sum / float(count);
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < count; ++i) square += (x[i] - mean) * (x[i] - mean);
-    const float rstd = 1.0f / std::sqrt(square / float(count) + NORM_EPS);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) x[i] = (x[i] - mean) * rstd;
-    return rstd;
-}
-
-// y := x W for W [inputs, outputs].
-void times(const float* __restrict x, const float* __restrict w, float* __restrict y, int64_t inputs, int64_t outputs) {
-    std::memset(y, 0, size_t(outputs) * sizeof(float));
-    int64_t i = 0;
-    for (; i + ROWS_AT_ONCE <= inputs; i += ROWS_AT_ONCE) {
-        const float* __restrict w0 = w + i * outputs;
-        const float* __restrict w1 = w0 + outputs;
-        const float* __restrict w2 = w1 + outputs;
-        const float* __restrict w3 = w2 + outputs;
-        const float x0 = x[i], x1 = x[i + 1], x2 = x[i + 2], x3 = x[i + 3];
-#pragma omp simd
-        for (int64_t o = 0; o < outputs; ++o) y[o] += (x0 * w0[o] + x1 * w1[o]) + (x2 * w2[o] + x3 * w3[o]);
-    }
-    for (; i < inputs; ++i) {
-        const float* __restrict row = w + i * outputs;
-#pragma omp simd
-        for (int64_t o = 0; o < outputs; ++o) y[o] += x[i] * row[o];
-    }
-}
 
 // Of one token: how the state of one head advances.
 struct Advance {
@@ -231,9 +127,6 @@ void project(
     if (to_zero) std::memset(projection, 0, size_t(dim * dim) * sizeof(float));
 }
 
-// Lines of numbers end at a whole vector.
-int64_t line_width(int64_t count) { return (count + 15) / 16 * 16; }
-
 // q, k and v of every row and head, as the memories see them.
 struct Tokens {
     const Step& s;
@@ -242,7 +135,7 @@ struct Tokens {
     std::vector<float> taps, before;  // what `convolve` works in
 
     explicit Tokens(const Step& step)
-        : s(step), width(line_width(s.dim)), numbers(size_t(3 * s.rows * s.heads * width)),
+        : s(step), width(row_width(s.dim)), numbers(size_t(3 * s.rows * s.heads * width)),
           taps(size_t(s.layer.is_given && s.layer.taps ? s.dim * s.layer.tap_count : 0)), before(size_t(s.dim)) {}
     float* at(int64_t part, int64_t row, int64_t head) {
         return numbers.data() + ((part * s.rows + row) * s.heads + head) * width;
@@ -303,7 +196,7 @@ struct Workspace {
     std::vector<float> numbers;
 
     explicit Workspace(const Step& s)
-        : width(line_width(std::max(s.dim, s.hidden) + 1)), numbers(size_t(width * (7 + 3 * s.maps))) {}
+        : width(row_width(std::max(s.dim, s.hidden) + 1)), numbers(size_t(width * (7 + 3 * s.maps))) {}
     float* line(int64_t i) { return numbers.data() + i * width; }
     float* value() { return line(0); }
     float* query() { return line(1); }
