@@ -43,8 +43,8 @@ inline void widen(float* target, const void* source, int64_t type, int64_t first
     }
 }
 
-// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Rows end
-// at a whole vector.
+// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Rows
+// end at a whole vector.
 constexpr float A1 = 1.5957691216057308f, A3 = A1 * 0.044715f;
 
 inline void gelu(float* z, float* slope, int64_t count) {

@@ -76,8 +76,8 @@ struct Advance {
 };
 
 // S := m S − aᵀ δ, W := keep W + S, and if READ y := x W, in one pass over a map's matrices [inputs, outputs].
-// The anchor becomes the weights before the token where a chunk starts, and those behind it where one ends. With a token
-// scale what is read, and what a chunk leaves behind, is W_anchor + r (W − W_anchor).
+// The anchor becomes the weights before the token where a chunk starts, and those behind it where one ends. With a
+// token scale what is read, and what a chunk leaves behind, is W_anchor + r (W − W_anchor).
 template <bool MOMENTUM, bool SCALED, bool READ>
 void advance_map(
     float* weights, float* anchor, float* momentum, const float* __restrict a, const float* __restrict delta,
