@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from decode_cases import GLOBAL, GLOBALS, KIND_CASES, LINEAR, MIXED, SMALL, TILED, named, several, step_memory
 from memory_cases import Case, assert_same, call, first_state, make_inputs, pick
 
-from modeling_tnt.kernels.native import build
 from modeling_tnt.kernels.native import step as native
 from modeling_tnt.kernels.stack import MemoryStack
 from modeling_tnt.kernels.step import step_memories
 from modeling_tnt.kernels.types import MemoryGates
+
+pytestmark = pytest.mark.native
 
 TOLERANCE = 2e-5
 KINDS = [case for case in KIND_CASES if case.memory_type in native.KINDS]
@@ -34,12 +35,6 @@ ODD = [
     Case(**SMALL | {"hidden": 8}, **GLOBAL, memory="mlp3", rule="both"),
 ]
 MLP = Case(**SMALL | {"heads": 2}, rule="both", projection="shard", chunk_size=3, shard_length=6)
-
-
-@pytest.fixture(autouse=True)
-def kernels_are_built():
-    if (obstacle := build.missing()) is not None:
-        pytest.skip(obstacle)
 
 
 def single(x):

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 
 from modeling_tnt import load_cache, memory_layer, save_cache
 from modeling_tnt.kernels import BackendChoice, backends, probe, step
-from modeling_tnt.kernels.native import build
 from modeling_tnt.memory_layer import TNTMemoryLayer
 
 pytest.importorskip("triton")
@@ -27,8 +26,9 @@ ONE_LAYER = {"num_hidden_layers": 1}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # see tests/conftest.py
 
 
-EACH = pytest.mark.parametrize("backend", ["triton", "torch", "native"])
-ON_CPU = pytest.mark.parametrize("backend", ["torch", "native"])
+native = pytest.param("native", marks=pytest.mark.native)
+EACH = pytest.mark.parametrize("backend", ["triton", "torch", native])
+ON_CPU = pytest.mark.parametrize("backend", ["torch", native])
 
 
 def precision_of(backend):
@@ -41,8 +41,6 @@ def tensors_are_on_the_cpu(request):
     """Except in one test, so kernels need the interpreter: with a GPU, TRITON_INTERPRET=1 pytest runs them."""
     callspec = getattr(request.node, "callspec", None)
     backend = callspec.params.get("backend") if callspec is not None else None
-    if backend == "native" and (obstacle := build.missing()) is not None:
-        pytest.skip(obstacle)
     if backend in ("torch", "native"):
         return
     if not INTERPRETED and request.node.get_closest_marker("gpu") is None:
@@ -79,7 +77,7 @@ def read(model, cache, tokens, **columns):
     [
         *((v, "torch") for v in VARIANTS),
         *((v, "triton") for v in VARIANTS if v not in TORCH_ONLY),
-        *((v, "native") for v in VARIANTS),
+        *(pytest.param(v, "native", marks=pytest.mark.native) for v in VARIANTS),
     ],
 )
 @torch.no_grad()
