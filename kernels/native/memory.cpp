@@ -78,7 +78,11 @@ template <int R> class Walk {
     void forward(int64_t segment, int64_t head) {
         begin(segment, head);
         tile_.tape = tape_;
-        start_from(0);
+        const Start start = start_of(0);
+        std::memcpy(weights_, start.weights, sizeof(float) * m_.size);
+        if (start.anchor) std::memcpy(anchor_, start.anchor, sizeof(float) * m_.size);
+        if (start.momentum) std::memcpy(momentum_, start.momentum, sizeof(float) * m_.size);
+        if (start.matrix) std::memcpy(matrix_, start.matrix, sizeof(float) * m_.D * m_.D);
         for (int64_t i = 0; i < count_;) {
             const Span span = span_at(i, count_);
             if (span.place == 0) {
@@ -108,7 +112,7 @@ template <int R> class Walk {
             else
                 tile_.template read<true, false>(at, second, coefficients_);
             store(tile_.o, span, c_.o);
-            if (learns) tile_.learn(weights_, second_of(anchored), coefficients_);
+            if (learns) tile_.learn(weights_, weights_, second, momentum_, coefficients_);
             i += span.n;
         }
         finish();
@@ -140,7 +144,7 @@ template <int R> class Walk {
     }
 
   private:
-    // A tile on the way back, with the states before it. `weights` is null where nothing asks for it.
+    // A tile on the way back, with the states before it.
     struct Step {
         Span span;
         const float *weights, *anchor, *momentum, *matrix;
@@ -168,20 +172,19 @@ template <int R> class Walk {
         return end_ >= 0 || behind < count_;
     }
 
-    // The state before a group of chunks.
-    void start_from(int64_t group) {
-        const size_t state = sizeof(float) * m_.size, square = sizeof(float) * m_.D * m_.D;
+    // The state before a group of chunks, where it lies.
+    struct Start {
+        const float *weights, *anchor, *momentum, *matrix;
+    };
+    Start start_of(int64_t group) const {
         const int64_t row = source_ * c_.H + head_, kept = (group - 1) * c_.S * c_.H + item();
-        if (group == 0) {
-            std::memcpy(weights_, c_.weights + row * m_.size, state);
-            if (c_.anchor) std::memcpy(anchor_, c_.anchor + row * m_.size, state);
-            if (rule_.momentum) std::memcpy(momentum_, c_.momentum_state + row * m_.size, state);
-            if (c_.rule) std::memcpy(matrix_, c_.projection + row * m_.D * m_.D, square);
-        } else {
-            std::memcpy(weights_, c_.kept_weights + kept * m_.size, state);
-            if (rule_.momentum) std::memcpy(momentum_, c_.kept_momentum + kept * m_.size, state);
-            if (c_.rule) std::memcpy(matrix_, c_.kept_projection + kept * m_.D * m_.D, square);
-        }
+        auto at = [](const float* states, int64_t index, int64_t size) { return states ? states + index * size : nullptr; };
+        const int64_t square = m_.D * m_.D;
+        if (group == 0)
+            return {at(c_.weights, row, m_.size), at(c_.anchor, row, m_.size), at(c_.momentum_state, row, m_.size),
+                    at(c_.projection, row, square)};
+        return {at(c_.kept_weights, kept, m_.size), nullptr, at(c_.kept_momentum, kept, m_.size),
+                at(c_.kept_projection, kept, square)};
     }
 
     void keep(int64_t index) {
@@ -243,40 +246,36 @@ template <int R> class Walk {
         const int64_t stop = std::min(count_, (group + 1) * length - offset_);
         Arena arena(trace);
         steps_.clear();
-        start_from(group);
-        const float* anchor = anchor_;
-        auto copy = [&](const float* x, size_t size) {
-            float* to = arena.take(size);
-            std::memcpy(to, x, sizeof(float) * size);
-            return to;
-        };
+        const Start start = start_of(group);
+        const float *weights = start.weights, *anchor = start.anchor, *momentum = start.momentum;
+        if (start.matrix) std::memcpy(matrix_, start.matrix, sizeof(float) * m_.D * m_.D);
         for (int64_t i = first; i < stop;) {
             const Span span = span_at(i, stop);
             const bool learns = learns_at(span), anchored = span.place > 0;
+            if (!anchored) anchor = weights;
             if (!anchored && c_.rule == CHUNK) std::memset(matrix_, 0, sizeof(float) * m_.D * m_.D);
-            Step step{};
-            step.span = span;
-            if (!anchored || !c_.is_global || rule_.momentum || rule_.decay) step.weights = copy(weights_, m_.size);
-            if (!anchored) anchor = step.weights;
-            step.anchor = anchor;
-            if (rule_.momentum) step.momentum = copy(momentum_, m_.size);
-            if (c_.rule) step.matrix = copy(matrix_, m_.D * m_.D);
-            step.tape = tile_.tape = KeyTape<R>(m_, arena);
+            Step step{span, weights, anchor, momentum, nullptr, KeyTape<R>(m_, arena)};
+            tile_.tape = step.tape;
             if (learns || !c_.is_global) {
                 load(c_.k, span, step.tape.k);
                 load(c_.v, span, tile_.v);
                 tile_.keys(anchor);
             }
-            if (i + span.n < stop) {
-                if (c_.rule) {
-                    projection_.keys(step.tape.k);
-                    projection_.learn(matrix_);
-                }
-                if (learns) {
-                    coefficients_of(span, anchored);
-                    float* second = rule_.momentum ? momentum_ : rule_.scale ? const_cast<float*>(anchor) : nullptr;
-                    tile_.learn(weights_, second, coefficients_);
-                }
+            if (c_.rule) {
+                float* matrix = arena.take(m_.D * m_.D);
+                std::memcpy(matrix, matrix_, sizeof(float) * m_.D * m_.D);
+                step.matrix = matrix;
+                projection_.keys(step.tape.k);
+                projection_.learn(matrix_);
+            }
+            if (learns && i + span.n < stop) {
+                coefficients_of(span, anchored);
+                // Inside a chunk nothing is read at a global memory's weights, nor do plain ones matter to the backward.
+                const bool stays = !anchored || !c_.is_global || rule_.momentum || rule_.decay;
+                float* to = stays ? arena.take(m_.size) : const_cast<float*>(weights);
+                float* momentum_to = rule_.momentum ? arena.take(m_.size) : nullptr;
+                tile_.learn(weights, to, rule_.momentum ? momentum : anchor, momentum_to, coefficients_);
+                weights = to, momentum = momentum_to;
             }
             steps_.push_back(step);
             i += span.n;
@@ -339,6 +338,8 @@ template <int R> class Walk {
     void load(const void* tokens, const Span& span, float* lanes) {
         const int D = m_.D;
         const int64_t first = ((start_ + span.first) * c_.H + head_) * D, stride = c_.H * D;
+        if (span.n == R && !c_.is_bfloat16)
+            return transpose<R>(static_cast<const float*>(tokens) + first, stride, R, D, lanes, R);
         for (int t = 0; t < span.n; t++)
             read_numbers(tokens, c_.is_bfloat16, first + t * stride, D, rows_ + t * D);
         std::memset(rows_ + span.n * D, 0, sizeof(float) * (R - span.n) * D);
@@ -347,6 +348,8 @@ template <int R> class Walk {
     void store(const float* lanes, const Span& span, void* tokens) {
         const int D = m_.D;
         const int64_t first = ((start_ + span.first) * c_.H + head_) * D, stride = c_.H * D;
+        if (span.n == R && !c_.is_bfloat16)
+            return transpose<R>(lanes, R, D, R, static_cast<float*>(tokens) + first, stride);
         transpose<R>(lanes, D, R, rows_);
         for (int t = 0; t < span.n; t++)
             write_numbers(rows_ + t * D, c_.is_bfloat16, first + t * stride, D, tokens);

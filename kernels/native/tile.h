@@ -139,17 +139,21 @@ template <int R> class Tile {
         }
     }
 
-    // W and S after the tile, in place. `second`: S, where it is the momentum, or the anchor.
-    void learn(float* weights, float* second, const Coefficients<R>& c) {
+    // W and S after the tile, from those before it; each may be in place. `second`: S, where it is the momentum, or the
+    // anchor, which stays.
+    void learn(const float* weights, float* to, const float* second, float* second_to, const Coefficients<R>& c) {
         c.gains(gamma_, end_gain_, momentum_gain_);
-        if (c.has_second && (c.end_second != 0 || c.end_decay != 1))
-            for (ptrdiff_t i = 0; i < m.size; i++) weights[i] = c.end_decay * weights[i] + c.end_second * second[i];
-        else if (c.end_decay != 1)
-            for (ptrdiff_t i = 0; i < m.size; i++) weights[i] *= c.end_decay;
-        descend(weights, end_gain_);
+        if (c.has_second) {
+            for (ptrdiff_t i = 0; i < m.size; i++) to[i] = c.end_decay * weights[i] + c.end_second * second[i];
+            weights = to;
+        } else if (c.has_decay) {
+            for (ptrdiff_t i = 0; i < m.size; i++) to[i] = c.end_decay * weights[i];
+            weights = to;
+        }
+        descend(weights, to, end_gain_);
         if (c.has_momentum) {
-            for (ptrdiff_t i = 0; i < m.size; i++) second[i] *= c.momentum_decay;
-            descend(second, momentum_gain_);
+            for (ptrdiff_t i = 0; i < m.size; i++) second_to[i] = c.momentum_decay * second[i];
+            descend(second_to, second_to, momentum_gain_);
         }
     }
 
@@ -348,14 +352,16 @@ template <int R> class Tile {
         }
     }
 
-    // W −= Σ_t gains[t] aᵀ δ of all maps.
-    void descend(float* state, const float* gains) {
+    // to = from − Σ_t gains[t] aᵀ δ of all maps.
+    void descend(const float* from, float* to, const float* gains) {
         for (int l = 0; l < m.maps; l++) {
             const Map& map = m.map[l];
             scale_lanes<false>(delta_[l], map.out, gains, -1.0f, wide_);
             transpose<R>(wide_, map.out, R, delta_rows_[l]);
-            add_outer<R, 1>(state + map.weight, map.in, map.out, {a_[l]}, {delta_rows_[l]});
-            if (map.bias >= 0) add_rows(delta_rows_[l], map.out, state + map.bias);
+            add_outer<R, 1>(from + map.weight, to + map.weight, map.in, map.out, {a_[l]}, {delta_rows_[l]});
+            if (map.bias < 0) continue;
+            if (from != to) std::memcpy(to + map.bias, from + map.bias, sizeof(float) * map.out);
+            add_rows(delta_rows_[l], map.out, to + map.bias);
         }
     }
 

@@ -147,13 +147,14 @@ template <int R, Into INTO> inline void spread(const float* a, int F, const floa
     product_of<R, R, true, 1, INTO>(a, R, R, F, xs, outs, nullptr);
 }
 
-// w[k][n] += Σ_g Σ_t a_g[k][t] d_g[t][n]: a with its tokens as lanes, [K][R], d token by token, [R][N]; R rows each.
+// to[k][n] = from[k][n] + Σ_g Σ_t a_g[k][t] d_g[t][n]: a with its tokens as lanes, [K][R], d token by token, [R][N]; R rows
+// each. May be in place.
 template <int R, int KB, int NB>
 TNT_INLINE void add_outer_block(
-    float* __restrict w, int k, int n, int N, int G, const float* const* as, const float* const* ds) {
+    const float* from, float* to, int k, int n, int N, int G, const float* const* as, const float* const* ds) {
     Vector<WIDTH> sum[KB][NB];
     TNT_UNROLL for (int i = 0; i < KB; i++)
-        TNT_UNROLL for (int j = 0; j < NB; j++) sum[i][j] = load<WIDTH>(w + (k + i) * N + n + j * WIDTH);
+        TNT_UNROLL for (int j = 0; j < NB; j++) sum[i][j] = load<WIDTH>(from + (k + i) * N + n + j * WIDTH);
     for (int g = 0; g < G; g++) {
         const float *a = as[g] + k * R, *d = ds[g] + n;
         for (int t = 0; t < R; t++) {
@@ -164,19 +165,24 @@ TNT_INLINE void add_outer_block(
         }
     }
     TNT_UNROLL for (int i = 0; i < KB; i++)
-        TNT_UNROLL for (int j = 0; j < NB; j++) store<WIDTH>(w + (k + i) * N + n + j * WIDTH, sum[i][j]);
+        TNT_UNROLL for (int j = 0; j < NB; j++) store<WIDTH>(to + (k + i) * N + n + j * WIDTH, sum[i][j]);
 }
 template <int R, int NB> inline void add_outer_columns(
-    float* w, int K, int n, int N, int G, const float* const* as, const float* const* ds) {
+    const float* from, float* to, int K, int n, int N, int G, const float* const* as, const float* const* ds) {
     constexpr int KB = ACCUMULATORS / NB;
-    for (int k = 0; k < K; k += KB) add_outer_block<R, KB, NB>(w, k, n, N, G, as, ds);
+    for (int k = 0; k < K; k += KB) add_outer_block<R, KB, NB>(from, to, k, n, N, G, as, ds);
+}
+template <int R, int G>
+inline void add_outer(
+    const float* from, float* to, int K, int N, const float* const (&as)[G], const float* const (&ds)[G]) {
+    int n = 0;
+    for (; n + 4 * WIDTH <= N; n += 4 * WIDTH) add_outer_columns<R, 4>(from, to, K, n, N, G, as, ds);
+    for (; n + 2 * WIDTH <= N; n += 2 * WIDTH) add_outer_columns<R, 2>(from, to, K, n, N, G, as, ds);
+    for (; n < N; n += WIDTH) add_outer_columns<R, 1>(from, to, K, n, N, G, as, ds);
 }
 template <int R, int G>
 inline void add_outer(float* w, int K, int N, const float* const (&as)[G], const float* const (&ds)[G]) {
-    int n = 0;
-    for (; n + 4 * WIDTH <= N; n += 4 * WIDTH) add_outer_columns<R, 4>(w, K, n, N, G, as, ds);
-    for (; n + 2 * WIDTH <= N; n += 2 * WIDTH) add_outer_columns<R, 2>(w, K, n, N, G, as, ds);
-    for (; n < N; n += WIDTH) add_outer_columns<R, 1>(w, K, n, N, G, as, ds);
+    add_outer<R, G>(w, w, K, N, as, ds);
 }
 
 template <int W> struct Interleave;
@@ -219,11 +225,16 @@ template <int W> TNT_INLINE void transpose_block(const float* x, ptrdiff_t ldx, 
     }
     TNT_UNROLL for (int i = 0; i < W; i++) store<W>(out + i * ldo, a[i]);
 }
-// [rows][columns] -> [columns][rows], both multiples of the vectors that R lanes fill.
-template <int R> inline void transpose(const float* __restrict x, int rows, int columns, float* __restrict out) {
+// [rows][columns] -> [columns][rows], both multiples of the vectors that R lanes fill; rows of x, and of what comes out,
+// are so many numbers apart.
+template <int R>
+inline void transpose(const float* x, ptrdiff_t ldx, int rows, int columns, float* out, ptrdiff_t ldo) {
     constexpr int W = lane_width<R>;
     for (int i = 0; i < rows; i += W)
-        for (int j = 0; j < columns; j += W) transpose_block<W>(x + i * columns + j, columns, out + j * rows + i, rows);
+        for (int j = 0; j < columns; j += W) transpose_block<W>(x + i * ldx + j, ldx, out + j * ldo + i, ldo);
+}
+template <int R> inline void transpose(const float* x, int rows, int columns, float* out) {
+    transpose<R>(x, columns, rows, columns, out, rows);
 }
 
 }  // namespace tnt
