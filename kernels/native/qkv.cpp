@@ -62,23 +62,23 @@ class Part {
             read_numbers(c_.grad_out[which_], c_.is_bfloat16, (first + t) * C_, C_, grad);
             for (int h = 0; h < C_; h += c_.head_dim) head_backward(y + h, grad + h);
         }
-        std::fill(grad_taps_.begin(), grad_taps_.end(), 0.0f);
-        for (int64_t t = 0; t < last - first; t++)
-            for (int j = 0; j < K_; j++) {  // the x of y_t's tap j is K − 1 rows into x_
-                float* sum = &grad_taps_[j * C_];
-                const float *x = &x_[(t + j) * C_], *grad = &grad_[t * C_];
-                for (int c = 0; c < C_; c++) sum[c] += grad[c] * x[c];
+        for (int j = 0; j < K_; j++)
+            for (int c = 0; c < C_; c += WIDTH) {
+                Vector<WIDTH> sum{};
+                for (int64_t t = 0; t < last - first; t++)
+                    sum += load<WIDTH>(&grad_[t * C_ + c]) * load<WIDTH>(&x_[(t + j) * C_ + c]);
+                tnt::store<WIDTH>(&grad_taps_[j * C_ + c], sum);
             }
         for (int c = 0; c < C_; c++)
             for (int j = 0; j < K_; j++) grad_weight[(which_ * C_ + c) * K_ + j] = grad_taps_[j * C_ + c];
         for (int64_t t = 0; t < last - first; t++) {
             float* out = &y_[0];
-            std::fill(out, out + C_, 0.0f);
-            for (int j = 0; j < K_; j++) {
-                const int64_t reader = t + K_ - 1 - j;
-                if (reader >= stop - first) continue;
-                const float *tap = &taps_[j * C_], *grad = &grad_[reader * C_];
-                for (int c = 0; c < C_; c++) out[c] += tap[c] * grad[c];
+            const int from = int(std::max<int64_t>(0, t + K_ - (stop - first)));  // the first tap with a reader
+            for (int c = 0; c < C_; c += WIDTH) {
+                Vector<WIDTH> sum{};
+                for (int j = from; j < K_; j++)
+                    sum += load<WIDTH>(&taps_[j * C_ + c]) * load<WIDTH>(&grad_[(t + K_ - 1 - j) * C_ + c]);
+                tnt::store<WIDTH>(out + c, sum);
             }
             write_numbers(out, c_.is_bfloat16, (first + t) * C_, C_, c_.grad_x[which_]);
         }
@@ -131,11 +131,10 @@ class Part {
                 read_numbers(c_.x[which_], c_.is_bfloat16, token * C_, C_, &x_[i * C_]);
         }
         for (int64_t t = 0; t < last - first; t++) {
-            float* y = &y_[t * C_];
-            std::fill(y, y + C_, 0.0f);
-            for (int j = 0; j < K_; j++) {
-                const float *tap = &taps_[j * C_], *x = &x_[(t + j) * C_];
-                for (int c = 0; c < C_; c++) y[c] += tap[c] * x[c];
+            for (int c = 0; c < C_; c += WIDTH) {
+                Vector<WIDTH> sum{};
+                for (int j = 0; j < K_; j++) sum += load<WIDTH>(&taps_[j * C_ + c]) * load<WIDTH>(&x_[(t + j) * C_ + c]);
+                tnt::store<WIDTH>(&y_[t * C_ + c], sum);
             }
         }
     }

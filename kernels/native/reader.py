@@ -20,6 +20,7 @@ from ..segment_scan import (
     gradients_like_inputs,
     scan_inputs,
 )
+from ..torch_backend.scan import keep_freed_memory
 from ..torch_backend.segments import plan_segments, segment_table, sequence_lengths
 from ..types import FastWeights, MemoryParams, MemoryState
 from .build import library
@@ -168,6 +169,7 @@ def native_backward(
     kept: list[Tensor], grad_o: Tensor, grad_ends: list[Tensor], segments: Tensor, plan: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the tensors before `kept` that are there, in that order, from those of o and of the end states."""
+    keep_freed_memory()
     inputs = ScanInputs(
         q, k, v, lr, momentum, decay, scale, norm_weight, norm_bias, weights, anchor, momentum_state, projection
     )

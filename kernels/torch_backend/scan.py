@@ -48,7 +48,7 @@ def scan_chunks(
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what the scan frees instead of handing it back to the system and mapping it afresh.
 
     Its malloc raises both of its thresholds (mmap and trim) when a large mapped block is freed, so freeing one that was
@@ -120,7 +120,7 @@ def scan_backward(
 ) -> list[Tensor]:
     """Gradients of all `tensors`, from those of o and of the state after each shard (missing ones are zero)."""
     if tensors[0].device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     inputs = _unpack(tensors, names)
     given = dict(zip(grad_names.split(","), grads, strict=True))
     kept_by_name = dict(zip((name for name, _ in named(inputs.weights, inputs.momentum)), kept, strict=True))
