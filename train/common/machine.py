@@ -88,6 +88,18 @@ def describe_others(cpus: float | None, threads: int, worst: float | None = None
     return f"{sentence}: these times are too long and spread; run again on an idle machine"
 
 
+def advise_threads(cpus: float | None, threads: int) -> str:
+    """What to do if other processes keep so many CPUs busy that some of so many threads find none: the threads of an
+    operation wait for the last of them, at thousands of operations a step. Empty where nothing is to be done."""
+    free = count_cpus() - round(cpus or 0.0)
+    if threads <= max(1, free):
+        return ""
+    return (
+        f"other processes keep {cpus:.1f} of {count_cpus()} CPUs busy, and {threads} threads wait for them at every "
+        f"operation: set OMP_NUM_THREADS={max(1, free)}, which is faster then"
+    )
+
+
 def count_cpus() -> int:
     """The CPUs that this process may use."""
     return len(_usable_cpus())

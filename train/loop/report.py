@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..common.files import atomic_file
+from ..common.machine import OtherProcesses, advise_threads
 from ..common.model_facts import count_parameters
 from ..common.progress import progress_bar
 from ..options import to_mapping
@@ -76,11 +78,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+LOOK_STEPS = 20  # after which it is known what else the CPUs do
+
+
 class Progress:
     """The bar of a stage: loss, tokens/s, and on a known GPU the model FLOPs utilisation; tqdm adds the time left."""
 
-    def __init__(self, stage: Stage, state: State, *, active: bool):
+    def __init__(self, stage: Stage, state: State, *, active: bool, device: torch.device):
         self.bar = progress_bar(stage.steps, stage.name, "step", initial=state.step, active=active)
+        self.others = OtherProcesses() if active and device.type == "cpu" else None
 
     def __enter__(self) -> Progress:
         return self
@@ -96,6 +102,10 @@ class Progress:
             refresh=False,
         )
         self.bar.update()
+        if self.others is not None and self.bar.n - self.bar.initial == LOOK_STEPS:
+            advice = advise_threads(self.others.cpus(), torch.get_num_threads())
+            if advice:
+                self.bar.write(f"warning  {advice}", file=sys.stderr)
 
 
 def print_start(run: Run, model: PreTrainedModel, accelerator: Accelerator, resumed_from: Path | None) -> None:

@@ -155,7 +155,7 @@ class Session:
         wrapped.train()
         steps = self._read_steps(stage)
         utilisation = self._utilisation(model, stage)
-        with Progress(stage, state, active=self.is_main) as progress:
+        with Progress(stage, state, active=self.is_main, device=self.accelerator.device) as progress:
             while state.step < stage.steps:
                 began = time.perf_counter()
                 batches = next(steps)

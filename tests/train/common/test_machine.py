@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from modeling_tnt.train.common import machine
-from modeling_tnt.train.common.machine import OtherProcesses, describe_others
+from modeling_tnt.train.common.machine import OtherProcesses, advise_threads, describe_others
 
 SECONDS = 2.0
 
@@ -132,3 +132,12 @@ def test_a_busy_process_beside_us_is_seen():
 )  # fmt: skip
 def test_the_sentence(fake: FakeMachine, cpus: float, threads: int, worst: float | None, sentence: str):
     assert describe_others(cpus, threads, worst) == sentence
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "remedy"), [(None, 2, ""), (0.3, 2, ""), (1.0, 1, ""), (1.0, 2, "OMP_NUM_THREADS=1"),
+                                    (2.0, 2, "OMP_NUM_THREADS=1")],
+)  # fmt: skip
+def test_threads_that_find_no_cpu_are_told_of(monkeypatch, cpus, threads, remedy):
+    monkeypatch.setattr(machine, "count_cpus", lambda: 2)
+    assert remedy in advise_threads(cpus, threads) and bool(advise_threads(cpus, threads)) == bool(remedy)
