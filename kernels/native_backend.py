@@ -113,11 +113,13 @@ def layer_step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
+    norm: tuple[Tensor, float] | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """See `native.step.launch_layer_step`; of the stack the buffers are taken."""
     from .native import step
 
     return step.launch_layer_step(
         q, k, v, taps, tail, ours(logits), base_lrs, tuple(map(ours, options)), list(map(ours, params)), token_scales,
-        stack, active,
+        stack, active, norm, gate,
     )  # fmt: skip

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from .packing import Packing
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks look at what goes into a module and comes out, so that nothing else may do its work."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution `y_t = Σ_j weight[:, j] · x_{t − K + 1 + j}` that stays inside each sequence.
 
@@ -21,11 +26,6 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether hooks look at what goes in and comes out, which with `use` is something else."""
-        return bool(self._forward_pre_hooks or self._forward_hooks)
 
     def forward(
         self,

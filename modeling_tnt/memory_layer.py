@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .cache import TNTCacheLayer, cache_signature, fast_weight_shapes
 from .configuration import TNTConfig
-from .convolution import ShortConvolution
+from .convolution import ShortConvolution, is_watched
 from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_state
 from .kernels.api import read
 from .kernels.backends import KERNELS, qkv_kernels
@@ -166,7 +166,7 @@ class TNTMemoryLayer(nn.Module):
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if packing is not None:
             parts = tuple(packing.gather(part) for part in parts)
-        if self.conv is not None and not self.conv.is_watched and conv_tail is None and not return_tail:
+        if self.conv is not None and not is_watched(self.conv) and conv_tail is None and not return_tail:
             native = qkv_kernels(self.config.kernel_backend, parts[0], self.config.head_dim)
             if native is not None:
                 boundaries = None if packing is None else packing.boundaries
@@ -202,16 +202,17 @@ class TNTMemoryLayer(nn.Module):
         """
         if packing is not None and packing.total == 0:
             return torch.zeros_like(x)
-        if step is None:
-            o = self._read(x, packing, cache_layer, update_cache)
-        else:
-            o = self._step(x, cache_layer, step)
-        o = self.norm(o.to(self.norm.weight.dtype)).flatten(-2)
-        if packing is not None:
-            o = packing.scatter(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x))
-        return self.o_proj(o)
+        if step is not None:
+            return self.o_proj(self._step(x, cache_layer, step))
+        o = self._normed(self._read(x, packing, cache_layer, update_cache))
+        return self.o_proj(self._gated(o if packing is None else packing.scatter(o), x))
+
+    def _normed(self, o: Tensor) -> Tensor:
+        """[..., H, D] → [..., H D]."""
+        return self.norm(o.to(self.norm.weight.dtype)).flatten(-2)
+
+    def _gated(self, o: Tensor, x: Tensor) -> Tensor:
+        return o if self.g_proj is None else o * F.silu(self.g_proj(x))
 
     def step_backend(self) -> str:
         """The backend that reads a token behind a cache with all memories at once, without gradients; "reference" reads
@@ -255,13 +256,13 @@ class TNTMemoryLayer(nn.Module):
         return sum(outputs[1:], outputs[0])
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
-        """The sum of the memories' outputs [B, 1, H, D] for one token a row, whose states are advanced in place."""
+        """What goes into o_proj, [B, 1, H D], for one token a row, whose states are advanced in place."""
         memories = self.memories()
         if len(step.options) != len(memories):
             self._check_count()
         reads = list(zip(memories.values(), step.options, strict=True))
-        is_watched = self.conv is not None and self.conv.is_watched
-        if step.backend == "native" and not is_watched and cache_layer.is_stacked(memories):
+        watched = self.conv is not None and is_watched(self.conv)
+        if step.backend == "native" and not watched and cache_layer.is_stacked(memories):
             launch = layer_step(x, cache_layer.stack, cache_layer.conv_tail)
             if launch is not None:
                 return self._step_at_once(x, cache_layer, step, reads, launch)
@@ -269,7 +270,8 @@ class TNTMemoryLayer(nn.Module):
         advance = self._advance
         if step.backend != "triton" and torch.compiler.is_compiling():
             advance = torch.compiler.disable(advance)  # it asks the host where chunks end
-        return _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
+        o = _inside(reads, x, lambda inputs: advance(q, k, v, inputs, tail, cache_layer, step)).unsqueeze(1)
+        return self._gated(self._normed(o), x)
 
     def _step_at_once(
         self,
@@ -283,18 +285,27 @@ class TNTMemoryLayer(nn.Module):
         qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if torch.compiler.is_compiling():
             launch = torch.compiler.disable(launch)
+        norm = gate = None
+        if type(self.norm) is nn.RMSNorm and not is_watched(self.norm):
+            norm = self.norm.weight, self.norm.eps
+            gate = None if self.g_proj is None else self.g_proj(x)
 
         def read(inputs: list[MemoryInputs], qkv: tuple[Tensor, ...], taps: Tensor | None) -> Tensor:
             logits = zip(*(given.gate_logits for given in inputs), strict=True)
             return launch(
                 *qkv, taps, cache_layer.conv_tail, MemoryGates(*(None if of[0] is None else of for of in logits)),
                 [given.base_lr for given in inputs], step.options, [given.params for given in inputs],
-                [given.token_scale for given in inputs], cache_layer.stack, step.active,
+                [given.token_scale for given in inputs], cache_layer.stack, step.active, norm, gate,
             )  # fmt: skip
 
         if self.conv is None:
-            return _inside(reads, x, lambda inputs: read(inputs, qkv, None))
-        return self.conv(qkv, use=lambda qkv, taps: _inside(reads, x, lambda inputs: read(inputs, qkv, taps)))
+            o = _inside(reads, x, lambda inputs: read(inputs, qkv, None))
+        else:
+            o = self.conv(qkv, use=lambda qkv, taps: _inside(reads, x, lambda inputs: read(inputs, qkv, taps)))
+        if norm is None:
+            return self._gated(self._normed(o), x)
+        dtype = norm[0].dtype if gate is None else torch.promote_types(norm[0].dtype, gate.dtype)
+        return o.flatten(-2).to(dtype)
 
     def _advance(
         self,

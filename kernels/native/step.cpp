@@ -52,6 +52,11 @@ struct Layer {
     const void* taps;  // of the convolution [3 H D, tap_count]; null: there is none
     int64_t taps_type, tap_count;
     void* tail;  // its last inputs [rows, tap_count − 1, 3 H D], of the type of q, k, v; advanced by the token
+    const void* norm;  // of every head's output, RMSNorm's weight [D]; null: there is none, nor a gate
+    int64_t norm_type;
+    double norm_eps;
+    const void* gate;  // [rows, H D]: the normed output is multiplied by silu of it; null: there is none
+    int64_t gate_type;
 };
 
 struct Step {  // a step's arguments; the same fields stand in step.py
@@ -402,6 +407,23 @@ struct Head {  // one head's task
     }
 };
 
+// o = RMSNorm(o) of each head, times silu(gate).
+static void finish(const Step& s) {
+    const Layer& layer = s.layer;
+    const int64_t width = s.heads * s.dim, room = row_width(s.dim);
+    std::vector<float> weight(size_t(room), 0.0f), gate(static_cast<size_t>(room), 0.0f);
+    widen(weight.data(), layer.norm, layer.norm_type, 0, s.dim);
+    for (int64_t at = 0; at < s.rows * width; at += s.dim) {
+        float* o = s.o + at;
+        const float scale = 1.0f / std::sqrt(dot(o, o, s.dim) / float(s.dim) + float(layer.norm_eps));
+        for (int64_t d = 0; d < s.dim; ++d) o[d] *= scale * weight[size_t(d)];
+        if (!layer.gate) continue;
+        widen(gate.data(), layer.gate, layer.gate_type, at, s.dim);
+        silu(gate.data(), room);
+        for (int64_t d = 0; d < s.dim; ++d) o[d] *= gate[size_t(d)];
+    }
+}
+
 }  // namespace tnt::decode
 
 extern "C" __attribute__((visibility("default"))) void tnt_step(const tnt::decode::Step* step) {
@@ -427,4 +449,5 @@ extern "C" __attribute__((visibility("default"))) void tnt_step(const tnt::decod
         for (int64_t i = 1; i < s.memories; ++i) sum += outputs[size_t(i * width + j)];
         s.o[j] = sum;
     }
+    if (s.layer.is_given && s.layer.norm) finish(s);
 }

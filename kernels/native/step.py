@@ -53,7 +53,11 @@ class _Layer(ctypes.Structure):
         ("is_given", ctypes.c_int64),
         ("taps", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("taps_type", "tap_count")),
-        ("tail", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("tail", "norm")),
+        ("norm_type", ctypes.c_int64),
+        ("norm_eps", ctypes.c_double),
+        ("gate", ctypes.c_void_p),
+        ("gate_type", ctypes.c_int64),
     ]
 
 
@@ -117,8 +121,10 @@ def launch_layer_step(
     token_scales: Sequence[Tensor | None],
     stack: MemoryStack,
     active: Tensor | None,
+    norm: tuple[Tensor, float] | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """A step with what a layer does around it, which is a few hundred numbers and would be some twenty operators: q, k
+    """A step with what a layer does around it, which is a few hundred numbers and would be some thirty operators: q, k
     and v are silu of a convolution of what is given, q and k at length 1; gates are sigmoids.
 
     Args:
@@ -128,12 +134,15 @@ def launch_layer_step(
         logits: of each gate those of every memory, [rows, 1, H] each.
         base_lrs: of each memory what the sigmoid of the step size's logit is multiplied by.
         options, params, token_scales, stack, active: see `step.step_checked`; the stack is of float32.
+        norm: weight [D] and ε of an RMSNorm of each head of the result; gate [rows, 1, H D], with a norm only: what is
+            normed is multiplied by silu of it.
 
     Returns:
-        The sum of the memories' outputs [rows, 1, H, D] in float32; zeros where a row is not active.
+        The sum of the memories' outputs [rows, 1, H, D], or what norm and gate make of it, in float32; zeros where a
+        row is not active.
     """
     return _stepper(stack, options).step_layer(
-        q, k, v, taps, tail, logits, base_lrs, params, token_scales, active
+        q, k, v, taps, tail, logits, base_lrs, params, token_scales, active, norm, gate
     )  # fmt: skip
 
 
@@ -206,6 +215,8 @@ class NativeStep:
         params: Sequence[MemoryParams],
         token_scales: Sequence[Tensor | None],
         active: Tensor | None,
+        norm: tuple[Tensor, float] | None,
+        gate: Tensor | None,
     ) -> Tensor:
         """See `launch_layer_step`."""
         arguments, kept = self._arguments, []
@@ -219,6 +230,10 @@ class NativeStep:
         if taps is not None:
             _point((taps,), pointer := [None], types := [0], kept)
             layer.taps, layer.taps_type, layer.tap_count, layer.tail = *pointer, *types, taps.shape[1], tail.data_ptr()
+        layer.norm = layer.gate = None
+        if norm is not None:
+            _point((norm[0], gate), pointers := [None, None], types := [0, 0], kept)
+            (layer.norm, layer.gate), (layer.norm_type, layer.gate_type), layer.norm_eps = pointers, types, norm[1]
         for memory, base_lr in zip(self._memories, base_lrs, strict=True):
             memory.base_lr = base_lr
         o = torch.empty(arguments.rows, 1, arguments.heads, dim, dtype=torch.float32, device=q.device)

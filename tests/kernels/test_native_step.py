@@ -147,8 +147,9 @@ def test_every_half_is_widened_exactly():
 @pytest.mark.parametrize("kernel_size", [None, 1, 2, 4])
 @torch.no_grad()
 def test_a_layer_steps_at_once(kernel_size, dtype):
-    """The convolution, silu, the length of q and k (one of which is nothing), and the gates' sigmoids, over six tokens
-    of which a row misses one. q, k, v and the tail are of `dtype`; nothing is rounded to it in between."""
+    """The convolution, silu, the length of q and k (one of which is nothing), the gates' sigmoids, and now and then the
+    output's norm and gate, over tokens of which a row misses one. q, k, v, gate and the tail are of `dtype`; nothing is
+    rounded to it in between."""
     x, _ = single(make_inputs(MLP))
     g = torch.Generator().manual_seed(0)
     rows, H, D = MLP.batch, MLP.heads, MLP.head_dim
@@ -166,14 +167,20 @@ def test_a_layer_steps_at_once(kernel_size, dtype):
         if taps is not None:
             window = torch.cat([tail, projected], 1)
             window, after = window.float() * taps.t(), torch.where(active[:, None, None], window[:, 1:], tail)
+        norm = (torch.rand(D, generator=g), 1e-5) if t % 3 else None
+        gate = torch.randn(rows, 1, H * D, generator=g).to(dtype) if t % 3 == 2 else None
         o = native.launch_layer_step(
             *projected.split(H * D, -1), taps, tail, MemoryGates(*([one] for one in logits)), [0.3],
-            (memory.step_options,), [memory.params], [None], got, active,
+            (memory.step_options,), [memory.params], [None], got, active, norm, gate,
         )  # fmt: skip
         q, k, v = F.silu(window.sum(1)).view(rows, 3, H, D).unbind(1)
         lr, momentum, decay = logits[:, :, 0].sigmoid()
         gated = memory._replace(lr=0.3 * lr, momentum=momentum, decay=decay)
         expected = step(*(F.normalize(one, dim=-1, eps=1e-6) for one in (q, k)), v, [gated], want, active)
+        if norm is not None:
+            expected = F.rms_norm(expected, (D,), *norm)
+        if gate is not None:
+            expected = expected * F.silu(gate.float()).view(rows, H, D)
         assert o.dtype == torch.float32 and o.shape == (rows, 1, H, D)
         assert_same(named(o.squeeze(1), got.states[0]), named(expected, want.states[0]), TOLERANCE)
         assert taps is None or torch.equal(tail, after)

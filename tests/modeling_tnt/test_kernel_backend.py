@@ -80,6 +80,25 @@ def test_a_training_step_is_one_graph(model: TNTForCausalLM, backend: str):
 
 @pytest.mark.native
 @torch.no_grad()
+def test_hooks_see_and_may_change_what_the_output_norm_gives_a_token(model: TNTForCausalLM):
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    model.config.kernel_backend = "native"
+    norm, seen = model.model.layers[0].memory.norm, []
+
+    def decoded() -> torch.Tensor:
+        cache = model(ids[:, :4], use_cache=True).cache
+        return torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in range(4, 9)], 1)
+
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    got = decoded()
+    handle.remove()
+    norm.weight.mul_(2)
+    assert len(seen) == 6
+    torch.testing.assert_close(got, decoded(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.native
+@torch.no_grad()
 def test_a_cpu_reads_and_decodes_by_the_native_kernels(model: TNTForCausalLM, monkeypatch):
     """Without being told to: every memory of a prompt, and one step a layer for each token behind it, the first of
     which makes the buffers for those of whole layers. States in float64 are the torch backend's."""
