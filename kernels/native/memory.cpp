@@ -270,8 +270,10 @@ template <int R> class Walk {
             }
             if (learns && i + span.n < stop) {
                 coefficients_of(span, anchored);
-                // Inside a chunk nothing is read at a global memory's weights, nor do plain ones matter to the backward.
-                const bool stays = !anchored || !c_.is_global || rule_.momentum || rule_.decay;
+                // Inside a chunk nothing is read at a global memory's weights, nor do plain ones matter to the backward;
+                // but the first ones are the caller's.
+                const bool is_gated = rule_.momentum || rule_.decay;
+                const bool stays = !anchored || !c_.is_global || is_gated || weights == start.weights;
                 float* to = stays ? arena.take(m_.size) : const_cast<float*>(weights);
                 float* momentum_to = rule_.momentum ? arena.take(m_.size) : nullptr;
                 tile_.learn(weights, to, rule_.momentum ? momentum : anchor, momentum_to, coefficients_);
