@@ -5,12 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "formulas.h"
 #include "tokens.h"
-#include "vector.h"
 
 namespace tnt::decode {
 
-constexpr float NORM_EPS = 1e-6f;
 constexpr int64_t ROWS_AT_ONCE = 4;
 
 // Rows end at a whole vector.
@@ -43,17 +42,12 @@ inline void widen(float* target, const void* source, int64_t type, int64_t first
     }
 }
 
-// gelu in its tanh form, z σ(a(z)) with a(z) = A1 z + A3 z³, in place, and its slope if there is a place for it. Rows
-// end at a whole vector.
-constexpr float A1 = 1.5957691216057308f, A3 = A1 * 0.044715f;
-
+// gelu in place, and its slope if there is a place for it. Rows end at a whole vector.
 inline void gelu(float* z, float* slope, int64_t count) {
     for (int64_t i = 0; i < count; i += WIDTH) {
-        const Vector<WIDTH> x = tnt::load<WIDTH>(z + i), square = x * x;
-        const Vector<WIDTH> sigmoid = 1.0f / (1.0f + tnt::exp<WIDTH>(-(A1 + A3 * square) * x));
-        const Vector<WIDTH> value = x * sigmoid;
-        if (slope) store<WIDTH>(slope + i, sigmoid + value * (1.0f - sigmoid) * (A1 + 3.0f * A3 * square));
-        store<WIDTH>(z + i, value);
+        const Gelu<WIDTH> phi(tnt::load<WIDTH>(z + i));
+        if (slope) store<WIDTH>(slope + i, phi.slope());
+        store<WIDTH>(z + i, phi.value);
     }
 }
 

@@ -9,11 +9,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vector.h"
+#include "formulas.h"
 
 namespace tnt {
 
-constexpr float NORM_EPS = 1e-6f;
 constexpr int MAX_MAPS = 8;
 
 // One linear map of the memory: sizes, and where its weight and its bias (or -1) are in packed fast weights.
@@ -289,22 +288,15 @@ template <int R> class Tile {
         return m.map[l].bias < 0 ? nullptr : state + m.map[l].bias;
     }
 
-    // a = φ(z), φ' and φ'' of the tanh form of gelu, z σ(s) with s = A1 z + A3 z³.
+    // a = φ(z), φ' and φ''.
     static void gelu(const float* z, int features, float* value, float* slope, float* curve) {
-        constexpr float A1 = 1.5957691216057308f, A3 = 0.07135481282924426f;
         for_all(features, [&](int i) {
-            const V x = at(z, i), square = x * x;
-            const V sigmoid = 1.0f / (1.0f + exp<VW>(-x * (A1 + A3 * square)));
-            const V phi = x * sigmoid;
-            store<VW>(value + i, phi);
-            if (slope) {
-                const V rest = phi * (1.0f - sigmoid), s1 = A1 + (3 * A3) * square;
-                const V first = sigmoid + rest * s1;
-                store<VW>(slope + i, first);
-                if (curve)
-                    store<VW>(curve + i, sigmoid * (1.0f - sigmoid) * (2.0f * A1 + (12 * A3) * square) +
-                                             (first - sigmoid) * s1 * (1.0f - 2.0f * sigmoid));
-            }
+            const Gelu<VW> phi(at(z, i));
+            store<VW>(value + i, phi.value);
+            if (!slope) return;
+            const V first = phi.slope();
+            store<VW>(slope + i, first);
+            if (curve) store<VW>(curve + i, phi.curve(first));
         });
     }
 
