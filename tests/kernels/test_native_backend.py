@@ -9,6 +9,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,17 @@ def test_bfloat16(case: Case, chunk_size: int):
     float32 = {name for name, t in got.items() if t.dtype == torch.float32}
     assert float32 == {name for name in got if name.startswith("state.")}
     assert_right(got, case, rounding=BFLOAT16_ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_a_lesser_cpu(capability: str):
+    """The same sources for shorter vectors, by torch's own name for what the CPU can do; a build of their own."""
+    tests = [f"{__file__}::{test}" for test in ("test_norm_and_biases", "test_lengths_around_tiles_chunks_and_shards")]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 @contextmanager
