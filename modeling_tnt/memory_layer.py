@@ -286,7 +286,9 @@ class TNTMemoryLayer(nn.Module):
         if torch.compiler.is_compiling():
             launch = torch.compiler.disable(launch)
         norm = gate = None
-        if type(self.norm) is nn.RMSNorm and not is_watched(self.norm):
+        # An offloaded norm has its weight here in its own forward only.
+        is_here = self.norm.weight.device == x.device
+        if type(self.norm) is nn.RMSNorm and is_here and not is_watched(self.norm):
             norm = self.norm.weight, self.norm.eps
             gate = None if self.g_proj is None else self.g_proj(x)
 

@@ -103,7 +103,7 @@ def libraries(cache: Path) -> list[Path]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # several processes import torch, beside other tests
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
