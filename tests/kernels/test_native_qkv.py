@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_tnt.kernels import backends
-from modeling_tnt.kernels.native import build
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = pytest.mark.native
 
 # Rows, tokens, heads, head dim, taps, boundaries of packed sequences. 70 tokens: three of the blocks that threads take.
 CASES = (
