@@ -164,14 +164,16 @@ class TNTMemoryLayer(nn.Module):
         [B, T, H, D], or [1, total, H, D] with `packing`: the real tokens alone.
         """
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        if packing is not None:
-            parts = tuple(packing.gather(part) for part in parts)
         if self.conv is not None and not is_watched(self.conv) and conv_tail is None and not return_tail:
             native = qkv_kernels(self.config.kernel_backend, parts[0], self.config.head_dim)
             if native is not None:
-                boundaries = None if packing is None else packing.boundaries
+                boundaries = None
+                if packing is not None:
+                    parts, boundaries = tuple(map(packing.gather, parts)), packing.boundaries
                 return *self.conv(parts, use=lambda x, w: native.qkv(*x, w, boundaries, self.config.head_dim)), None
         qkv = torch.cat(parts, dim=-1)
+        if packing is not None:
+            qkv = packing.gather(qkv)
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, packing, conv_tail, return_tail)
         qkv = F.silu(qkv).unflatten(-1, (3, *self.head_shape))
