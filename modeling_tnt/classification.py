@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -83,6 +85,13 @@ class TNTForSequenceClassification(TNTPreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             **named_cache(cache_of(outputs)),
+        )
+
+    def enable_context_parallel(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises TypeError: the last token, which the logits are of, is in one rank only."""
+        raise TypeError(
+            "a TNTForSequenceClassification cannot be context parallel: its logits are those of the last token, which "
+            "one rank has; train it with data parallelism, or use TNTForCausalLM"
         )
 
     def _find_padding(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:

@@ -76,6 +76,11 @@ class TNTGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         rename_cache(kwargs)
+        if self.context_parallel is not None:
+            raise ValueError(
+                "generate reads with whole rows in one process, and this model is context parallel: read a document "
+                "with model.memorize, then generate inside of `with model.pause_context_parallel():`"
+            )
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         if (
             self.training

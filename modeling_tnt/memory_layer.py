@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .cache import TNTCacheLayer, cache_signature, fast_weight_shapes
 from .configuration import TNTConfig
+from .context_relay import CONV, Relay
 from .convolution import ShortConvolution, is_watched
 from .kernels import MemoryParams, MemoryState, choose_backend, initial_memory_state
 from .kernels.api import read
@@ -196,17 +197,19 @@ class TNTMemoryLayer(nn.Module):
         cache_layer: TNTCacheLayer | None = None,
         update_cache: bool = False,
         step: TokenStep | None = None,
+        relay: Relay | None = None,
     ) -> Tensor:
         """Mix the tokens of x [B, T, hidden_size]; what `packing` does not count as a token mixes to zero.
 
         With a `cache_layer` the memories start from its states; with `update_cache` it gets those after the last token.
-        With `step` there is one token a row and the states in the cache are written in place, see `steps`.
+        With `step` there is one token a row and the states in the cache are written in place, see `steps`. With `relay`
+        x is this rank's part of longer rows.
         """
         if packing is not None and packing.total == 0:
             return torch.zeros_like(x)
         if step is not None:
             return self.o_proj(self._step(x, cache_layer, step))
-        o = self._normed(self._read(x, packing, cache_layer, update_cache))
+        o = self._normed(self._read(x, packing, cache_layer, update_cache, relay))
         return self.o_proj(self._gated(o if packing is None else packing.scatter(o), x))
 
     def _normed(self, o: Tensor) -> Tensor:
@@ -227,12 +230,21 @@ class TNTMemoryLayer(nn.Module):
         ).name  # fmt: skip
 
     def _read(
-        self, x: Tensor, packing: Packing | None, cache_layer: TNTCacheLayer | None, update_cache: bool
+        self,
+        x: Tensor,
+        packing: Packing | None,
+        cache_layer: TNTCacheLayer | None,
+        update_cache: bool,
+        relay: Relay | None,
     ) -> Tensor:
         """The sum of the memories' outputs, shaped like q of `project`."""
         states = {} if cache_layer is None else cache_layer.memories
         tail = None if cache_layer is None else cache_layer.conv_tail
-        q, k, v, tail = self.project(x, packing, tail, return_tail=update_cache)
+        if relay is not None:
+            tail = self._open(relay, x, cache_layer)
+        q, k, v, tail = self.project(x, packing, tail, update_cache or (relay is not None and relay.hands_on(CONV)))
+        if relay is not None:
+            q, tail = relay.send_tail(q, tail), relay.without_ghost(tail)
         outputs, new_states = [], {}
         backend = self.config.kernel_backend
         for name, memory, options in self.operations():
@@ -241,21 +253,32 @@ class TNTMemoryLayer(nn.Module):
                 gates = inputs.gates()
                 if packing is not None:
                     gates = gates.map(packing.gather)
+                state = states.get(name)
+                if relay is not None:
+                    state = relay.receive_state(name, options, inputs.params, state)
                 # Kernels are operators that torch.compile sees; boundaries and positions are read by the host.
-                on_device = packing is None and not states
+                on_device = packing is None and state is None
                 problem = MemoryProblem(
                     q, k, v, gates, inputs.params, options, inputs.token_scale,
-                    None if packing is None else packing.boundaries, states.get(name),
+                    None if packing is None else packing.boundaries, state,
                 )  # fmt: skip
                 in_graph = on_device and reads_by_kernels(backend, problem)
-                o, state = (read if in_graph else _read_apart_from_graphs)(problem, update_cache, backend)
-                return _KeepInGraph.apply(o, *gates), state
+                wants_state = update_cache or (relay is not None and relay.hands_on(name))
+                o, state = (read if in_graph else _read_apart_from_graphs)(problem, wants_state, backend)
+                o = _KeepInGraph.apply(o, *gates, *(() if relay is None else inputs.params))
+                return (o, state) if relay is None else (relay.send_state(name, o, state), relay.without_ghost(state))
 
             o, new_states[name] = memory(x, options.chunk_size, use)
             outputs.append(o)
         if update_cache:
             cache_layer.store(new_states, tail, cache_signature(self.config))
         return sum(outputs[1:], outputs[0])
+
+    def _open(self, relay: Relay, x: Tensor, cache_layer: TNTCacheLayer | None) -> Tensor | None:
+        """Begin to receive what comes from the rank before, and wait for the first of it: the convolution's tail."""
+        with_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        relay.open(x, [(name, options) for name, _, options in self.operations()], cache_layer, with_grad)
+        return relay.receive_tail(None if cache_layer is None else cache_layer.conv_tail)
 
     def _step(self, x: Tensor, cache_layer: TNTCacheLayer, step: TokenStep) -> Tensor:
         """What goes into o_proj, [B, 1, H D], for one token a row, whose states are advanced in place."""
@@ -406,10 +429,11 @@ def _each(gates: Tensor | None, memories: int) -> Sequence[Tensor | None]:
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """Returns `o`; gives unused gates a zero gradient.
+    """Returns `o`; gives unused gates and parameters a zero gradient.
 
     What a memory learns in a chunk that nobody reads back (the global one in its last) depends on its gates, but the
-    output does not: without a gradient at all, DistributedDataParallel would wait for it.
+    output does not, and of a memory that starts from the state of another rank the initial weights are not used:
+    without a gradient at all, DistributedDataParallel would wait for it.
     """
 
     @staticmethod

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
@@ -18,6 +19,8 @@ from . import registration  # noqa: F401  its import tells transformers and PEFT
 from .cache import TNTCacheLayer, check_cache, check_mask
 from .compat import OTHER_NAME, BaseModelOutputWithPast, CausalLMOutputWithPast, cache_of, named_cache, one_cache
 from .configuration import TNTConfig
+from .context_parallel import ContextParallel, ContextParallelMixin
+from .context_relay import Relay
 from .convolution import ShortConvolution
 from .generation import TNTGenerationMixin, warn_no_cache_when_checkpointing
 from .hub_export import HubExportMixin
@@ -59,14 +62,15 @@ class TNTBlock(GradientCheckpointingLayer):
         cache_layer: TNTCacheLayer | None = None,
         update_cache: bool = False,
         step: TokenStep | None = None,
+        relay: Relay | None = None,
     ) -> Tensor:
         """[B, T, hidden_size] → the same shape; see `TNTMemoryLayer.forward`."""
-        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache, step)
+        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache, step, relay)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, PreTrainedModel):
+class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, ContextParallelMixin, PreTrainedModel):
     """Base class of the models: saving, initialisation, and settings for transformers."""
 
     config: TNTConfig
@@ -197,9 +201,12 @@ class TNTModel(TNTPreTrainedModel):
                 are replaced by those after the last token unless use_cache is False.
             past_key_values: the same, under its name in transformers before 5.24. Outputs have it under both names.
             use_cache: return the states. None: if a cache is given, or else `config.use_cache` outside of training and
-                packing (packed sequences have no state of their own to return).
+                packing (packed sequences have no state of their own to return) and context parallel.
             output_hidden_states: also return [B, T, hidden_size] before each block and after the final norm.
             output_attentions: there are none; True raises.
+
+        With `enable_context_parallel` all arguments are whole in every rank, and hidden states are those of the rank's
+        own columns, `context_parallel.columns(T)`.
 
         A single token behind a cache, without gradients, is written into the cache in place, unless
         `config.kernel_backend` is "reference". kernels/README.md says which calls `torch.compile` and CUDA graphs can
@@ -207,7 +214,8 @@ class TNTModel(TNTPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, no token, shapes that do not fit, a cache of
-                another configuration or batch size, packed sequences behind a cache, or under torch.jit.trace.
+                another configuration or batch size, packed sequences behind a cache, or under torch.jit.trace. With
+                context parallel, ranks that got different batches, or a cache with gradients.
         """
         check_not_traced()
         cache = one_cache(cache, past_key_values)
@@ -224,13 +232,23 @@ class TNTModel(TNTPreTrainedModel):
             "attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
             "past_length": 0 if cache is None else cache.get_seq_length(),
         }  # fmt: skip
-        packing = step = None
-        backend = self._step_backend(batch_shape, cache, use_cache) if not boundaries else None
+        packing = step = part = None
+        context = self.context_parallel
+        if context is not None:
+            self._check_same_in_all_ranks(context, input_ids, inputs_embeds, boundaries, columns)
+        backend = self._step_backend(batch_shape, cache, use_cache) if not boundaries and context is None else None
         if backend is not None:
             step = plan_step(batch_shape, given.device, backend, step_options(self.config), **columns)
         else:
-            packing = plan_packing(batch_shape, given.device, boundaries=boundaries, **columns)
+            device = given.device if context is None else torch.device("cpu")
+            packing = plan_packing(batch_shape, device, boundaries=boundaries, **columns)
         use_cache = self._decide_use_cache(use_cache, cache, packing, batch_shape[0])
+        relays = [None] * len(self.layers)
+        if context is not None:
+            keep_all = use_cache or cache is not None
+            part = context.plan(packing, batch_shape, keep_all).to(given.device)
+            packing, relays = part.packing, context.relays(part, len(self.layers), keep_all)
+            input_ids, inputs_embeds = (None if x is None else part.take(x) for x in (input_ids, inputs_embeds))
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
@@ -243,12 +261,16 @@ class TNTModel(TNTPreTrainedModel):
             if output_hidden_states:
                 kept.append(hidden_states)
             cache_layer = None if cache is None else cache.layers[i]
-            hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step)
+            hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step, relays[i])
             if use_cache:
                 cache_layer.advance(batch_shape[1])
         kept.append(self.norm(hidden_states))
         if tokens is not None:  # zero already, but for what an adapter may add to it
             kept = [tokens.hide(hidden) for hidden in kept]
+        if part is not None:
+            kept = [hidden[:, : len(part.columns)] for hidden in kept]
+            if use_cache:
+                context.share_cache(cache)
         return BaseModelOutputWithPast(
             last_hidden_state=kept[-1],
             hidden_states=tuple(kept) if output_hidden_states else None,
@@ -271,6 +293,17 @@ class TNTModel(TNTPreTrainedModel):
             raise ValueError(f"{name} must have shape {layout} with B ≥ 1 and T ≥ 1, got {tuple(given.shape)}")
         return given
 
+    def _check_same_in_all_ranks(
+        self,
+        context: ContextParallel,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        boundaries: dict[str, Tensor],
+        columns: dict[str, Tensor | int | None],
+    ) -> None:
+        tensors = [input_ids, inputs_embeds, *(t for t in columns.values() if isinstance(t, Tensor))]
+        context.check_same("the batch", *tensors, *boundaries.values(), numbers=[columns["past_length"]])
+
     def _step_backend(self, batch_shape: tuple[int, int], cache: Cache | None, use_cache: bool | None) -> str | None:
         """The backend of a call that reads a token a row behind a cache and writes it in place; None for any other."""
         if batch_shape[1] != 1 or cache is None or use_cache is False or torch.is_grad_enabled():
@@ -283,8 +316,15 @@ class TNTModel(TNTPreTrainedModel):
     ) -> bool:
         """Whether this call replaces or makes a cache; see `forward`."""
         packed = packing is not None and packing.rows != batch
+        shared_out = self.context_parallel is not None
         if use_cache is None:
-            use_cache = cache is not None or (self.config.use_cache and not self.training and not packed)
+            alone = not (self.training or packed or shared_out)
+            use_cache = cache is not None or (self.config.use_cache and alone)
+        if shared_out and (use_cache or cache is not None) and torch.is_grad_enabled():
+            raise ValueError(
+                "context parallel takes and returns a cache without gradients only; read under torch.no_grad(), as "
+                "model.memorize does, or use use_cache=False and no cache"
+            )
         if packed and (use_cache or cache is not None):
             raise ValueError(
                 f"{packing.rows} packed sequences in {batch} rows leave no state per row; use use_cache=False and no "
@@ -337,13 +377,21 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and their cross-entropy if `labels` are given. See `TNTModel.forward` for the rest.
 
+        With `enable_context_parallel` the logits are those of this rank's columns, the loss is that of the whole batch.
+
         Args:
             labels: [B, T] token ids, −100 where there is nothing to predict; shifted by one inside. In packed batches
                 the first token of every sequence must be −100 (transformers' collators see to that).
             logits_to_keep: only the last n columns (0: all), or those at the indices of a tensor.
             num_items_in_batch: divide the summed loss by this, instead of the number of labels in this call (gradient
                 accumulation).
+
+        Raises:
+            ValueError: what `TNTModel.forward` raises; with context parallel, other logits_to_keep than 0.
         """
+        context = self.context_parallel
+        if context is not None:
+            _check_whole(context, labels, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -364,13 +412,39 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
-        if labels is not None:
+        if labels is not None and context is None:
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
+        elif labels is not None:
+            loss = self._sum_loss(context, logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             **named_cache(cache_of(outputs)),
         )
+
+    def _sum_loss(
+        self, context: ContextParallel, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """The loss of the whole batch. What a rank's last column predicts is the first label of the next rank."""
+        next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if num_items_in_batch is None:
+            num_items_in_batch = (next_labels != -100).sum()
+        columns = context.columns(labels.shape[1])
+        own = next_labels[:, columns.start : columns.stop].contiguous()
+        loss = self.loss_function(
+            logits, None, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=own
+        )
+        return context.sum_loss(loss)
+
+
+def _check_whole(context: ContextParallel, labels: Tensor | None, logits_to_keep: int | Tensor) -> None:
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+        raise ValueError(
+            "logits_to_keep must be 0 with context parallel, where each rank has the logits of its own columns, got "
+            f"{logits_to_keep}; choose among these, by context_parallel.columns(T)"
+        )
+    if labels is not None:
+        context.check_same("labels", labels)

@@ -198,7 +198,7 @@ def _check_ids(
 
 def _pack_padded(mask: Tensor) -> Packing:
     """One sequence a row."""
-    return _from_lengths(mask.sum(1), mask.flatten().nonzero().squeeze(1), tuple(mask.shape), mask)
+    return pack_lengths(mask.sum(1), mask.flatten().nonzero().squeeze(1), tuple(mask.shape), mask)
 
 
 def _pack_ids(name: str, ids: Tensor | None, batch_shape: tuple[int, int], mask: Tensor | None) -> Packing | None:
@@ -215,7 +215,7 @@ def _pack_ids(name: str, ids: Tensor | None, batch_shape: tuple[int, int], mask:
     if not (breaks & ~new_row).any():
         return None
     starts = torch.cat([breaks.new_ones(1), breaks | new_row]).nonzero().squeeze(1)
-    return _from_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape, mask)
+    return pack_lengths(starts.diff(append=starts.new_tensor([row.shape[0]])), token_index, batch_shape, mask)
 
 
 def _same_boundaries(given: dict[str, Tensor]) -> Tensor:
@@ -238,12 +238,13 @@ def _pack_boundaries(cu_seqlens: Tensor, batch_shape: tuple[int, int], mask: Ten
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}, got {ends[:20]}")
-    return _from_lengths(cu_seqlens.long().diff(), None, batch_shape)
+    return pack_lengths(cu_seqlens.long().diff(), None, batch_shape)
 
 
-def _from_lengths(
+def pack_lengths(
     lengths: Tensor, token_index: Tensor | None, batch_shape: tuple[int, int], mask: Tensor | None = None
 ) -> Packing:
+    """Of sequences that follow each other, with the given numbers of tokens; the other arguments as in `Packing`."""
     total = batch_shape[0] * batch_shape[1] if token_index is None else token_index.shape[0]
     sequences = torch.arange(lengths.shape[0], device=lengths.device)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
