@@ -147,7 +147,8 @@ class MemoryState(NamedTuple):
     momentum    the accumulated surprise S, shaped like `weights`, or None without momentum.
     projection  M = Σ k kᵀ/‖k‖² [N, H, D, D], or None without Q-K projection. With "chunk" projection it is zero when
                 `position` is a multiple of the chunk size.
-    position    [N] int64, number of tokens read. A reset (position ≡ 0 modulo the shard length) is carried out before
+    position    [N] int64, number of tokens read; of an initial state it may be in the host's memory, where it is read
+                without waiting for a device. A reset (position ≡ 0 modulo the shard length) is carried out before
                 the next token, so the state of a finished shard can still be looked at.
     """
 

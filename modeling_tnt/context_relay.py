@@ -275,7 +275,7 @@ class Relay:
         if len(rows) == self.part.rows:
             return received
         base = received.new_zeros(self.part.rows, *received.shape[1:])
-        return base.index_copy(0, rows.to(received.device), received)
+        return base.index_copy(0, on_device(rows.tolist(), received), received)
 
     def receive_state(
         self, name: str, options: MemoryOptions, params: MemoryParams, cached: MemoryState | None
@@ -294,7 +294,7 @@ class Relay:
             state = self._unpack(message, Receive.apply(self.anchor, self, name), params, options)
         if message is None or len(message.rows) != self.part.rows:
             state = self._spread(state, None if message is None else rows[message.rows], options, params)
-        return state._replace(position=on_device(positions.tolist(), self.anchor))
+        return state._replace(position=positions)  # in the host's memory, so that nothing waits for the device
 
     def _unpack(self, message: Message, flat: Tensor, params: MemoryParams, options: MemoryOptions) -> MemoryState:
         tensors = message.unpack(flat)
@@ -321,7 +321,7 @@ class Relay:
         base = self._initial(self.part.rows, options, params)
         if state is None:
             return base
-        rows, ours = rows.to(self.anchor.device), state.tensors()
+        rows, ours = on_device(rows.tolist(), self.anchor), state.tensors()
         return MemoryState.from_tensors(
             {name: t if name == "position" else t.index_copy(0, rows, ours[name]) for name, t in base.tensors().items()}
         )
@@ -363,7 +363,7 @@ class Relay:
         message = self.outgoing[name]
         rows = self.part.rows_of(self.part.outgoing)[message.rows]
         if len(rows) != self.part.rows:
-            rows = rows.to(o.device)
+            rows = on_device(rows.tolist(), o)
             tensors = {key: tensors[key].index_select(0, rows) for key in message.shapes}
         return HandOn.apply(self.anchor, o, message.pack(tensors, self.dtype), self, name)
 

@@ -28,6 +28,7 @@ from .segments import (
     plan_pieces,
     scatter,
     sequence_lengths,
+    start_positions,
 )
 
 
@@ -80,9 +81,9 @@ class Reader:
             )
             positions = None
             if p.initial_state is not None:
-                position = p.initial_state.position
-                positions = position.tolist()
-                self.states[STATE] = p.initial_state.map(lambda t: t.to(self.dtype))._replace(position=position)
+                positions = p.initial_state.position.tolist()
+                state = p.initial_state.map(lambda t: t.to(self.dtype))
+                self.states[STATE] = state._replace(position=start_positions(p))
             plan = plan_pieces(
                 sequence_lengths(p), positions, self.options.chunk_size, self.options.shard_length,
                 spare_last=self.spares_last_chunk(),
@@ -297,7 +298,7 @@ class Reader:
         p = self.problem
         state = self._gather(plan.final)
         if p.initial_state is not None:  # a chunk size other than the one the state was made with may end here
-            aligned = p.initial_state.position % self.options.chunk_size == 0
+            aligned = start_positions(p) % self.options.chunk_size == 0
             kept = on_device([int(source.kind == STATE) for source in plan.final], self.problem.q)
             unread = (kept != 0) & aligned
             anchor = state.anchor.zip_map(

@@ -190,7 +190,13 @@ def final_positions(p: MemoryProblem) -> Tensor:
         read = torch.full((p.rows,), p.q.shape[1], dtype=torch.int64, device=p.q.device)
     else:
         read = on_device(sequence_lengths(p), p.q).clone()  # the caller may write into it
-    return read if p.initial_state is None else p.initial_state.position + read
+    return read if p.initial_state is None else start_positions(p) + read
+
+
+def start_positions(p: MemoryProblem) -> Tensor:
+    """[rows] int64 on the device, the tokens that each sequence has read before the call, behind an initial state."""
+    position = p.initial_state.position
+    return position if position.device == p.q.device else on_device(position.tolist(), p.q)
 
 
 class Tokens:

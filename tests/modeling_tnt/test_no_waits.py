@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, packing
-from modeling_tnt.kernels import MemoryParams, checks, global_memory, local_memory, transfer
+from modeling_tnt.kernels import MemoryParams, checks, global_memory, initial_memory_state, local_memory, transfer
 from modeling_tnt.kernels.torch_backend import projection, scan
 
 pytest.importorskip("triton")
@@ -225,6 +225,25 @@ def test_an_operation_asks_for_boundaries_once(watch: Watch, operation: Callable
         o, state = operation(q, q, q, lr, params, **given, **options)
         (o.sum() + state.weights.w1.sum()).backward()
         assert watch.reads == [[ends.shape]] and watch.waits == []
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("operation, options", [(local_memory, {"shard_length": 16}), (global_memory, {})])
+def test_a_state_whose_position_the_host_knows_costs_no_wait(
+    watch: Watch, operation: Callable, options: dict, backend: str
+):
+    """As that of the rank before, with context parallel: in mid-chunk, and read to a final state."""
+    q, lr = torch.empty(2, 30, 1, 16, device=META), torch.empty(2, 30, 1, device=META)
+    params = MemoryParams(torch.empty(1, 16, 16, device=META, requires_grad=True))
+    state = initial_memory_state(params, 2, with_momentum=False, with_projection=operation is local_memory)
+    state = state._replace(position=torch.tensor([3, 8]))
+    given = {"chunk_size": 8, "initial_state": state, "output_final_state": True, "backend": backend}
+    for _ in range(2):
+        watch.uploads.clear()
+        o, after = operation(q, q, q, lr, params, **given, **options)
+        (o.sum() + after.weights.w1.sum()).backward()
+    assert watch.waits == [] and watch.reads == [] and watch.uploads == []
+    assert after.position.device == META
 
 
 @pytest.mark.gpu
