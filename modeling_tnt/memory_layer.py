@@ -165,13 +165,11 @@ class TNTMemoryLayer(nn.Module):
         [B, T, H, D], or [1, total, H, D] with `packing`: the real tokens alone.
         """
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        if self.conv is not None and not is_watched(self.conv) and conv_tail is None and not return_tail:
+        cut = conv_tail is not None or return_tail
+        if self.conv is not None and not is_watched(self.conv) and not (cut and packing is not None):
             native = qkv_kernels(self.config.kernel_backend, parts[0], self.config.head_dim)
             if native is not None:
-                boundaries = None
-                if packing is not None:
-                    parts, boundaries = tuple(map(packing.gather, parts)), packing.boundaries
-                return *self.conv(parts, use=lambda x, w: native.qkv(*x, w, boundaries, self.config.head_dim)), None
+                return self._project_at_once(native, parts, packing, conv_tail, return_tail)
         qkv = torch.cat(parts, dim=-1)
         if packing is not None:
             qkv = packing.gather(qkv)
@@ -180,6 +178,29 @@ class TNTMemoryLayer(nn.Module):
         qkv = F.silu(qkv).unflatten(-1, (3, *self.head_shape))
         q, k, v = qkv.unbind(-3)
         return _l2_normalize(q), _l2_normalize(k), v, conv_tail
+
+    def _project_at_once(
+        self,
+        native: Any,
+        parts: tuple[Tensor, Tensor, Tensor],
+        packing: Packing | None,
+        conv_tail: Tensor | None,
+        return_tail: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`project` by one operator from the projections on. What was read before is put in front, and taken off."""
+        boundaries, reach, before = None, self.conv.weight.shape[1] - 1, 0
+        if packing is not None:
+            parts, boundaries = tuple(map(packing.gather, parts)), packing.boundaries
+        if conv_tail is not None:
+            before, tails = reach, conv_tail.chunk(3, dim=-1)
+            parts = tuple(torch.cat([t.to(x.dtype), x], dim=1) for t, x in zip(tails, parts, strict=True))
+        q, k, v = self.conv(parts, use=lambda x, w: native.qkv(*x, w, boundaries, self.config.head_dim))
+        if return_tail:
+            missing = max(0, reach - parts[0].shape[1])
+            conv_tail = torch.cat([x[:, x.shape[1] + missing - reach :] for x in parts], dim=-1)
+            conv_tail = F.pad(conv_tail, (0, 0, missing, 0))
+        q, k, v = (x[:, before:].contiguous() for x in (q, k, v))
+        return q, k, v, conv_tail if return_tail else None
 
     def project_token(self, x: Tensor, conv_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`project` for one token a row, x [B, 1, hidden_size] → q, k, v [B, H, D], in fewer operations."""

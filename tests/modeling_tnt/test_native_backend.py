@@ -55,3 +55,21 @@ def test_generation(variant: str):
         logits.append(torch.stack(out.scores))
     assert torch.equal(*texts)
     torch.testing.assert_close(*logits, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("has_tail", [True, False])
+def test_projections_of_rows_that_were_cut(length: int, has_tail: bool):
+    """Rows longer and shorter than the convolution reaches. Single sums of four products: 1e-5 is some roundings."""
+    results = []
+    for backend in ("torch", BACKEND):
+        layer = make_model("mlp", torch.float32, kernel_backend=backend).model.layers[0].memory
+        torch.manual_seed(0)
+        x = torch.randn(2, length, layer.config.hidden_size, requires_grad=True)
+        channels = layer.conv.weight.shape[0]
+        tail = torch.randn(2, layer.conv.weight.shape[1] - 1, channels, requires_grad=True) if has_tail else None
+        outputs = layer.project(x, None, tail, return_tail=True)
+        sum((o * torch.randn_like(o)).sum() for o in outputs).backward()
+        results.append([*outputs, x.grad, layer.conv.weight.grad, *([tail.grad] if has_tail else [])])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
