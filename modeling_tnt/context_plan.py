@@ -70,13 +70,14 @@ def part_length(length: int, ranks: int, options: Sequence[MemoryOptions], multi
     """Columns of the longest part of `length` columns over `ranks`: a multiple of `multiple`.
 
     None: of all shards and the global chunk, if every rank then gets a part and the longest is at most 1.25 times the
-    mean; or else of all chunks; or else of nothing.
+    mean; or else of all chunks; or else of the local chunks; or else of nothing.
     """
     if multiple is not None:
         return _round_up(length, ranks, multiple)
     chunks = [o.chunk_size for o in options]
     shards = [o.chunk_size if o.shard_length is None else o.shard_length for o in options]
-    for unit in (math.lcm(*shards), math.lcm(*chunks)):
+    local = [o.chunk_size for o in options if not o.is_global]
+    for unit in (math.lcm(*shards), math.lcm(*chunks), math.lcm(*local)):
         part = _round_up(length, ranks, unit)
         if (ranks - 1) * part < length and part * ranks <= _MAX_IMBALANCE * length:
             return part

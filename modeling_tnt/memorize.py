@@ -45,9 +45,12 @@ class MemorizeMixin:
                 are held as a whole: cut one that is too large for that where it is safe, and read part after part.
             state: an earlier state, of as many rows as the document, which is advanced in place and returned. What it
                 read of a conversation stands before input_ids from then on, too.
-            chunk_length: tokens of a row in one call, at least 1. Results do not depend on it but for rounding; memory
-                and time do.
+            chunk_length: tokens of a row that a process reads in one call, at least 1. Results do not depend on it but
+                for rounding; memory and time do.
             progress: show a bar, unless transformers' progress bars are disabled.
+
+        With `enable_context_parallel` every rank gives the whole document and the same state, reads its part of each
+        piece, and has the state after it.
 
         Returns:
             The state after the document. If reading is interrupted, a state that was given is left after the last whole
@@ -103,7 +106,9 @@ class MemorizeMixin:
 
     def _read_rows(self, rows: list[Any], state: TNTState, chunk_length: int, progress: bool) -> None:
         lengths = torch.tensor([len(row) for row in rows])
-        pieces = _pieces(int(lengths.max()), chunk_length)
+        context = self.context_parallel
+        pieces = _pieces(int(lengths.max()), chunk_length * (1 if context is None else context.size))
+        progress = progress and (context is None or context.rank == 0)
         with logging.tqdm(
             total=int(lengths.sum()), unit=" tokens", unit_scale=True, desc="memorize", disable=not progress
         ) as bar:

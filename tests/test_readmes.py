@@ -82,6 +82,7 @@ NOT_RUN = {
     "pip install": "the first step of .ci/run",
     "python -m pytest": "these tests",
     "accelerate launch": "needs 8 GPUs",
+    "torchrun --nproc-per-node 2 train/examples/long_sequence.py": "tests/train/test_examples.py does it",
     "torchrun": "tests/train/loop/test_distributed.py does it, in half a minute",
     "python tests/benchmarks/aot.py": "ten minutes; test_aot.py runs parts of it",
     "python tests/benchmarks/make_pictures.py": "ten minutes; it runs commands that have tests of their own",
@@ -246,6 +247,9 @@ def check_flags(words: list[str]) -> None:
     if words[0] in ("accelerate", "torchrun"):
         launcher = launch_command_parser() if words[0] == "accelerate" else get_args_parser()
         read = launcher.parse_args(words[2:] if words[0] == "accelerate" else words[1:])
+        if not read.module:
+            check_flags(["python", read.training_script, *read.training_script_args])
+            return
         assert read.module and read.training_script == "modeling_tnt.train"
         parse(["train", *read.training_script_args])
         if words[0] == "accelerate":

@@ -22,6 +22,7 @@ from modeling_tnt.train import load_lora
 EXAMPLES = Path(__file__).parents[2] / "train" / "examples"
 SCRIPT, MEMORIZE = EXAMPLES / "finetune_stage2.py", EXAMPLES / "memorize_document.py"
 USE, CLASSIFY = EXAMPLES / "use_model.py", EXAMPLES / "classify.py"
+LONG = EXAMPLES / "long_sequence.py"
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def run_here(monkeypatch, *arguments: str, script: Path = SCRIPT) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("script", [SCRIPT, MEMORIZE, USE, CLASSIFY], ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [SCRIPT, MEMORIZE, USE, CLASSIFY, LONG], ids=lambda path: path.stem)
 def test_is_short(script):
     assert len(script.read_text().splitlines()) < 65
 
@@ -147,3 +148,16 @@ def test_classifier_learns_the_toy_texts(arguments, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "accuracy on texts that were held out: 100%" in printed
     assert printed.index("'label': 'good'") < printed.index("'label': 'bad'")
+
+
+def test_a_long_sequence_in_two_processes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LONG)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--tokens", "700", "--device", "cpu"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"loss (\S+)", done.stdout)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    assert "range(0, 352)" in done.stdout and "range(352, 700)" in done.stdout
+    assert "after 700 tokens it goes on with" in done.stdout
