@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .configuration import TNTConfig
 from .context_plan import Part, part_columns, part_length, plan_part
-from .context_relay import CONV, ContextParallelError, Neighbours, Relay, conv_message, state_message
+from .context_relay import CONV, ContextParallelError, Neighbours, Relay, conv_message, explained, state_message
 from .memory_layer import step_options
 from .packing import Packing
 
@@ -109,20 +109,16 @@ class ContextParallel:
 
         def from_last(t: Tensor) -> Tensor:
             t = t.clone(memory_format=torch.contiguous_format)
-            dist.broadcast(t, src=last, group=self.group)
+            with explained(self.group, "get the states of the last rank"):
+                dist.broadcast(t, src=last, group=self.group)
             return t
 
         cache.layers = [layer.map(from_last) for layer in cache.layers]
 
     def _gather(self, own: Tensor) -> list[Tensor]:
         everywhere = [torch.empty_like(own) for _ in range(self.size)]
-        try:
+        with explained(self.group, "compare its batch with that of the others"):
             dist.all_gather(everywhere, own, group=self.group)
-        except RuntimeError as error:
-            raise ContextParallelError(
-                f"rank {self.rank} of {self.size} in the context-parallel group could not compare its batch with that "
-                f"of the others: one has ended, or did not get there within the group's time limit. ({error})"
-            ) from error
         return everywhere
 
     def _report_uneven(self, whole: Packing | None, batch_shape: tuple[int, int], part: int) -> None:
@@ -271,7 +267,8 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
         ctx.size = size
         total = x.detach().clone()
-        dist.all_reduce(total, group=group)
+        with explained(group, "sum the loss over the ranks"):
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod

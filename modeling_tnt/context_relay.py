@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,27 +85,23 @@ class Neighbours:
             with self._explained("send", what, None):
                 work.wait()
 
-    def _explained(self, verb: str, what: str, rank: int | None) -> _Explained:
+    def _explained(self, verb: str, what: str, rank: int | None) -> AbstractContextManager:
         other = "its neighbour" if rank is None else f"rank {rank}"
-        return _Explained(f"rank {self.rank} of {self.size} in the context-parallel group could not {verb} {what} "
-                          f"{'to' if verb == 'send' else 'from'} {other}")  # fmt: skip
+        return explained(self.group, f"{verb} {what} {'to' if verb == 'send' else 'from'} {other}")
 
 
-class _Explained:
-    """Errors of torch.distributed inside become a ContextParallelError that begins with `message`."""
-
-    def __init__(self, message: str):
-        self.message = message
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
-            raise ContextParallelError(
-                f"{self.message}: that process has ended, or did not get there within the group's time limit; the "
-                f"first error of all processes is the cause. ({str(error).splitlines()[0]:.300})"
-            ) from error
+@contextmanager
+def explained(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Errors of torch.distributed inside become a ContextParallelError that says what this rank could not do."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        raise ContextParallelError(
+            f"rank {rank} of {size} in the context-parallel group could not {what}: another process has ended, or did "
+            "not get there within the group's time limit; the first error of all processes is the cause. "
+            f"({str(error).splitlines()[0]:.300})"
+        ) from error
 
 
 class Incoming(NamedTuple):

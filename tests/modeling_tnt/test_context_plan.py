@@ -1,4 +1,4 @@
-"""Who reads what, without processes: parts cover a batch once, and two neighbours agree about what crosses their cut."""
+"""Who reads what, without processes: parts cover a batch once, and neighbours agree about what crosses their cut."""
 
 from __future__ import annotations
 
