@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ def score_rows(
     """Score every row of `rows`; see `iterate_losses` for the arguments. Rows are whole: nothing is kept between them.
 
     Several processes may each score a share of the rows and join the tensors of their `Scores`. Under FSDP every
-    forward is a collective operation: each process then needs the same number of batches.
+    forward is a collective operation: each process then needs the same number of batches. The processes of a context
+    parallel group read each row together: all of them give the same rows, and each gets the scores of whole rows.
     """
     batches = iterate_losses(model, rows, batch_size=batch_size, device=device, autocast=autocast, on_batch=on_batch)
     return join_scores([losses.sum_rows() for losses in batches])
@@ -116,7 +118,8 @@ def iterate_losses(
     """Yield the losses of `rows`, batch by batch, in evaluation mode. The model's mode is restored at the end.
 
     Args:
-        model: a causal language model of transformers, or one wrapped by DDP, FSDP or torch.compile.
+        model: a causal language model of transformers, or one wrapped by DDP, FSDP or torch.compile. With context
+            parallel on, every process of the group gives the same rows and gets the losses of all columns.
         rows: `rows[i]` is {"input_ids": [T], "labels": [T]}, labels not shifted and −100 where nothing is to be
             predicted, and "seq_idx": [T] where rows hold several sequences; `rows.token_bytes(i)` [T] float32.
         batch_size: rows per forward pass.
@@ -140,7 +143,7 @@ def iterate_losses(
             with precision:
                 logits = model(**inputs, use_cache=False).logits
             labels = batch["labels"][:, 1:]
-            nats = _cross_entropy(logits[:, :-1], labels.to(device)).cpu()
+            nats = _token_nats(model, logits, labels.to(device)).cpu()
             token_bytes = torch.stack([torch.as_tensor(rows.token_bytes(i)) for i in indices])[:, 1:]
             yield TokenLosses(nats, labels != -100, _context(batch)[:, 1:], token_bytes)
             if on_batch is not None:
@@ -164,7 +167,7 @@ def _model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     """
     inputs = {"input_ids": batch["input_ids"]}
     if "seq_idx" in batch:
-        known = inspect.signature(extract_model_from_parallel(model, keep_torch_compile=False).forward).parameters
+        known = inspect.signature(_unwrap(model).forward).parameters
         if "seq_idx" in known:
             inputs["seq_idx"] = batch["seq_idx"]
         elif "position_ids" in known:
@@ -177,6 +180,11 @@ def _model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     return inputs
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, behind DDP, FSDP and torch.compile."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def _context(batch: dict[str, Tensor]) -> Tensor:
     """[b, T]: how many tokens of the same sequence, in this row, are before each."""
     columns = torch.arange(batch["input_ids"].shape[1]).repeat(len(batch["input_ids"]), 1)
@@ -185,6 +193,23 @@ def _context(batch: dict[str, Tensor]) -> Tensor:
     index = batch["seq_idx"]
     begins = F.pad(index[:, 1:] != index[:, :-1], (1, 0), value=True)
     return columns - torch.where(begins, columns, 0).cummax(dim=1).values
+
+
+def _token_nats(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """−ln p of each label, [b, T − 1] float32, labels[:, j] being what column j predicts; 0 where it is −100.
+
+    With context parallel on, `logits` are those of this process's own columns, whose last predicts the first token of
+    the next process. The processes exchange the numbers of single tokens, and each gets all of them.
+    """
+    context_parallel = getattr(_unwrap(model), "context_parallel", None)
+    if context_parallel is None:
+        return _cross_entropy(logits[:, :-1], labels)
+    columns = context_parallel.columns(labels.shape[1] + 1)
+    own = labels[:, columns.start : columns.stop]
+    nats = labels.new_zeros(labels.shape, dtype=torch.float32)
+    nats[:, columns.start : columns.stop] = _cross_entropy(logits[:, : own.shape[1]], own)
+    dist.all_reduce(nats, group=context_parallel.group)  # exact: all but one process add 0
+    return nats
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
