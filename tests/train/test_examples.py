@@ -48,6 +48,14 @@ def run_here(monkeypatch, *arguments: str, script: Path = SCRIPT) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
+def run_in_two_processes(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("script", [SCRIPT, MEMORIZE, USE, CLASSIFY, LONG], ids=lambda path: path.stem)
 def test_is_short(script):
     assert len(script.read_text().splitlines()) < 65
@@ -70,11 +78,8 @@ def test_two_processes_equal_one(arguments, tmp_path, monkeypatch):
     """DDP over gloo on half the rows each: the swap at the same step, and the same weights but for float32 rounding."""
     run_here(monkeypatch, *arguments, "--batch-size", "4")
     expected = load_file(tmp_path / "stage2" / "model.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     both = [*arguments, "--batch-size", "2", "--output", str(tmp_path / "both")]
-    done = subprocess.run([*command, *both], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_in_two_processes(SCRIPT, *both)
     assert done.stdout.count("step 4: stage 2 begins") == 1, "one process reports"
     assert TNTForCausalLM.from_pretrained(tmp_path / "both").config.local_chunk_sizes == [2]
     got = load_file(tmp_path / "both" / "model.safetensors")
@@ -109,6 +114,19 @@ def test_memorize_reads_a_text_and_reloads_what_it_saved(arguments, tmp_path, mo
     assert "2,000 tokens, " in printed and "4,049 tokens, " in printed
     assert "holds TNTState(tokens_read=[4049], " in printed and printed.endswith("continues in the same way\n")
     assert json.loads((output / "memory.json").read_text())["tokens_read"] == [4049]
+
+
+@pytest.mark.slow
+def test_two_processes_memorize_what_one_does(arguments, tmp_path, monkeypatch):
+    given = ["--model", tmp_path / "stage1", "--text", tmp_path / "book.txt", "--every", 1500, "--new-tokens", 4]
+    run_here(monkeypatch, *map(str, [*given, "--output", tmp_path / "one"]), script=MEMORIZE)
+    done = run_in_two_processes(MEMORIZE, *map(str, [*given, "--output", tmp_path / "both"]))
+    assert done.stdout.count("4,049 tokens, ") == done.stdout.count("continues in the same way\n") == 1
+    states = [load_file(tmp_path / folder / "memory.safetensors") for folder in ("both", "one")]
+    assert states[0].keys() == states[1].keys()
+    for name, expected in states[1].items():
+        # Float32 rounding of 4,049 tokens that were read in pieces of other lengths.
+        torch.testing.assert_close(states[0][name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_memorize_needs_no_trained_model(tmp_path, monkeypatch, capsys):
@@ -151,12 +169,7 @@ def test_classifier_learns_the_toy_texts(arguments, tmp_path, monkeypatch, capsy
 
 
 def test_a_long_sequence_in_two_processes():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LONG)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--tokens", "700", "--device", "cpu"], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_in_two_processes(LONG, "--tokens", "700", "--device", "cpu")
     losses = re.findall(r"loss (\S+)", done.stdout)
     assert len(losses) == 2 and losses[0] == losses[1]
     assert "range(0, 352)" in done.stdout and "range(352, 700)" in done.stdout
