@@ -81,7 +81,7 @@ NOT_RUN = {
     "python3 -m venv": "the first step of .ci/run",
     "pip install": "the first step of .ci/run",
     "python -m pytest": "these tests",
-    "accelerate launch": "needs 8 GPUs",
+    "accelerate launch": "needs several GPUs",
     "torchrun --nproc-per-node 2 train/examples/long_sequence.py": "tests/train/test_examples.py does it",
     "torchrun": "tests/train/loop/test_distributed.py does it, in half a minute",
     "python tests/benchmarks/aot.py": "ten minutes; test_aot.py runs parts of it",
@@ -250,10 +250,13 @@ def check_flags(words: list[str]) -> None:
         if not read.module:
             check_flags(["python", read.training_script, *read.training_script_args])
             return
-        assert read.module and read.training_script == "modeling_tnt.train"
-        parse(["train", *read.training_script_args])
-        if words[0] == "accelerate":
+        command = {"modeling_tnt.train": ["train"], "modeling_tnt.train.cli": []}[read.training_script]
+        _, arguments = parse([*command, *read.training_script_args])
+        if words[0] == "accelerate" and read.config_file:
             assert load_config_from_file(read.config_file).num_processes == 8
+        elif not command:
+            processes = read.num_processes if words[0] == "accelerate" else int(read.nproc_per_node)
+            assert processes == arguments.context_parallel
     elif words[0] == "python" and words[1].endswith(".py"):
         source = Path(words[1]).read_text(encoding="utf-8")
         assert all(f'"{flag}"' in source for flag in words if flag.startswith("--"))

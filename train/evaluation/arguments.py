@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class EvalArguments:
     dtype: str = option(
         "auto", "evaluation", "of the weights: fp32, bf16, fp16, or auto: as they were saved", choices=tuple(DTYPES)
     )
+    context_parallel: int = option(
+        1, "evaluation", "processes that read each row together, each a part of it; start as many, with "
+        "accelerate launch --num-processes N -m modeling_tnt.train.cli eval, or with torchrun", ge=1,
+    )  # fmt: skip
     seed: int = option(0, "evaluation", "of the key-value documents", ge=0)
 
     data: DataOptions = option(
@@ -90,6 +95,7 @@ class EvalArguments:
                 remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(TASKS)}"
                 yield f"--tasks {task} is unknown; {remedy}"
         yield from self._find_wrong_device()
+        yield from self._find_wrong_processes()
 
     def _find_wrong_device(self) -> Iterable[str]:
         try:
@@ -101,6 +107,22 @@ class EvalArguments:
             yield f"--device {self.device}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu"
         elif device.type == "mps" and not torch.backends.mps.is_available():
             yield "--device mps: torch cannot use it here; use --device cpu"
+
+    def _find_wrong_processes(self) -> Iterable[str]:
+        asked, started = self.context_parallel, int(os.environ.get("WORLD_SIZE", "1"))
+        if started == 1 < asked:
+            yield (
+                f"--context-parallel {asked} needs {asked} processes, and this one is alone; start them with torchrun "
+                f"--standalone --nproc-per-node {asked} (on GPUs also accelerate launch --num-processes {asked}) "
+                f"-m modeling_tnt.train.cli eval {self.model} --context-parallel {asked}"
+            )
+        elif started != asked:
+            yield (
+                f"{started} processes were started, and --context-parallel is {asked}; use --context-parallel "
+                f"{started}, with which they read each row together"
+            )
+        elif started > 1 and ":" in (self.device or ""):
+            yield f"--device {self.device} would be that of all {started} processes; leave its number out"
 
     def _find_old_results(self) -> Iterable[str]:
         yield from self.output.find_problems(self.results, overwrite=self.overwrite)

@@ -145,6 +145,8 @@ class RetrievalTask(Task):
         if not lengths:
             return "no document is short enough; give --retrieval-lengths"
         self.longest = max(lengths)
+        if setup.arguments.context_parallel > 1:
+            setup.remarks.append("retrieval: each process reads every document by itself")
         if setup.tokenizer is not None:
             factory = NeedleFactory(setup.tokenizer, max(0, setup.arguments.seed))
             for length in lengths:
@@ -156,8 +158,9 @@ class RetrievalTask(Task):
 
     def measure(self, evaluation: Evaluation, label: str) -> list[Retrieval]:
         model, batch_size, results = evaluation.models[label], evaluation.arguments.batch_size, []
+        shown = {"leave": False, "active": evaluation.processes.is_main}
         for length, needles in self.needles.items():
-            with progress_bar(len(needles), f"{label}, {length} tokens", "document", leave=False) as bar:
+            with progress_bar(len(needles), f"{label}, {length} tokens", "document", **shown) as bar:
                 results.append(measure_retrieval(model, needles, batch_size=batch_size, on_batch=bar.update))
         return results
 

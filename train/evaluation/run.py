@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from modeling_tnt.context_parallel import ContextParallelError
 
 from ..common.errors import is_out_of_memory
 from ..common.files import atomic_file
@@ -22,6 +25,7 @@ from ..data import Rows, load_data
 from ..options import fail, to_mapping
 from .arguments import DTYPES, TASKS, EvalArguments
 from .position import PositionCurve, bin_positions, join_positions, position_edges
+from .processes import Processes, start_processes
 from .scores import Scores, TokenLosses, iterate_losses, join_scores
 from .subjects import Subject, find_subjects, find_tokenizer, load_model
 from .task import Setup, Task
@@ -38,6 +42,7 @@ class Evaluation:
     models: dict[str, PreTrainedModel]
     rows: Rows
     description: str
+    processes: Processes
     _read: dict[str, tuple[Scores, PositionCurve]] = field(default_factory=dict)
 
     def read_rows(self, label: str) -> tuple[Scores, PositionCurve]:
@@ -52,17 +57,17 @@ class Evaluation:
 
     def iterate(self, label: str, name: str) -> Iterator[TokenLosses]:
         """The losses of the model as it is, batch by batch, beside a progress bar called `name`."""
-        with progress_bar(len(self.rows), name, "row", leave=False) as bar:
-            yield from iterate_losses(
-                self.models[label], self.rows, batch_size=self.arguments.batch_size, on_batch=bar.update
-            )
+        model, processes = self.models[label], self.processes
+        bar = progress_bar(len(self.rows), name, "row", leave=False, active=processes.is_main)
+        with bar, processes.reading_together(model):
+            yield from iterate_losses(model, self.rows, batch_size=self.arguments.batch_size, on_batch=bar.update)
 
 
 def run_eval(arguments: EvalArguments) -> int:
     """The command `tnt eval`: returns its exit status, and prints errors to stderr.
 
-    0: done; 1: a result could not be written, or memory ran out; 2: arguments, models or data that cannot be used;
-    130: interrupted from the keyboard. What was finished before is kept.
+    0: done; 1: a result could not be written, memory ran out, or another process was lost; 2: arguments, models or
+    data that cannot be used; 130: interrupted from the keyboard. What was finished before is kept.
     """
     try:
         evaluation = prepare(arguments)
@@ -72,14 +77,14 @@ def run_eval(arguments: EvalArguments) -> int:
         return fail("eval", "interrupted before the evaluation began", status=130)
     try:
         evaluate(evaluation)
+    except (ContextParallelError, OSError) as error:
+        return fail("eval", error, status=1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return fail(
             "eval", f"out of memory; lower --batch-size, or --seq-len and --retrieval-lengths ({error})", status=1
         )
-    except OSError as error:
-        return fail("eval", error, status=1)
     except KeyboardInterrupt:
         return fail("eval", f"interrupted; finished tasks are kept in {arguments.output_dir}", status=130)
     return 0
@@ -101,10 +106,13 @@ def prepare(arguments: EvalArguments) -> Evaluation:
     if problems:
         raise ValueError("\n  ".join(["this evaluation cannot be done:", *problems]))
 
-    print("loading models and data ...", flush=True)
     device, dtype = arguments.torch_device(), DTYPES[arguments.dtype]
+    processes = start_processes(arguments.context_parallel, device)
+    if processes.is_main:
+        print("loading models and data ...", flush=True)
     models = {subject.label: load_model(subject, device, dtype) for subject in subjects}
-    data = load_data(arguments.data, tokenizer)
+    with processes.main_first():
+        data = load_data(arguments.data, tokenizer)
     rows = data.validation.rows(arguments.seq_len, arguments.data.boundaries)
     if len(rows) == 0:
         raise ValueError(
@@ -112,7 +120,7 @@ def prepare(arguments: EvalArguments) -> Evaluation:
             "use a smaller one, more text, or a larger --data.validation-share"
         )
     rows = rows.head(max(1, arguments.eval_tokens // arguments.seq_len))
-    return Evaluation(arguments, tasks, setup.remarks, subjects, models, rows, data.description)
+    return Evaluation(arguments, tasks, setup.remarks, subjects, models, rows, data.description, processes)
 
 
 def choose_tasks(setup: Setup) -> dict[str, Task]:
@@ -136,36 +144,50 @@ def choose_tasks(setup: Setup) -> dict[str, Task]:
             )
         if usual is not None and longest > usual:
             setup.remarks.append(f"{source} was made for {usual:,} tokens and reads up to {longest:,} here")
+    for subject in setup.subjects if arguments.context_parallel > 1 else []:
+        if not subject.is_tnt:
+            kind = subject.config.model_type
+            setup.remarks.append(f"{subject.source} is a {kind} model, so each process reads its whole rows by itself")
     return tasks
 
 
 def evaluate(evaluation: Evaluation) -> None:
     """Do the tasks one after the other, each written to `output_dir` when it is done."""
-    arguments = evaluation.arguments
-    _print_start(evaluation)
-    arguments.output.claim(arguments.results)
+    from_main = evaluation.processes.from_main
+    from_main(partial(_begin, evaluation))
     for name, task in evaluation.tasks.items():
         began = time.perf_counter()
         results = {label: task.measure(evaluation, label) for label in evaluation.models}
-        report = _head(evaluation, name) | {"seconds": time.perf_counter() - began} | task.report(results)
-        with atomic_file(arguments.output_dir / f"{name}.json") as path:
-            path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        task.draw(arguments.output_dir / f"{name}.png", results)
-        print("\n".join([f"\n{name}", *(f"  {line}" for line in task.describe(results))]), flush=True)
-    print(f"\nresults  {arguments.output_dir}: a JSON file and a PNG of each task", flush=True)
+        seconds = time.perf_counter() - began
+        from_main(partial(_finish, evaluation, name, results, seconds))
+    if evaluation.processes.is_main:
+        print(f"\nresults  {evaluation.arguments.output_dir}: a JSON file and a PNG of each task", flush=True)
 
 
-def _print_start(evaluation: Evaluation) -> None:
+def _begin(evaluation: Evaluation) -> None:
+    """Say what is evaluated, and list in the output folder what will be written."""
     arguments, rows = evaluation.arguments, evaluation.rows
+    together = f", each read by {arguments.context_parallel} processes" if arguments.context_parallel > 1 else ""
     for subject in evaluation.subjects:
         model = evaluation.models[subject.label]
         chunks = f", local chunks {model.config.local_chunk_sizes}" if subject.has_local_memories else ""
         print(f"model    {subject.label}: {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}{chunks}")
     print(f"data     {evaluation.description}")
-    print(f"         {len(rows)} rows of {arguments.seq_len} held-out tokens, on {arguments.torch_device()}")
+    print(f"         {len(rows)} rows of {arguments.seq_len} held-out tokens{together}, on {arguments.torch_device()}")
     for remark in evaluation.remarks:
         print(f"note     {remark}")
     sys.stdout.flush()
+    arguments.output.claim(arguments.results)
+
+
+def _finish(evaluation: Evaluation, name: str, results: dict[str, Any], seconds: float) -> None:
+    """Write a task's results, draw and print them."""
+    task, folder = evaluation.tasks[name], evaluation.arguments.output_dir
+    report = _head(evaluation, name) | {"seconds": seconds} | task.report(results)
+    with atomic_file(folder / f"{name}.json") as path:
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    task.draw(folder / f"{name}.png", results)
+    print("\n".join([f"\n{name}", *(f"  {line}" for line in task.describe(results))]), flush=True)
 
 
 def _head(evaluation: Evaluation, task: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -115,7 +115,7 @@ def sum_over_processes(values: list[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
-def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def from_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) -> T:
     """What `action` returns in the main process, in every process. Its OSError or ValueError is raised in all."""
     value = failure = None
     if accelerator.is_main_process:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.context_parallel import ContextParallelError
 from modeling_tnt.train.common.output_folder import MANIFEST
 from modeling_tnt.train.data import DataOptions, load_data
+from modeling_tnt.train.evaluation import processes
 from modeling_tnt.train.evaluation.arguments import TASKS, EvalArguments
 from modeling_tnt.train.evaluation.position import PositionTask
-from modeling_tnt.train.evaluation.run import Evaluation, run_eval
-from modeling_tnt.train.evaluation.subjects import shorten
+from modeling_tnt.train.evaluation.run import Evaluation, choose_tasks, run_eval
+from modeling_tnt.train.evaluation.subjects import find_subjects, shorten
 from modeling_tnt.train.evaluation.task import Setup, Task, report_models
 from modeling_tnt.train.options import Parser, add_flags, to_arguments
 
@@ -195,12 +200,27 @@ def test_everything_wrong_at_once(arguments, models, tmp_path, capsys):
         ({"device": "tpu9"}, "--device must be a device of torch"),
         ({"device": "cuda:99"}, "--device cuda:99: torch sees .* GPUs here"),
         ({"model": ""}, "model must be the folder or Hub name"),
+        ({"context_parallel": 0}, "--context-parallel must be at least 1, got 0"),
+        (
+            {"context_parallel": 4},
+            "--context-parallel 4 needs 4 processes, .*torchrun --standalone --nproc-per-node 4 .*"
+            "-m modeling_tnt.train.cli eval .*stage1 --context-parallel 4",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, capsys, changed, message):
     assert run_eval(arguments(**changed)) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_processes_that_would_each_do_all_are_refused(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_eval(arguments()) == 2
+    assert "2 processes were started, and --context-parallel is 1; use --context-parallel 2" in capsys.readouterr().err
+    assert run_eval(arguments(context_parallel=2, device="cpu:0")) == 2
+    assert "--device cpu:0 would be that of all 2 processes; leave its number out" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
 
 
 def copy_model(source: Path, to: Path, *, without: str = "") -> Path:
@@ -288,6 +308,55 @@ def test_another_task_is_one_class_and_one_line(arguments, models, tmp_path, mon
     assert "--tasks count cannot be done: there is a model without local memories" in capsys.readouterr().err
 
 
+def launch(*flags: str) -> subprocess.CompletedProcess:
+    """`tnt eval` in two processes, as accelerate launch starts them on several GPUs, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "modeling_tnt.train.cli", "eval", *map(str, flags), "--context-parallel", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_results_of_one(arguments, models, text, tmp_path):
+    assert run_eval(arguments(compare=[str(models / "stage2")])) == 0
+    both = launch(
+        models / "stage1", "--compare", models / "stage2", "--data.sources", text, "--data.validation-share", 0.3,
+        "--data.cache-dir", tmp_path / "cache", "--seq-len", 64, "--eval-tokens", 640, "--retrieval-lengths", 64, 96,
+        "--retrieval-documents", 5, "--device", "cpu", "--output-dir", tmp_path / "both",
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    for task in TASKS:
+        assert_close(read(tmp_path / "both", task)["models"], read(tmp_path / "eval", task)["models"])
+        assert (tmp_path / "both" / f"{task}.png").exists() and both.stdout.count(f"\n{task}\n") == 1
+    assert "10 rows of 64 held-out tokens, each read by 2 processes, on cpu" in both.stdout
+
+
+def test_what_processes_do_not_read_together_is_said(arguments, models):
+    given = arguments(models / "llama", context_parallel=2)
+    setup = Setup(given, find_subjects([given.model], []), ByT5Tokenizer(), [])
+    choose_tasks(setup)
+    assert f"{given.model} is a llama model, so each process reads its whole rows by itself" in setup.remarks
+    assert "retrieval: each process reads every document by itself" in setup.remarks
+
+
+def test_processes_that_accelerate_does_not_connect_are_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    assert run_eval(arguments(context_parallel=2, tasks=["perplexity"])) == 2
+    assert "--context-parallel 2: accelerate cannot connect processes on --device cpu" in capsys.readouterr().err
+
+
+def assert_close(got, want) -> None:
+    """Equal but for float32 rounding."""
+    if isinstance(want, dict | list):
+        assert len(got) == len(want)
+        for key in want if isinstance(want, dict) else range(len(want)):
+            assert_close(got[key], want[key])
+    else:
+        assert got == (pytest.approx(want, rel=1e-4) if isinstance(want, float) else want)
+
+
 def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -305,6 +374,13 @@ def test_an_interruption_keeps_what_is_finished(arguments, tmp_path, monkeypatch
     monkeypatch.setattr(PositionTask, "measure", exhaust)
     assert run_eval(arguments(overwrite=True)) == 1
     assert "out of memory; lower --batch-size" in capsys.readouterr().err
+
+    def lose(*_):
+        raise ContextParallelError("rank 1 waited for rank 0")
+
+    monkeypatch.setattr(PositionTask, "measure", lose)
+    assert run_eval(arguments(overwrite=True)) == 1
+    assert "tnt eval: error: rank 1 waited for rank 0" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
