@@ -19,7 +19,7 @@ from .common.models import make_llama_config
 from .data import Rows, TokenizedData, Tokens, load_data, load_tokenizer
 from .hub.push_run import find_wrong_push
 from .loop.checkpoint import read_state
-from .loop.distributed import find_wrong_setup, from_main
+from .loop.distributed import Layout, find_layout, find_wrong_setup, from_main
 from .loop.run_folder import RunFolder
 from .options import LARGEST_NUMBER, flag_of, leaves, to_mapping
 from .recipe import MEASURING, TRACKERS, ModelOptions, Recipe, StageOptions, load_recipe
@@ -71,6 +71,7 @@ class Run:
     data_summary: dict[str, dict[str, Any]]
     validation: Rows
     micro_batch_size: int
+    layout: Layout
 
     @property
     def block_len(self) -> int:
@@ -86,19 +87,21 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
         OSError: for data, a tokenizer or a checkpoint that cannot be read.
     """
     folder = RunFolder(recipe.output.dir)
-    config, tokenizer, stages, micro_batch_size = _check(recipe, folder, accelerator)
+    layout = find_layout(accelerator)
+    config, tokenizer, stages, micro_batch_size = _check(recipe, folder, accelerator, layout)
     with accelerator.main_process_first():
         data = load_data(recipe.data, tokenizer)
     longest = max(stage.seq_len for stage in stages)
     for name, side, wanted in (("training", data.train, longest), ("validation", data.validation, stages[0].seq_len)):
         rows = len(side.rows(wanted))
-        least = accelerator.num_processes if name == "training" else 1
+        least = layout.data_size if name == "training" else 1
         if rows < least:
+            readers = layout.name_readers(least)
             raise ValueError(
                 f"the {name} side of the data has {side.num_tokens:,} tokens in {side.num_documents} documents, "
                 f"{rows} rows of {wanted} tokens, and at least {least} {'are' if least > 1 else 'is'} needed"
-                f"{f' for {least} processes' if least > 1 else ''}; give more data, a smaller --training.seq-len, "
-                f"another --data.validation-share{' or fewer processes' if least > 1 else ''}"
+                f"{f' for {least} {readers}' if least > 1 else ''}; give more data, a smaller --training.seq-len, "
+                f"another --data.validation-share{f' or fewer {readers}' if least > 1 else ''}"
             )
     summary = from_main(accelerator, lambda: {side: _summarize(getattr(data, side)) for side in SIDES})
     problems = from_main(accelerator, lambda: _find_other_data(recipe, folder, summary))
@@ -107,11 +110,11 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
     first = stages[0]
     scored = min(recipe.output.eval_tokens, first.steps * recipe.training.batch_size * first.seq_len // 4)
     validation = data.validation.rows(first.seq_len, recipe.data.boundaries).head(max(1, scored // first.seq_len))
-    return Run(recipe, config, tokenizer, stages, folder, data, summary, validation, micro_batch_size)
+    return Run(recipe, config, tokenizer, stages, folder, data, summary, validation, micro_batch_size, layout)
 
 
 def _check(
-    recipe: Recipe, folder: RunFolder, accelerator: Accelerator
+    recipe: Recipe, folder: RunFolder, accelerator: Accelerator, layout: Layout
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[Stage], int]:
     """Everything that can be wrong before the data is read; one ValueError with all of it."""
     problems = recipe.problems()
@@ -131,7 +134,7 @@ def _check(
     if config is not None:
         problems += _find_wrong_vocabulary(recipe, config, tokenizer)
         stages = _attempt(problems, lambda: plan_stages(recipe, config))
-    micro_batch_size = _attempt(problems, lambda: split_batch(recipe, accelerator.num_processes))
+    micro_batch_size = _attempt(problems, lambda: split_batch(recipe, layout))
     if problems:
         raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
     return _model_config(recipe, config, stages), tokenizer, stages, micro_batch_size
@@ -284,20 +287,19 @@ def _divide_chunk(chunk_size: int, divisor: int) -> int:
     return max(d for d in divisors(chunk_size) if d <= max(1, chunk_size // divisor))
 
 
-def split_batch(recipe: Recipe, num_processes: int) -> int:
+def split_batch(recipe: Recipe, layout: Layout) -> int:
     """Rows in a forward pass of one process. Raises ValueError when the batch cannot be split evenly."""
-    batch_size, micro = recipe.training.batch_size, recipe.training.micro_batch_size
-    if batch_size % num_processes:
+    batch_size, micro, readers = recipe.training.batch_size, recipe.training.micro_batch_size, layout.data_size
+    if batch_size % readers:
         raise ValueError(
-            f"--training.batch-size {batch_size} must be a multiple of the number of processes, {num_processes}; "
-            f"use {num_processes * max(1, round(batch_size / num_processes))}"
+            f"--training.batch-size {batch_size} must be a multiple of the number of {layout.name_readers(readers)}, "
+            f"{readers}; use {readers * max(1, round(batch_size / readers))}"
         )
-    share = batch_size // num_processes
+    share = batch_size // readers
     if micro is not None and share % micro:
         raise ValueError(
-            f"--training.micro-batch-size {micro} must divide the {share} rows of a step that each of {num_processes} "
-            f"process{'es' if num_processes > 1 else ''} gets; use "
-            f"{max(d for d in divisors(share) if d <= max(1, micro))}"
+            f"--training.micro-batch-size {micro} must divide the {share} rows of a step that each of {readers} "
+            f"{layout.name_readers(readers)} gets; use {max(d for d in divisors(share) if d <= max(1, micro))}"
         )
     return micro or share
 

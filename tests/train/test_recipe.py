@@ -11,6 +11,7 @@ import yaml
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
 from modeling_tnt.train.cli import main
+from modeling_tnt.train.loop.distributed import Layout
 from modeling_tnt.train.loop.optim import learning_rate_at
 from modeling_tnt.train.options import from_mapping, leaves, to_mapping
 from modeling_tnt.train.plan import Stage, plan_stages, split_batch
@@ -199,7 +200,7 @@ def test_shipped_recipes_can_be_planned(name: str):
     assert recipe.problems() == []
     config = TNTConfig.from_preset(recipe.model.preset, **recipe.model.override)
     stages = plan_stages(recipe, config)
-    assert split_batch(recipe, 1) <= recipe.training.batch_size
+    assert split_batch(recipe, Layout()) <= recipe.training.batch_size
     assert recipe.output.dir.name == name and all(stage.steps > 0 for stage in stages)
 
 

@@ -1,4 +1,4 @@
-"""How the rows of a step are shared out among processes and forward passes."""
+"""How the rows of a step are shared out among groups of processes and forward passes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from itertools import islice
 from torch.utils.data import Sampler
 
 from ..data import RowOrder
+from .distributed import Layout
 
 
 class StepBatches(Sampler[list[int]]):
-    """The batches of one process: `batch_size / (micro_batch_size · num_processes)` for each step.
+    """The batches of one group of processes: `batch_size / (micro_batch_size · data_size)` for each step.
 
-    A step takes the next `batch_size` rows of the order, whatever the number of processes; each process gets an equal
-    stretch of them. So runs with other numbers of processes read the same rows in the same steps.
+    A step takes the next `batch_size` rows of the order, whatever the layout; each group gets an equal stretch of them.
+    So runs with other numbers of processes read the same rows in the same steps.
     """
 
-    def __init__(
-        self, order: RowOrder, *, batch_size: int, micro_batch_size: int, process: int = 0, num_processes: int = 1
-    ):
+    def __init__(self, order: RowOrder, *, batch_size: int, micro_batch_size: int, layout: Layout):
         self.order, self.batch_size, self.micro_batch_size = order, batch_size, micro_batch_size
-        self.share = batch_size // num_processes
-        self.first = process * self.share
+        self.share = batch_size // layout.data_size
+        self.first = layout.data_index * self.share
 
     def __len__(self) -> int:
         return len(self.order) // self.batch_size * (self.share // self.micro_batch_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,25 @@ _SUPPORTED = (
 )  # fmt: skip
 
 T = TypeVar("T")
+
+
+class Layout(NamedTuple):
+    """How the processes share a step: `data_size` groups each read rows of their own, and this one is in group
+    `data_index`. The `context_size` processes of a group follow one another, as in Accelerate's meshes."""
+
+    data_size: int = 1
+    data_index: int = 0
+    context_size: int = 1
+
+    def name_readers(self, count: int) -> str:
+        """What reads rows of its own, in words, for so many of them."""
+        if self.context_size == 1:
+            return "process" if count == 1 else "processes"
+        return f"group{'' if count == 1 else 's'} of {self.context_size} processes"
+
+
+def find_layout(accelerator: Accelerator) -> Layout:
+    return Layout(accelerator.num_processes, accelerator.process_index)
 
 
 def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:

@@ -31,9 +31,9 @@ def score_bigrams(run: Run) -> list[Score]:
 def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, autocast: torch.dtype | None) -> Estimate:
     """Bits per byte of the validation rows, each process having read an equal number of them, and the error of this
     ratio of sums (`estimates.ratio`)."""
-    rows, processes = run.validation, accelerator.num_processes
-    share = math.ceil(len(rows) / processes)
-    wanted = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows, layout = run.validation, run.layout
+    share = math.ceil(len(rows) / layout.data_size)
+    wanted = range(layout.data_index * share, (layout.data_index + 1) * share)
     # Under FSDP every process must run as many passes: where rows run out, the last is read again and not counted.
     own = OwnRows(rows, [min(i, len(rows) - 1) for i in wanted])
     counted = torch.tensor([i < len(rows) for i in wanted])

@@ -188,10 +188,10 @@ class Session:
             tokens.num_tokens, seq_len=stage.seq_len, block_len=self.run.block_len, seed=training.seed,
             start_tokens=stage.start_tokens + done * stage.seq_len, num_rows=stage.steps * training.batch_size - done,
         )  # fmt: skip
-        passes = training.batch_size // (self.run.micro_batch_size * self.accelerator.num_processes)
+        micro_batch_size, layout = self.run.micro_batch_size, self.run.layout
+        passes = training.batch_size // (micro_batch_size * layout.data_size)
         batches = StepBatches(
-            order, batch_size=training.batch_size, micro_batch_size=self.run.micro_batch_size,
-            process=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
+            order, batch_size=training.batch_size, micro_batch_size=micro_batch_size, layout=layout
         )  # fmt: skip
         on_gpu = self.accelerator.device.type == "cuda"
         loader = iter(

@@ -20,6 +20,7 @@ from modeling_tnt.train.data import RowOrder
 from modeling_tnt.train.loop import trainer
 from modeling_tnt.train.loop.batches import StepBatches
 from modeling_tnt.train.loop.checkpoint import gather_optimizer, gather_weights, load_optimizer, read_state
+from modeling_tnt.train.loop.distributed import Layout
 from modeling_tnt.train.loop.report import read_log
 from modeling_tnt.train.loop.run_folder import RunFolder
 
@@ -137,9 +138,7 @@ def test_a_step_reads_the_same_rows_whatever_the_processes(processes: int, micro
     expected = list(order())
     read: list[list[int]] = [[], [], []]
     for process in range(processes):
-        batches = StepBatches(
-            order(), batch_size=6, micro_batch_size=micro, process=process, num_processes=processes
-        )  # fmt: skip
+        batches = StepBatches(order(), batch_size=6, micro_batch_size=micro, layout=Layout(processes, process))
         found = list(batches)
         assert len(found) == len(batches) == 18 // (micro * processes)
         per_step = len(found) // 3
