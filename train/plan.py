@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from .recipe import MEASURING, TRACKERS, ModelOptions, Recipe, StageOptions, loa
 # What may differ between a run and its resumption: none of it changes what is computed.
 FREE_TO_CHANGE = (
     "output.", "training.micro_batch_size", "training.data_workers", "training.sharding", "training.compile",
-    "training.gradient_checkpointing", "data.cache_dir",
+    "training.gradient_checkpointing", "training.context_parallel", "data.cache_dir",
 )  # fmt: skip
 SIDES = {"train": "text to train on", "validation": "held-out text"}
 
@@ -87,8 +87,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
         OSError: for data, a tokenizer or a checkpoint that cannot be read.
     """
     folder = RunFolder(recipe.output.dir)
-    layout = find_layout(accelerator)
-    config, tokenizer, stages, micro_batch_size = _check(recipe, folder, accelerator, layout)
+    config, tokenizer, stages, layout, micro_batch_size = _check(recipe, folder, accelerator)
     with accelerator.main_process_first():
         data = load_data(recipe.data, tokenizer)
     longest = max(stage.seq_len for stage in stages)
@@ -114,8 +113,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator) -> Run:
 
 
 def _check(
-    recipe: Recipe, folder: RunFolder, accelerator: Accelerator, layout: Layout
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[Stage], int]:
+    recipe: Recipe, folder: RunFolder, accelerator: Accelerator
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[Stage], Layout, int]:
     """Everything that can be wrong before the data is read; one ValueError with all of it."""
     problems = recipe.problems()
     problems += find_wrong_setup(accelerator, recipe.training.sharding)
@@ -134,10 +133,14 @@ def _check(
     if config is not None:
         problems += _find_wrong_vocabulary(recipe, config, tokenizer)
         stages = _attempt(problems, lambda: plan_stages(recipe, config))
-    micro_batch_size = _attempt(problems, lambda: split_batch(recipe, layout))
+    layout = _attempt(problems, lambda: find_layout(accelerator, recipe.training.context_parallel))
+    micro_batch_size = None
+    if layout is not None:
+        problems += _find_wrong_context(recipe, layout)
+        micro_batch_size = _attempt(problems, lambda: split_batch(recipe, layout))
     if problems:
         raise ValueError("\n  ".join(["this recipe cannot be used:", *problems]))
-    return _model_config(recipe, config, stages), tokenizer, stages, micro_batch_size
+    return _model_config(recipe, config, stages), tokenizer, stages, layout, micro_batch_size
 
 
 def _attempt(problems: list[str], build: Callable[[], T]) -> T | None:
@@ -321,6 +324,17 @@ def _find_missing_peft(recipe: Recipe) -> list[str]:
     if any(stage.trainable == "lora" for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
         return ["a stage with trainable: lora needs the package peft, which is not installed; pip install peft"]
     return []
+
+
+def _find_wrong_context(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """What cannot be done by processes that share their rows."""
+    if layout.context_size == 1:
+        return
+    option = f"--training.context-parallel {layout.context_size}"
+    if recipe.training.compile:
+        yield f"{option} excludes --training.compile: a compiled graph cannot wait for another process; leave one out"
+    if recipe.model.architecture == "llama":
+        yield f"{option} needs memories, which pass a small state on, and a Llama has attention; use 1"
 
 
 def _find_other_run(recipe: Recipe, folder: RunFolder) -> list[str]:

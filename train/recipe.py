@@ -114,6 +114,10 @@ class TrainingOptions:
         "none", "training", "none (each process has the whole model, DDP) or fsdp2 (weights, gradients and optimizer "
         "in parts); fsdp2 is also chosen by an accelerate configuration with FSDP", choices=("none", "fsdp2"),
     )  # fmt: skip
+    context_parallel: int | None = option(
+        None, "training", "processes that share each row, a stretch of it each: for rows too long for one device. Must "
+        "divide the number of processes; none: cp_size of accelerate's ParallelismConfig, or 1", ge=1,
+    )  # fmt: skip
     data_workers: int = option(0, "training", "processes that read rows; 0: the training process", ge=0)
 
 

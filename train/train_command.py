@@ -6,6 +6,8 @@ import signal
 
 from accelerate import Accelerator
 
+from modeling_tnt.context_parallel import ContextParallelError
+
 from .common.errors import NonFiniteError, OutOfMemory, TrainingStopped
 from .loop.trainer import train
 from .options import fail
@@ -24,7 +26,7 @@ def run_train(recipe: Recipe) -> int:
         return fail("train", "interrupted before training began", status=130)
     try:
         train(run, accelerator)
-    except (NonFiniteError, OutOfMemory, OSError, ValueError) as error:
+    except (NonFiniteError, OutOfMemory, ContextParallelError, OSError, ValueError) as error:
         return fail("train", error, status=1)
     except TrainingStopped as stopped:
         return fail("train", stopped, status=143 if stopped.signal == signal.SIGTERM else 130)

@@ -48,6 +48,8 @@ def explain_out_of_memory(error: BaseException, run: Run) -> str:
         advice.append("--training.mixed-precision bf16")
     if training.sharding == "none":
         advice.append("--training.sharding fsdp2 with several processes")
+    if run.layout.context_size == 1 and run.recipe.model.architecture == "tnt":
+        advice.append("--training.context-parallel with several processes to a row")
     advice.append(f"a --training.seq-len below {run.block_len}")
     first_line = str(error).strip().partition("\n")[0]
     return f"out of memory ({first_line}). Lower what a step needs: {'; '.join(advice)}"

@@ -6,6 +6,7 @@ CPUs, where it is tested, and with NCCL on GPUs.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,12 +45,40 @@ class Layout(NamedTuple):
         return f"group{'' if count == 1 else 's'} of {self.context_size} processes"
 
 
-def find_layout(accelerator: Accelerator) -> Layout:
-    return Layout(accelerator.num_processes, accelerator.process_index)
+def find_layout(accelerator: Accelerator, context_parallel: int | None) -> Layout:
+    """The layout for a recipe's `training.context_parallel`; None: what Accelerate's ParallelismConfig says, or 1.
+
+    Raises ValueError when the two differ, and when the processes cannot be divided into groups of this size.
+    """
+    config, processes = accelerator.parallelism_config, accelerator.num_processes
+    configured = None if config is None else config.cp_size
+    if None not in (context_parallel, configured) and context_parallel != configured:
+        raise ValueError(
+            f"--training.context-parallel is {context_parallel}, and accelerate's ParallelismConfig has cp_size="
+            f"{configured}; give one of them, or the same number"
+        )
+    size = context_parallel or configured or 1
+    if processes % size:
+        raise ValueError(
+            f"--training.context-parallel {size} must divide the number of processes, {processes}; start "
+            f"{size * math.ceil(processes / size)} with accelerate launch --num-processes, or use another number"
+        )
+    return Layout(processes // size, accelerator.process_index // size, size)
+
+
+def context_mesh(accelerator: Accelerator, layout: Layout) -> DeviceMesh:
+    """The processes of this one's group. Every process must call it."""
+    config = accelerator.parallelism_config
+    if config is not None and config.cp_enabled:
+        return accelerator.torch_device_mesh["cp"]
+    # Accelerate makes such a mesh for accelerators with FSDP2 alone; these are its names and its order.
+    sizes = (layout.data_size, layout.context_size)
+    return init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=("dp_shard", "cp"))["cp"]
 
 
 def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:
     """What of Accelerate's configuration cannot be used."""
+    yield from _find_wrong_parallelism(accelerator)
     kind = accelerator.distributed_type
     if kind not in _SUPPORTED:
         yield f"accelerate is configured for {kind.value}; use no distribution, MULTI_GPU, MULTI_CPU or FSDP version 2"
@@ -64,6 +93,21 @@ def find_wrong_setup(accelerator: Accelerator, sharding: str) -> Iterator[str]:
         )
     elif sharding == "fsdp2" and accelerator.num_processes == 1:
         yield "--training.sharding fsdp2 needs several processes; start it with accelerate launch --num-processes N"
+
+
+def _find_wrong_parallelism(accelerator: Accelerator) -> Iterator[str]:
+    config = accelerator.parallelism_config
+    if config is None:
+        return
+    for name in ("tp_size", "sp_size"):
+        size = getattr(config, name, 1)  # accelerate 1.10 has no sp_size
+        if size > 1:
+            yield f"accelerate's ParallelismConfig has {name}={size}, which tnt train cannot use; set it to 1"
+    if config.dp_replicate_enabled and config.dp_shard_enabled:
+        yield (
+            f"accelerate's ParallelismConfig has dp_replicate_size={config.dp_replicate_size}, and FSDP2 shards over "
+            f"all processes here; use dp_replicate_size=1 and dp_shard_size={config.data_parallel_size}"
+        )
 
 
 def uses_fsdp2(accelerator: Accelerator, sharding: str) -> bool:
@@ -124,14 +168,15 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def sum_over_processes(values: list[float], device: torch.device) -> list[float]:
-    """The sum of each value over all processes, in every process."""
+def sum_over_groups(values: list[float], layout: Layout, device: torch.device) -> list[float]:
+    """The sum of each value over the groups of processes, in every process. Within a group it is the mean that counts:
+    as a rule all processes of a group have the same value."""
     if not _is_distributed():
         return values
     # Metal and some others have no float64; sums of losses and counts need it where it exists.
     total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     dist.all_reduce(total)
-    return total.tolist()
+    return (total / layout.context_size).tolist()
 
 
 def from_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) -> T:

@@ -114,6 +114,8 @@ def print_start(run: Run, model: PreTrainedModel, accelerator: Accelerator, resu
     stages = ", then ".join(f"{s.steps} steps{_describe(s)}" for s in run.stages)
     training, model_options = run.recipe.training, run.recipe.model
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    if run.layout.context_size > 1:
+        processes += f", {run.layout.context_size} to a row"
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = model_options.start_from or model_options.preset

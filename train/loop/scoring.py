@@ -17,7 +17,7 @@ from ..evaluation.estimates import Estimate
 from ..evaluation.sample import generate_sample
 from ..evaluation.scores import score_rows
 from ..plan import Run
-from .distributed import sum_over_processes
+from .distributed import sum_over_groups
 from .state import Score
 
 
@@ -29,8 +29,8 @@ def score_bigrams(run: Run) -> list[Score]:
 
 
 def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, autocast: torch.dtype | None) -> Estimate:
-    """Bits per byte of the validation rows, each process having read an equal number of them, and the error of this
-    ratio of sums (`estimates.ratio`)."""
+    """Bits per byte of the validation rows, each group of processes having read an equal number of them, and the error
+    of this ratio of sums (`estimates.ratio`)."""
     rows, layout = run.validation, run.layout
     share = math.ceil(len(rows) / layout.data_size)
     wanted = range(layout.data_index * share, (layout.data_index + 1) * share)
@@ -43,9 +43,9 @@ def score_validation(run: Run, wrapped: nn.Module, accelerator: Accelerator, aut
             on_batch=bar.update,
         )  # fmt: skip
     nats, text_bytes = (x[counted].double() for x in (scores.nats, scores.bytes))
-    total, total_bytes = sum_over_processes([float(nats.sum()), float(text_bytes.sum())], accelerator.device)
+    total, total_bytes = sum_over_groups([float(nats.sum()), float(text_bytes.sum())], layout, accelerator.device)
     squares = float((nats - total / total_bytes * text_bytes).square().sum())
-    (squares,) = sum_over_processes([squares], accelerator.device)
+    (squares,) = sum_over_groups([squares], layout, accelerator.device)
     error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / total_bytes if len(rows) > 1 else math.nan
     return Estimate(total / math.log(2) / total_bytes, error / math.log(2))
 

@@ -33,7 +33,7 @@ from ..options import leaves, to_mapping
 from ..plan import Run, Stage
 from ..recipe import LARGEST_SEED
 from .batches import StepBatches
-from .distributed import clip_gradients, sum_over_processes, unsharded, without_gradient_sync, wrap
+from .distributed import clip_gradients, context_mesh, sum_over_groups, unsharded, without_gradient_sync, wrap
 from .optim import FUSED_DEVICES, learning_rate_at, parameter_groups
 from .report import Log, Progress, Reporting, print_start, save_results
 from .saving import Checkpoint, Saver
@@ -53,6 +53,7 @@ def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     Raises:
         NonFiniteError: names the step and the last checkpoint, which is kept.
         OutOfMemory: says what to lower.
+        ContextParallelError: another process of those that share rows has ended, or takes longer than they wait.
         TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint of the last whole step is saved.
         OSError: when something cannot be saved or loaded, or another run is writing; what was saved before is kept.
         ValueError: when no checkpoint is whole, or a user's files came in the way since `prepare`.
@@ -79,6 +80,8 @@ class Session:
         self.pusher = RunPusher(self.recipe.output)
         self.state, self.stop_requested = State(), False
         self.autocast = torch.bfloat16 if self.recipe.training.mixed_precision == "bf16" else None
+        shared = run.layout.context_size > 1
+        self.context = context_mesh(accelerator, run.layout) if shared else None  # the processes that share its rows
         self.tokens_per_byte = run.data.train.num_tokens / max(1, run.data.train.num_bytes)
 
     def run_stages(self) -> dict[str, Any]:
@@ -136,6 +139,8 @@ class Session:
         if self.recipe.training.gradient_checkpointing:
             enable_checkpointing(model)
         model = model.to(self.accelerator.device)
+        if self.context is not None:
+            without_adapters(model).enable_context_parallel(self.context)
         if self.recipe.training.compile:
             model.compile()
         if self.is_main and (resumed is not None or index == 0):
@@ -212,19 +217,20 @@ class Session:
     ) -> tuple[float, float]:
         """One step of the optimizer. Returns the loss in nats per predicted token, over all processes, and the norm of
         its gradient before clipping."""
-        device, processes = self.accelerator.device, self.accelerator.num_processes
+        device, layout = self.accelerator.device, self.run.layout
         own = float(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
-        (predicted,) = sum_over_processes([own], device)
+        (predicted,) = sum_over_groups([own], layout, device)
         nats = 0.0
         for i, batch in enumerate(batches):
-            # DDP and FSDP average gradients over processes, so each one's loss counts that many times.
+            # DDP and FSDP average gradients over processes, which is the mean over groups, since a group's own mean is
+            # the gradient of its loss: so each group's loss counts as often as there are groups.
             if i + 1 < len(batches):
                 with without_gradient_sync(wrapped):
-                    nats += self._backward(wrapped, batch, predicted / processes)
+                    nats += self._backward(wrapped, batch, predicted / layout.data_size)
             else:
-                nats += self._backward(wrapped, batch, predicted / processes)
-        total, stop = sum_over_processes([nats, float(self.stopper.signal is not None)], device)
-        loss = self._finite(total / processes, "loss", stage)
+                nats += self._backward(wrapped, batch, predicted / layout.data_size)
+        total, stop = sum_over_groups([nats, float(self.stopper.signal is not None)], layout, device)
+        loss = self._finite(total / layout.data_size, "loss", stage)
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         norm = clip_gradients(parameters, self.recipe.optimizer.max_grad_norm)
         norm = self._finite(float(norm), "gradient norm", stage)
@@ -291,8 +297,10 @@ class Session:
         inner = without_adapters(model)
         if not isinstance(inner, TNTPreTrainedModel):
             return
-        with unsharded(wrapped):
-            health = memory_health(inner, input_ids)
+        # Each process by itself, so no more tokens than the memory of one was made for.
+        length = math.ceil(input_ids.shape[1] / self.run.layout.context_size)
+        with unsharded(wrapped), inner.pause_context_parallel():
+            health = memory_health(inner, input_ids[:, :length])
         self.record("memory_health", stage, health)
 
     def _utilisation(self, model: PreTrainedModel, stage: Stage) -> tuple[float, float]:
