@@ -48,6 +48,14 @@ def _launch(flags: list[str], processes: int = 2) -> subprocess.Popen:
     )  # fmt: skip
 
 
+# Two processes with rows of their own, and four that share rows in pairs.
+LAYOUTS = pytest.mark.parametrize(
+    ("processes", "layout", "said"),
+    [(2, [], "2 processes"), (4, ["--training.context-parallel", "2"], "4 processes, 2 to a row")],
+    ids=["2", "2x2"],
+)
+
+
 def _steps(run: Path) -> list[dict]:
     return [r for r in read_log(run / "log.jsonl") if r["event"] == "step"]
 
@@ -75,8 +83,19 @@ def _assert_equal_within_float_error(run: Path, expected: Path) -> None:
         assert [scores[n][value] for n in names] == pytest.approx([wanted[n][value] for n in names], rel=tolerance)
 
 
+def test_processes_that_share_their_rows_train_what_one_process_does(flags, one_process: Path, tmp_path: Path):
+    launched = _launch([*flags, "--training.context-parallel", "2"])
+    output, errors = launched.communicate(timeout=300)
+    assert launched.returncode == 0, errors
+    assert "2 processes, 2 to a row" in output
+    _assert_equal_within_float_error(tmp_path / "run", one_process)
+
+
 @pytest.mark.slow
-def test_ddp_goes_on_with_a_run_of_one_process(flags, one_process: Path, tmp_path: Path, monkeypatch):
+@LAYOUTS
+def test_ddp_goes_on_with_a_run_of_one_process(
+    flags, one_process: Path, tmp_path: Path, monkeypatch, processes: int, layout: list[str], said: str
+):
     take_step = trainer.Session.take_step
 
     def stop(self, *args):
@@ -86,17 +105,20 @@ def test_ddp_goes_on_with_a_run_of_one_process(flags, one_process: Path, tmp_pat
 
     monkeypatch.setattr(trainer.Session, "take_step", stop)
     assert main([*flags, *RUN]) == 143
-    resumed = _launch([*flags, "--resume"])
+    resumed = _launch([*flags, *layout, "--resume"], processes)
     output, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
-    assert "stage1-00000002" in output and "2 processes" in output
+    assert "stage1-00000002" in output and said in output
     _assert_equal_within_float_error(tmp_path / "run", one_process)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_a_run_of_fsdp2(flags, one_process: Path, tmp_path: Path, capsys):
+@LAYOUTS
+def test_one_process_goes_on_with_a_run_of_fsdp2(
+    flags, one_process: Path, tmp_path: Path, capsys, processes: int, layout: list[str], said: str
+):
     """Stopped by SIGTERM in stage 2, so that FSDP2 trains, validates, saves and swaps before."""
-    sharded = _launch([*flags, "--training.sharding", "fsdp2"])
+    sharded = _launch([*flags, *layout, "--training.sharding", "fsdp2"], processes)
     log = tmp_path / "run" / "log.jsonl"
     while sharded.poll() is None and not (log.exists() and '"stage": "stage2", "step": 1' in log.read_text()):
         time.sleep(0.02)
