@@ -6,9 +6,7 @@ import signal
 
 from accelerate import Accelerator
 
-from modeling_tnt.context_parallel import ContextParallelError
-
-from .common.errors import NonFiniteError, OutOfMemory, TrainingStopped
+from .common.errors import NonFiniteError, OutOfMemory, ProcessLost, TrainingStopped
 from .loop.trainer import train
 from .options import fail
 from .plan import find_missing_trackers, prepare
@@ -26,7 +24,7 @@ def run_train(recipe: Recipe) -> int:
         return fail("train", "interrupted before training began", status=130)
     try:
         train(run, accelerator)
-    except (NonFiniteError, OutOfMemory, ContextParallelError, OSError, ValueError) as error:
+    except (NonFiniteError, OutOfMemory, ProcessLost, OSError, ValueError) as error:
         return fail("train", error, status=1)
     except TrainingStopped as stopped:
         return fail("train", stopped, status=143 if stopped.signal == signal.SIGTERM else 130)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+
+from modeling_tnt.context_parallel import ContextParallelError
 
 from ..plan import Run
 
@@ -13,6 +16,10 @@ class NonFiniteError(FloatingPointError):
 
 class OutOfMemory(RuntimeError):
     """There was too little memory; the message says what to lower."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or does not answer; the message says what is left."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -33,6 +40,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_ALLOCATOR)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether another process did not answer. What gloo says is a RuntimeError like any other, but for its text."""
+    return isinstance(error, ContextParallelError | dist.DistError) or "gloo" in str(error).lower()
+
+
+def explain_lost_process(error: BaseException) -> str:
+    """What is known of it, on one line."""
+    if isinstance(error, ContextParallelError):
+        return str(error)
+    first_line = str(error).strip().partition("\n")[0]
+    return (
+        f"another process of the run has ended, or does not answer ({first_line}); the first error of all processes is "
+        "the cause"
+    )
 
 
 def explain_out_of_memory(error: BaseException, run: Run) -> str:

@@ -24,7 +24,16 @@ from modeling_tnt import TNTPreTrainedModel
 from modeling_tnt.compat import enable_checkpointing
 from modeling_tnt.health import memory_health
 
-from ..common.errors import NonFiniteError, OutOfMemory, TrainingStopped, explain_out_of_memory, is_out_of_memory
+from ..common.errors import (
+    NonFiniteError,
+    OutOfMemory,
+    ProcessLost,
+    TrainingStopped,
+    explain_lost_process,
+    explain_out_of_memory,
+    is_lost_process,
+    is_out_of_memory,
+)
 from ..common.utilisation import operations_per_token, peak_operations
 from ..data import RowOrder
 from ..hub.cards import finish_cards
@@ -53,19 +62,22 @@ def train(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     Raises:
         NonFiniteError: names the step and the last checkpoint, which is kept.
         OutOfMemory: says what to lower.
-        ContextParallelError: another process of those that share rows has ended, or takes longer than they wait.
+        ProcessLost: another process has ended, or takes longer than processes wait for each other.
         TrainingStopped: after SIGTERM or Ctrl-C, once a checkpoint of the last whole step is saved.
         OSError: when something cannot be saved or loaded, or another run is writing; what was saved before is kept.
         ValueError: when no checkpoint is whole, or a user's files came in the way since `prepare`.
         PushError: when all is done and saved, but could not be pushed (`output.push_to_hub`).
     """
-    try:
-        with Stopper() as stopper:
-            return Session(run, accelerator, stopper).run_stages()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    with Stopper() as stopper:
+        session = Session(run, accelerator, stopper)
+        try:
+            return session.run_stages()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(explain_out_of_memory(error, run)) from error
+            if is_lost_process(error):
+                raise ProcessLost(f"{explain_lost_process(error)}; {session.saver.kept()}") from error
             raise
-        raise OutOfMemory(explain_out_of_memory(error, run)) from error
 
 
 class Session:

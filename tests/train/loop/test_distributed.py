@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,22 @@ def _launch(flags: list[str], processes: int = 2) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def _start(flags: list[str]) -> list[subprocess.Popen]:
+    """Two processes as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "modeling_tnt.train", *flags[1:], *RUN],
+            env={**os.environ, **shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
 
 
 # Two processes with rows of their own, and four that share rows in pairs.
@@ -130,6 +147,22 @@ def test_one_process_goes_on_with_a_run_of_fsdp2(
     assert main([*flags, *RUN, "--resume"]) == 0
     assert str(checkpoint) in capsys.readouterr().out
     _assert_equal_within_float_error(tmp_path / "run", one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--training.context-parallel", "2"]], ids=["ddp", "context"])
+def test_a_process_that_is_killed_ends_the_run_with_what_is_left(flags, tmp_path: Path, layout: list[str]):
+    """Started one by one: a launcher would end the others itself."""
+    processes = _start([*flags, *layout, "--stages.stage1.steps", "1000"])
+    log = tmp_path / "run" / "log.jsonl"
+    while processes[0].poll() is None and not (log.exists() and '"step": 3' in log.read_text()):
+        time.sleep(0.02)
+    processes[1].kill()
+    _, errors = processes[0].communicate(timeout=60)
+    processes[1].communicate()
+    assert processes[0].returncode == 1 and "Traceback" not in errors, errors
+    assert "another process" in errors and "the first error of all processes is the cause" in errors
+    assert "the last checkpoint is kept in " in errors
 
 
 @pytest.mark.slow
