@@ -24,7 +24,7 @@ from modeling_tnt.train.data import RowOrder
 from modeling_tnt.train.loop import trainer
 from modeling_tnt.train.loop.batches import StepBatches
 from modeling_tnt.train.loop.checkpoint import gather_optimizer, gather_weights, load_optimizer, read_state
-from modeling_tnt.train.loop.distributed import Layout, find_layout, find_wrong_setup
+from modeling_tnt.train.loop.distributed import Layout, context_mesh, find_layout, find_wrong_setup
 from modeling_tnt.train.loop.report import read_log
 from modeling_tnt.train.loop.run_folder import RunFolder
 
@@ -209,6 +209,12 @@ def test_neighbours_share_their_rows():
     assert [find_layout(_accelerator(6, i, **configured), 2) for i in range(6)] == wanted
     assert find_layout(_accelerator(6, 4), None) == Layout(6, 4, 1)
     assert find_layout(_accelerator(6, 4, dp_shard_size=6), None) == Layout(6, 4, 1)
+
+
+def test_the_mesh_is_accelerates_where_it_has_one():
+    accelerator = _accelerator(4, dp_shard_size=2, cp_size=2)
+    accelerator.torch_device_mesh = {"cp": "those that share rows"}
+    assert context_mesh(accelerator, find_layout(accelerator, None)) == "those that share rows"
 
 
 @pytest.mark.parametrize("asked", [1, 4])
