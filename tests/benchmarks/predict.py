@@ -3,6 +3,7 @@
     python tests/benchmarks/predict.py                                    # print the tables
     python tests/benchmarks/predict.py --write                            # and put them where they are read, see below
     python tests/benchmarks/predict.py --layers tnt-150m --json out.json  # one preset, and every call of it
+    python tests/benchmarks/predict.py --parts                            # what context parallel is predicted from
 
 A training step of every preset's memory layer runs on CPU tensors at full size, of which nothing large is computed; a
 recorder notes every launch with its grid, and every operation of torch. Each kernel is compiled for sm_90 and
@@ -11,8 +12,11 @@ tile; how many tiles a program walks, and what it loads and stores, follow from 
 kernel (`prediction/ttir.py`). The calls of `tnt bench kernels --quick` go the same way, among them `chunk_ttt_linear`
 of flash-linear-attention where that package can be imported.
 
---write: PREDICTED.md beside this file, the first table of it in kernels/README.md, and train/bench/predicted.json, from
-which `tnt bench kernels --quick` prints measured times beside predicted ones.
+--parts: train/bench/predicted_parts.json, the times of parts of a row, from which `tnt bench context-parallel
+--predict` says how far more ranks make a step faster. Recorded are whole layers, and embedding, head and loss.
+
+--write: the same, PREDICTED.md beside this file, the first table of it in kernels/README.md, and
+train/bench/predicted.json, from which `tnt bench kernels --quick` prints measured times beside predicted ones.
 
 On two busy cores it took 294 s with all kernels in Triton's cache, and 827 s in one process with few of them there.
 Without flash-linear-attention (the extra `benchmarks`) its rows say that it is missing: have it there for --write.
@@ -34,6 +38,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).parent))  # aot and prediction, from wherever this is run
 
 from aot import PRESETS  # noqa: E402
+from prediction import parts  # noqa: E402
 from prediction.card import ATTENTION_RATES, H100  # noqa: E402
 from prediction.cases import (  # noqa: E402
     DTYPE,
@@ -47,6 +52,8 @@ from prediction.cases import (  # noqa: E402
 )
 from prediction.recording import KernelCall, Recording  # noqa: E402
 from prediction.timing import Predictor, Timing, compile_all  # noqa: E402
+
+from modeling_tnt.train.bench import predicted_parts  # noqa: E402
 
 TABLE = Path(__file__).with_name("PREDICTED.md")
 ROOT = Path(__file__).parents[2]
@@ -262,6 +269,27 @@ def stored(results: Iterable[Result]) -> dict[str, object]:
     return {"card": H100.name, "clock_ghz": H100.clock / 1e9, "triton": triton.__version__, "predictions": entries}
 
 
+def stored_parts(processes: int) -> dict[str, object]:
+    """What `tnt bench context-parallel --predict` reads."""
+    recordings = [parts.record_part(case, H100.target) for case in parts.cases()]
+    calls = [call for recording in recordings for call in recording.recording.calls]
+    predictor = Predictor(H100, compile_all((c for c in calls if isinstance(c, KernelCall)), H100, processes))
+    timings = [predictor.predict(recording.recording.calls) for recording in recordings]
+    presets = {}
+    for preset in parts.PRESETS:
+        kinds = {"whole": False, "middle": True}
+        found = {kind: parts.part_times(recordings, timings, preset, middle) for kind, middle in kinds.items()}
+        presets[preset] = {
+            kind: [predicted_parts.to_entry(tokens, times) for tokens, times in of_kind.items()]
+            for kind, of_kind in found.items()
+        }
+    return {"card": H100.name, "clock_ghz": H100.clock / 1e9, "triton": triton.__version__, "presets": presets}
+
+
+def write_parts(processes: int) -> None:
+    predicted_parts.STORED.write_text(json.dumps(stored_parts(processes), indent=1) + "\n", encoding="utf-8")
+
+
 def everything(results: Iterable[Result]) -> list[dict[str, object]]:
     """For --json: every call of every case."""
     return [
@@ -293,8 +321,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--processes", type=int, default=os.cpu_count(), help="default: %(default)s, the cores there are"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every predicted call there")
+    parser.add_argument("--parts", action="store_true", help="write the times of parts, and predict nothing else")
     parser.add_argument("--write", action="store_true", help="write the files named above; needs all layers")
     args = parser.parse_args(argv)
+    if args.parts:
+        write_parts(args.processes)
+        return 0
     if args.write and args.layers is not None:
         parser.error("--write writes the whole table; leave out --layers")
     start = time.perf_counter()
@@ -306,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps(everything(results), indent=1), encoding="utf-8")
     if args.write:
         write(results, seconds)
+        write_parts(args.processes)
     return 0
 
 
