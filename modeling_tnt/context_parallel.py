@@ -200,10 +200,13 @@ class ContextParallelMixin:
             raise TypeError(f"part_multiple must be an int or None, got {type(part_multiple).__name__}")
         if part_multiple is not None and part_multiple < 1:
             raise ValueError(f"part_multiple={part_multiple} must be at least 1 token; leave it out to have it chosen")
+        self.disable_context_parallel()
         self.base_model._context_parallel = ContextParallel(_group_of(group_or_mesh), self.config, part_multiple)
 
     def disable_context_parallel(self) -> None:
-        """From now on each process reads whole sequences."""
+        """From now on each process reads whole sequences. Waits until what this one has sent has been received."""
+        if self.context_parallel is not None:
+            self.context_parallel.neighbours.finish()  # a message that nobody keeps is lost
         self.base_model._context_parallel = None
 
     @contextmanager
