@@ -84,6 +84,17 @@ COMMANDS = (
         "--read tokens and are then told the position: neither changes what a step costs.",
     ),
     Command(
+        "bench context-parallel",
+        "bench.arguments:ContextParallelBenchArguments",
+        "bench.context_parallel:run_context_parallel",
+        help="one sequence over several processes, measured and predicted",
+        description="Start processes (gloo on CPUs, NCCL on GPUs) that share a sequence, and time forward and backward "
+        "of a training step over each number of them: tokens/s, bytes that are sent a token, and the time that ranks "
+        "wait for states, beside what a model of compute and wait predicts from one process. With --predict: what "
+        "it says of GPUs, and the largest number of ranks that is still useful. The exit status is 1 when a process "
+        "fails.",
+    ),
+    Command(
         "reproduce table3",
         "reproduce.arguments:Table3Arguments",
         "reproduce.run:run_table3",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +16,10 @@ from modeling_tnt.configuration import TNTConfig, available_presets
 from modeling_tnt.kernels import BACKENDS
 
 from ..common.costs import MODES
+from ..common.machine import count_cpus
 from ..common.output_folder import OutputFolder
 from ..options import find_blocked_folder, flag_of, option
+from .predicted_parts import predicted_presets
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEERS = ("fla", "flash", "cudnn", "titans")
@@ -24,10 +27,13 @@ MEMORIES = ("mlp", "linear")
 PROJECTIONS = ("shard", "chunk", "none")
 MEMORY_BACKENDS = tuple(b for b in BACKENDS if b not in ("auto", "reference"))
 MODEL_BACKENDS = tuple(b for b in BACKENDS if b != "reference")
-PRECISIONS = ("autocast-bf16", "bf16", "fp32")
+WEIGHT_DTYPES = {"autocast-bf16": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}  # of a precision
+PRECISIONS = tuple(WEIGHT_DTYPES)
 ATTENTIONS = ("flash", "cudnn")
 DECODE_PEERS = ("llama", "none")
 CONTEXTS = [1024, 2048, 16384, 32768, 1048576]
+RANKS = [1, 2, 4]
+PREDICTED_PRESET, PREDICTED_SEQ_LENS = "tnt-150m", [16384, 131072, 1048576]
 
 ByDevice = dict[str, dict[str, Any]]
 
@@ -49,6 +55,11 @@ _MODEL_DEFAULTS: ByDevice = {
     },
     "cpu": {"preset": "tiny", "precision": "fp32", "tokens": 512, "lengths": [128, 256, 512], "chunk_sizes": [8, 16]},
 }  # fmt: skip
+
+
+def in_precision(precision: str, device: str) -> AbstractContextManager:
+    """In which a model's forward pass runs."""
+    return torch.autocast(device, torch.bfloat16) if precision == "autocast-bf16" else nullcontext()
 
 
 @dataclass
@@ -293,6 +304,105 @@ class DecodeBenchArguments(BenchArguments):
         yield from super()._find_problems()
         if self.memory_limit is not None and not 0 <= self.memory_limit < float("inf"):
             yield f"--memory-limit must be at least 0 and finite, got {self.memory_limit}"
+
+
+@dataclass
+class ContextParallelBenchArguments(BenchArguments):
+    """What `tnt bench context-parallel` needs to know; every field is a flag."""
+
+    results = ("context-parallel.json", "context-parallel.png")
+    defaults: ClassVar[ByDevice] = {
+        "cuda": {
+            "preset": "tnt-150m", "precision": "autocast-bf16", "seq_lens": [16384, 65536], "case_seconds": 2.0,
+        },
+        "cpu": {
+            "preset": "tiny", "precision": "fp32", "seq_lens": [2048, 8192, 32768], "case_seconds": 4.0, "ranks": RANKS,
+        },
+    }  # fmt: skip
+    quick_defaults: ClassVar[ByDevice] = {
+        "cuda": {"seq_lens": [16384], "case_seconds": 0.5},
+        "cpu": {"seq_lens": [2048, 8192], "ranks": [1, 2], "case_seconds": 1.0},
+    }
+    choices: ClassVar[dict[str, Iterable[str]]] = {
+        "preset": available_presets(), "backends": MODEL_BACKENDS, "precision": PRECISIONS,
+    }  # fmt: skip
+    least = BenchArguments.least | {"ranks": 1, "seq_lens": 1, "batch_size": 1}
+
+    ranks: list[int] | None = option(
+        None, "grid", "processes that share a sequence; 1 is there in any case, as the others are compared with it "
+        "(default: 1 2 4; on GPUs powers of two up to their number; with --predict up to one global chunk a rank)",
+    )  # fmt: skip
+    seq_lens: list[int] | None = option(
+        None, "grid", "tokens in a row (default: 2048 8192 32768; on GPUs 16384 65536; with --predict 16384 131072 "
+        "1048576)",
+    )  # fmt: skip
+    batch_size: int = option(1, "grid", "rows of a step")
+    preset: str | None = option(None, "models", "of the TNT model; default tiny, on a GPU and with --predict tnt-150m")
+    backends: list[str] = option(
+        ["auto"], "models", f"of the memory operations, one after the other: {', '.join(MODEL_BACKENDS)}"
+    )
+    precision: str | None = option(
+        None, "models", "autocast-bf16 (float32 weights, default on a GPU), bf16 (weights, too) or fp32 (default on a "
+        "CPU)",
+    )  # fmt: skip
+    threads: int | None = option(
+        None, "run", "of each process on a CPU, one rank's, too; default the CPUs there are, shared by the most ranks"
+    )
+    rank_timeout: float = option(
+        300.0, "run", "seconds after which a process that waits for another one, or is waited for, ends the benchmark"
+    )
+    predict: bool = option(
+        False, "prediction", "measure nothing: predict for GPUs, from the predicted times of kernels, how far more "
+        "ranks make a step faster",
+    )  # fmt: skip
+    link_microseconds: float = option(20.0, "prediction", "that a message between two GPUs takes at the least")
+    link_gigabytes: float = option(50.0, "prediction", "a second between two GPUs; 50 are those of 400 Gb/s InfiniBand")
+    output_dir: Path = option(
+        Path("runs/bench-context-parallel"), "output", "folder for context-parallel.json and context-parallel.png"
+    )
+
+    def resolve(self) -> ContextParallelBenchArguments:
+        chosen = self
+        if self.predict:
+            fills = {"device": "cpu", "preset": PREDICTED_PRESET, "seq_lens": PREDICTED_SEQ_LENS, "ranks": []}
+            chosen = replace(self, **{name: value for name, value in fills.items() if getattr(self, name) is None})
+        elif self.ranks is None and self.device != "cpu":
+            gpus = torch.cuda.device_count()
+            chosen = replace(self, ranks=[2**i for i in range(gpus.bit_length())] or None)
+        filled = BenchArguments.resolve(chosen)
+        ranks = sorted({1, *filled.ranks}) if filled.ranks else []
+        threads = filled.threads or max(1, count_cpus() // max([1, *ranks]))
+        return replace(filled, ranks=ranks, threads=threads, seq_lens=sorted(set(filled.seq_lens)))
+
+    def tnt_config(self, backend: str) -> TNTConfig:
+        return TNTConfig.from_preset(self.preset, kernel_backend=backend)
+
+    def _find_problems(self) -> Iterable[str]:
+        yield from super()._find_problems()
+        if self.threads is not None and self.threads < 1:
+            yield f"--threads must be at least 1, got {self.threads}"
+        for name in ("rank_timeout", "link_microseconds", "link_gigabytes"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                yield f"{flag_of(name)} must be positive and finite, got {value}"
+        if self.predict:
+            yield from self._find_wrong_predictions()
+        elif self.device == "cuda" and max(self.ranks) > (gpus := torch.cuda.device_count()):
+            yield f"--ranks must be at most {gpus}, the GPUs there are, got {max(self.ranks)}; or use --device cpu"
+
+    def _find_wrong_predictions(self) -> Iterable[str]:
+        if self.device == "cuda":
+            yield "--predict needs no device, got --device cuda; leave one of them out"
+        if self.batch_size != 1:
+            yield f"--batch-size must be 1 with --predict, whose times are those of one row, got {self.batch_size}"
+        known = predicted_presets()
+        if self.preset not in known:
+            yield f"--preset must be one of {', '.join(known)} with --predict, got {self.preset!r}"
+            return
+        chunk = TNTConfig.from_preset(self.preset).global_chunk_size
+        for length in self.seq_lens:
+            if length < chunk or length % chunk:
+                yield f"--seq-lens must be multiples of the global chunk of {chunk} with --predict, got {length}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -80,9 +80,10 @@ class PartTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulation:
-    """Seconds until the last rank is done; and, of each rank, of waiting for states and of waiting at the meeting."""
+    """Seconds until the last rank is done; and of each rank: of its work, of waiting for states, and at the meeting."""
 
     seconds: float
+    worked: tuple[float, ...]
     received: tuple[float, ...]
     met: tuple[float, ...]
 
@@ -90,6 +91,11 @@ class Simulation:
     def mean_wait(self) -> float:
         """The mean rank's waiting for states as a share of the step."""
         return sum(self.received) / len(self.received) / self.seconds
+
+    @property
+    def idle(self) -> float:
+        """The share of the step in which the mean rank has no work; of ranks that have a device each."""
+        return 1 - sum(self.worked) / len(self.worked) / self.seconds
 
     @property
     def longest_wait(self) -> float:
@@ -181,8 +187,9 @@ class _Simulator:
         stuck = [i for i, rank in enumerate(self.ranks) if rank.done is None]
         if stuck:
             raise ValueError(f"programs must end, but ranks {stuck} wait for what nobody sends; check who sends what")
+        worked = tuple(sum(step.seconds for step in p if isinstance(step, Work)) for p in self.programs)
         received, met = (tuple(getattr(rank, name) for rank in self.ranks) for name in ("received", "met"))
-        return Simulation(max(rank.done for rank in self.ranks), received, met)
+        return Simulation(max(rank.done for rank in self.ranks), worked, received, met)
 
     def _next(self) -> int | None:
         """Turn the clock to what happens next; the rank that can go on then, if there is one."""

@@ -21,7 +21,7 @@ from modeling_tnt.context_relay import Incoming, Neighbours
 
 from .context_model import LayerTimes, PartTimes
 
-FIRST, MIDDLE, LAST = RANKS = range(3)  # of a group of three
+FIRST, MIDDLE, LAST = THREE = range(3)  # of a group of three
 BEGIN, WAIT, SEND, END = "begin", "wait", "send", "end"
 
 
@@ -79,29 +79,36 @@ class RankAlone(ContextParallel):
 
 
 def trace_step(
-    model: TNTForCausalLM, ids: Tensor, rank: int, clock: Callable[[], float], kept: dict[str, Tensor], names: list[str]
+    model: TNTForCausalLM,
+    forward: Callable[[], Tensor],
+    part: int,
+    rank: int,
+    clock: Callable[[], float],
+    kept: dict[str, Tensor],
+    names: Sequence[str],
 ) -> PartTimes:
-    """Times of a training step of one rank of three, whose parts are the thirds of ids [B, 3 P].
+    """Times of a training step of one rank of three, each of which reads a part of so many tokens.
 
     Args:
+        forward: the loss of the model on rows of three parts.
         kept: see `NoNeighbours`.
         names: the memories whose states cross a cut, in order; every other message belongs to what is between them.
     """
-    neighbours = NoNeighbours(rank, len(RANKS), clock, kept)
-    model.base_model._context_parallel = RankAlone(model.config, neighbours, ids.shape[1] // len(RANKS))
+    neighbours = NoNeighbours(rank, len(THREE), clock, kept)
+    model.base_model._context_parallel = RankAlone(model.config, neighbours, part)
     try:
         with _watched(model, neighbours.stamp):
             began = clock()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            middle, forward = clock(), neighbours.stamps
+            loss = forward()
+            middle, first = clock(), neighbours.stamps
             neighbours.stamps = []
             loss.backward()
-            ended, backward = clock(), neighbours.stamps
+            ended, second = clock(), neighbours.stamps
     finally:
         model.disable_context_parallel()
     return PartTimes(
-        pass_times(forward, names), middle - began - _span(forward), ended - middle - _span(backward),
-        pass_times(backward, names[::-1]),
+        pass_times(first, names), middle - began - _span(first), ended - middle - _span(second),
+        pass_times(second, names[::-1]),
     )  # fmt: skip
 
 

@@ -71,6 +71,15 @@ class Bench:
         """Whether the exit status is 1."""
         return False
 
+    @property
+    def threads(self) -> int:
+        """That a measurement keeps busy."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
+    def helper_seconds(self) -> float:
+        """CPU seconds so far of child processes that measure, see `OtherProcesses`."""
+        return 0.0
+
     # ----------------------------------------------------------------------------------------------------- measurements
 
     def attempt(self, measurement: Callable[[], Any]) -> Outcome:
@@ -148,16 +157,15 @@ class Bench:
 
     def describe_load(self, cpus: float | None, rows: Sequence[Row] = ()) -> str:
         """What other processes do to the CPUs, as a mean of some time and in the worst of the rows; "" if unknown."""
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         seen = [row.cpus_used_by_others for row in rows if row.cpus_used_by_others is not None]
-        sentence = describe_others(cpus, threads, max(seen, default=None))
+        sentence = describe_others(cpus, self.threads, max(seen, default=None))
         return sentence and f"load      {sentence}"
 
     def run(self) -> int:
         """Measure, print, and write rows and plot; what was measured before an interruption is reported, too."""
         results, plot = (self.args.output_dir / name for name in self.args.results)
         print(f"{self.describe()}\n{self.describe_load(look_around())}\n", flush=True)
-        others = OtherProcesses()
+        others = OtherProcesses(self.helper_seconds)
         self.args.output.claim(self.args.results)
         rows: list[Row] = []
         try:

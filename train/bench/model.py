@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..common.models import build_llama
 from ..common.pictures import COLORS, picture, short_count
 from ..common.timing import OK, Outcome
 from ..loop.optim import FUSED_DEVICES
-from .arguments import ModelBenchArguments
+from .arguments import WEIGHT_DTYPES, ModelBenchArguments, in_precision
 from .harness import Bench, run
 from .measure import Timing, Work
 from .report import GIB, align, describe_rows, draw_speeds, length_table, speed, spread
@@ -94,7 +93,7 @@ class ModelBench(Bench):
         torch.manual_seed(args.seed)
         with self.device:  # weights are drawn where they are needed, which takes no time on a GPU
             model = candidate.build()
-        model.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        model.to(WEIGHT_DTYPES[args.precision])
         model.train()
         forward: Callable[..., Any] = model
         if args.compile_llama and candidate.name == LLAMA:
@@ -106,7 +105,7 @@ class ModelBench(Bench):
 
         def step() -> None:
             tokens = next(batches)
-            with self._autocast(), sdpa_kernel(ATTENTION_KERNELS[args.attention]):
+            with in_precision(args.precision, args.device), sdpa_kernel(ATTENTION_KERNELS[args.attention]):
                 loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             optimizer.step()
@@ -120,11 +119,6 @@ class ModelBench(Bench):
             return timing.fields(args.tokens) | {"parameters": model.num_parameters(), "loss": loss}
 
         return Work(step, figures)
-
-    def _autocast(self) -> AbstractContextManager:
-        if self.args.precision == "autocast-bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
 
     def _row(self, candidate: Candidate, length: int, outcome: Outcome) -> ModelRow:
         args, is_llama = self.args, candidate.name == LLAMA

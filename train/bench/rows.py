@@ -92,6 +92,40 @@ class DecodeRow(Row):
     relative: float | None = None
 
 
+@dataclass(frozen=True)
+class ContextRow(Row):
+    """A training step that `ranks` processes share, measured or (`source`) predicted.
+
+    speed_up       times as fast as one rank in the same run; `efficiency`: this a rank.
+    sent_bytes_per_token  states and inputs of convolutions that all ranks send in both passes, a token of the step.
+    wait_mean, wait_longest  time that a rank waits for states, as a share of the step: the mean rank's, the largest.
+    cores          that the ranks share; None: each has a device of its own. Fewer cores than ranks are oversubscribed.
+    predicted_…    what the model of compute and wait says; `ratio`: measured to predicted time. `predicted_idle`: the
+                   mean rank's time without work, also at the sum of the loss and behind its own end.
+    boundary_bytes  that cross one cut in both passes of all layers.
+    """
+
+    ranks: int = 1
+    threads: int | None = None
+    cores: int | None = None
+    preset: str = ""
+    backend: str = ""
+    source: str = "measured"
+    longest_part: int | None = None
+    speed_up: float | None = None
+    efficiency: float | None = None
+    boundary_bytes: int | None = None
+    sent_bytes_per_token: float | None = None
+    wait_mean: float | None = None
+    wait_longest: float | None = None
+    predicted_ms: float | None = None
+    predicted_speed_up: float | None = None
+    predicted_wait_mean: float | None = None
+    predicted_wait_longest: float | None = None
+    predicted_idle: float | None = None
+    ratio: float | None = None
+
+
 def name_with_backend(name: str, backend: str, backends: Sequence[str]) -> str:
     """`name`, and the backend where several are compared."""
     return name if len(backends) == 1 else f"{name} {backend}"

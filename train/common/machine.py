@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,12 @@ TOLERATED_CPUS = 0.1
 TOLERATED_SHARE = 0.05  # of the CPUs that the measurement leaves free: it shares caches and memory with them
 
 
-def describe_machine(device: torch.device) -> str:
-    """The GPU's name, or the processor's and the number of threads that torch uses."""
+def describe_machine(device: torch.device, threads: int | None = None) -> str:
+    """The GPU's name, or the processor's and the number of threads, by default those that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads() if threads is None else threads
+    return f"{platform.processor() or platform.machine()} CPU, {threads} threads"
 
 
 def describe_versions() -> str:
@@ -39,19 +41,23 @@ def describe_versions() -> str:
 
 
 class OtherProcesses:
-    """What the processes besides this one do to the CPUs, from the making of this object on."""
+    """What the processes besides this one do to the CPUs, from the making of this object on.
 
-    def __init__(self) -> None:
-        self._began = _read_times()
+    helpers: CPU seconds that children which still run have used so far, where they work for this process.
+    """
+
+    def __init__(self, helpers: Callable[[], float] = lambda: 0.0) -> None:
+        self._helpers = helpers
+        self._began = self._read()
 
     def cpus(self) -> float | None:
         """How many CPUs they kept busy, as a mean since the beginning; waiting for a hypervisor counts as being busy.
 
-        Children that still run are others, those that were waited for are not. Where the kernel does not count its
-        CPUs' time it is the load of the last minute less this process' own; where it has no load either, and for less
-        than SHORTEST_WINDOW, None.
+        Children that still run are others unless they are helpers, those that were waited for are not. Where the kernel
+        does not count its CPUs' time it is the load of the last minute less this process' own; where it has no load
+        either, and for less than SHORTEST_WINDOW, None.
         """
-        now, began = _read_times(), self._began
+        now, began = self._read(), self._began
         seconds = now.clock - began.clock
         if seconds < SHORTEST_WINDOW:
             return None
@@ -62,6 +68,10 @@ class OtherProcesses:
         if hasattr(os, "getloadavg"):
             return max(0.0, os.getloadavg()[0] - own)
         return None
+
+    def _read(self) -> _Times:
+        times = _read_times()
+        return times._replace(own=times.own + self._helpers())
 
 
 def look_around() -> float | None:

@@ -20,7 +20,7 @@ from modeling_tnt.context_relay import Relay
 from modeling_tnt.kernels.fused.limits import assume_device
 from modeling_tnt.modeling import TNTBlock
 from modeling_tnt.train.bench.context_model import LayerTimes, PartTimes
-from modeling_tnt.train.bench.context_trace import BEGIN, END, MIDDLE, RANKS, NoNeighbours, Stamp, pass_times
+from modeling_tnt.train.bench.context_trace import BEGIN, END, MIDDLE, THREE, NoNeighbours, Stamp, pass_times
 
 from .cases import DTYPE
 from .recording import Recording, record_calls
@@ -104,11 +104,11 @@ def _filled(module: nn.Module) -> nn.Module:
 def _record(case: PartCase, forward: Callable[[Relay | None], Tensor], target: int) -> PartRecording:
     """Forward and backward under autocast."""
     with assume_device(divmod(target, 10), SHARED_LIMITS[target]), record_calls(target, only_operators=False) as found:
-        neighbours = NoNeighbours(MIDDLE, len(RANKS), lambda: len(found.calls), {})
+        neighbours = NoNeighbours(MIDDLE, len(THREE), lambda: len(found.calls), {})
         relay = None
         if case.middle:
-            shape = (1, len(RANKS) * case.tokens)
-            part = plan_part(None, shape, case.tokens, MIDDLE, len(RANKS), keep_all=False)
+            shape = (1, len(THREE) * case.tokens)
+            part = plan_part(None, shape, case.tokens, MIDDLE, len(THREE), keep_all=False)
             relay = Relay(neighbours, part, TNTConfig.from_preset(case.preset), layer=0, keeps_all=False)
         neighbours.stamp(BEGIN)
         with torch.autocast("cpu", DTYPES[DTYPE]):

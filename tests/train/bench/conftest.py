@@ -20,6 +20,7 @@ SMALL = {
     ],
     "model": ["--lengths", "32", "64", "--tokens", "64", "--chunk-sizes", "16"],
     "decode": ["--contexts", "16", "256", "--read", "20"],
+    "context-parallel": ["--ranks", "2", "--seq-lens", "64", "512", "--threads", "1"],
 }  # fmt: skip
 
 
@@ -57,8 +58,9 @@ def run(bench: Callable[..., int], output_dir: Path) -> Callable[..., tuple[int,
 
     def call(name: str, *more: str) -> tuple[int, list[dict]]:
         status = bench(name, *more)
-        if name == "decode":
-            return status, json.loads((output_dir / "decode.json").read_text())["rows"]
+        stored = output_dir / f"{name}.json"
+        if stored.exists():
+            return status, json.loads(stored.read_text())["rows"]
         with (output_dir / f"{name}.csv").open(newline="") as file:
             return status, list(csv.DictReader(file))
 

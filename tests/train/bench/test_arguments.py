@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from modeling_tnt.train.bench import arguments
-from modeling_tnt.train.bench.arguments import KernelBenchArguments, ModelBenchArguments
+from modeling_tnt.train.bench.arguments import (
+    ContextParallelBenchArguments,
+    KernelBenchArguments,
+    ModelBenchArguments,
+)
 from modeling_tnt.train.cli import main
 
 
@@ -40,6 +44,16 @@ from modeling_tnt.train.cli import main
         ("decode", ["--dtype", "int8"], "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
         ("decode", ["--memory-limit", "-1"], "--memory-limit must be at least 0 and finite, got -1.0"),
         ("decode", ["--backends", "torc"], "--backends must be one of auto, torch, native, triton, got 'torc'"),
+        ("context-parallel", ["--ranks", "0"], "--ranks must be at least 1, got 0"),
+        ("context-parallel", ["--seq-lens", "0"], "--seq-lens must be at least 1, got 0"),
+        ("context-parallel", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ("context-parallel", ["--threads", "0"], "--threads must be at least 1, got 0"),
+        ("context-parallel", ["--precision", "fp8"], "--precision must be one of autocast-bf16, bf16, fp32, got 'fp8'"),
+        ("context-parallel", ["--rank-timeout", "0"], "--rank-timeout must be positive and finite, got 0.0"),
+        ("context-parallel", ["--link-gigabytes", "nan"], "--link-gigabytes must be positive and finite, got nan"),
+        ("context-parallel", ["--predict", "--preset", "tiny"], "--preset must be one of tnt-150m with --predict, got"),
+        ("context-parallel", ["--predict"], "--seq-lens must be multiples of the global chunk of 2048 with --predict"),
+        ("context-parallel", ["--predict", "--batch-size", "2"], "--batch-size must be 1 with --predict"),
         ("model", ["--backends", "torch", "torch"], "--backends must name each backend once, got torch torch"),
     ],
 )
@@ -54,6 +68,16 @@ def test_bad_arguments(bench, name: str, flags: list[str], message: str, output_
 def test_a_gpu_that_is_not_there(bench, capsys):
     assert bench("kernels", "--device", "cuda") == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert bench("context-parallel", "--device", "cuda", "--ranks", "4") == 2
+    assert "--ranks must be at most 3, the GPUs there are, got 4; or use --device cpu" in capsys.readouterr().err
+    assert ContextParallelBenchArguments(seed=0).resolve().ranks == [1, 2]
+    assert bench("context-parallel", "--device", "cuda", "--predict") == 2
+    assert "--predict needs no device, got --device cuda; leave one of them out" in capsys.readouterr().err
 
 
 def test_a_gpu_without_triton(bench, monkeypatch, capsys):
@@ -97,6 +121,9 @@ def test_defaults_on_a_gpu_are_the_documented_ones(monkeypatch, tmp_path: Path):
     assert args.chunk_sizes[0] == 16 and sorted(args.chunk_sizes) == [1, 8, 16, 64, 128]
     quick = KernelBenchArguments(quick=True, chunk_sizes=[4], output_dir=tmp_path).resolve()
     assert quick.lengths == [2048, 8192, 32768] and quick.chunk_sizes == [4] and quick.tokens == args.tokens
+    args = ContextParallelBenchArguments(predict=True, output_dir=tmp_path).resolve()
+    assert (args.device, args.preset, args.ranks) == ("cpu", "tnt-150m", [])
+    assert args.seq_lens == [2**14, 2**17, 2**20]
     args = ModelBenchArguments(output_dir=tmp_path).resolve()
     assert (args.preset, args.chunk_sizes, args.titans_chunk_size) == ("tnt-150m", [8, 16, 64], 8)
     assert args.lengths == [2**n for n in range(11, 16)] and args.precision == "autocast-bf16"

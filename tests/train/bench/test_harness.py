@@ -206,6 +206,9 @@ class ClockDriver:
 @pytest.mark.parametrize("name", ["kernels", "decode"])
 def test_a_machine_that_is_not_idle_is_told(run, monkeypatch, capsys, name: str):
     class Busy:
+        def __init__(self, *helpers: Callable[[], float]):
+            pass
+
         def cpus(self) -> float:
             return 1.25
 
