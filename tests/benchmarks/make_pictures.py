@@ -49,6 +49,9 @@ def make_all(root: Path) -> None:
         "llama/loss.png": ["train", "--config", str(one_stage), *of_llama, "--output.dir", str(llama)],
         "eval/chunks.png": ["eval", *models, *sizes, *data, "--output-dir", str(runs / "eval")],
         "one/chunks.png": ["eval", str(trained / "last"), *sizes, *data, "--output-dir", str(runs / "one")],
+        "context-parallel/context-parallel.png": [
+            "bench", "context-parallel", "--predict", "--output-dir", str(runs / "context-parallel"),
+        ],
         "decode/decode.png": ["bench", "decode", "--quick", "--output-dir", str(runs / "decode")],
         "kernels/kernels.png": ["bench", "kernels", "--quick", "--output-dir", str(runs / "kernels")],
         "model/model.png": ["bench", "model", "--quick", "--output-dir", str(runs / "model")],

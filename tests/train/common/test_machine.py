@@ -83,6 +83,13 @@ def test_own_work_and_that_of_children_that_ended_is_not_others(fake: FakeMachin
     assert others.cpus() == 0.0
 
 
+def test_children_that_still_run_are_others_unless_they_help(fake: FakeMachine):
+    used = iter((3.0, 3.0 + 1.5 * SECONDS))  # by helpers, so far
+    others = OtherProcesses(lambda: next(used))
+    fake.run({1: 1.0, 3: 1.0}, own=0.25)
+    assert others.cpus() == pytest.approx(0.25)
+
+
 def test_a_short_time_tells_nothing(fake: FakeMachine):
     others = OtherProcesses()
     fake.run({1: 1.0}, seconds=0.3)
