@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # predict, aot and prediction stand beside this file and belong to no package
 
 import predict  # noqa: E402
-from prediction import sass, sm_model  # noqa: E402
+from prediction import parts, sass, sm_model  # noqa: E402
 from prediction.card import H100  # noqa: E402
 from prediction.cases import LAYERS, OPERATIONS  # noqa: E402
 from prediction.timing import Timing  # noqa: E402
@@ -360,6 +360,49 @@ def test_operations_of_torch_are_counted_in_operators_and_not_computed(small):
     assert small["1024"]["shape"] == [1024, 1024]
 
 
+# -- Parts of a row ----------------------------------------------------------------------------------------------------
+
+
+def record_middle(times, recording) -> dict:
+    """The middle rank's part, recorded but not compiled: the calls of its operators, and its stamps."""
+    found = parts.record_part(parts.PartCase("tnt-150m", 4096, middle=True), H100.target)
+    operators = [call.operator for call in found.recording.calls]
+    return {"operators": operators, "passes": [[list(stamp) for stamp in stamps] for stamps in found.passes]}
+
+
+def test_the_global_memory_lies_between_its_messages(in_other_process, tmp_path):
+    found = in_other_process(record_middle, tmp_path)
+    for stamps in found["passes"]:
+        at = {(kind, "memory global" in what): place for kind, place, what in stamps}
+        operators = found["operators"][at["begin", False] : at["end", False]]
+        own = [at["begin", False] + i for i, operator in enumerate(operators) if "::global" in operator]
+        assert at["wait", True] <= own[0] <= own[-1] < at["send", True] < at["end", False]
+        assert any("::fused" in operator for operator in operators)
+    (first, second), count = found["passes"], len(found["operators"])
+    assert (first[-1][1], second[-1][1]) == (second[0][1], count)
+
+
+def test_times_of_a_part():
+    """Ten calls: the fourth and fifth are the global memory's in the forward pass, the eighth in the backward pass."""
+    forward = [parts.Stamp("begin", 0), parts.Stamp("wait", 3, "memory global of"),
+               parts.Stamp("send", 5, "memory global of"), parts.Stamp("end", 6)]  # fmt: skip
+    backward = [parts.Stamp("begin", 6), parts.Stamp("wait", 7, "memory global of"),
+                parts.Stamp("send", 8, "memory global of"), parts.Stamp("end", 10)]  # fmt: skip
+    timings = [timing("a", "", float(ms)) for ms in range(1, 11)]
+    whole = [parts.Stamp("begin", 0), parts.Stamp("end", 4)], [parts.Stamp("begin", 4), parts.Stamp("end", 10)]
+    recordings = [
+        parts.PartRecording(parts.PartCase("p", 100, middle=True), None, (forward, backward)),
+        parts.PartRecording(parts.PartCase("p", 50, ends=True), None, whole),
+        parts.PartRecording(parts.PartCase("p", 100), None, whole),
+    ]
+    of_middle, of_whole = (parts.part_times(recordings, [timings] * 3, "p", middle)[100] for middle in (True, False))
+    assert of_middle.forward.before == pytest.approx(6e-3)
+    assert of_middle.forward.serial == pytest.approx((9e-3,)) and of_middle.forward.after == pytest.approx(6e-3)
+    assert of_middle.backward.serial == pytest.approx((8e-3,)) and of_middle.backward.after == pytest.approx(19e-3)
+    assert (of_middle.ends_forward, of_middle.ends_backward) == pytest.approx((20e-3, 90e-3))  # of twice as many tokens
+    assert of_whole.forward.total == pytest.approx(10e-3) and of_whole.backward.total == pytest.approx(45e-3)
+
+
 # -- What is written ---------------------------------------------------------------------------------------------------
 
 
@@ -443,5 +486,5 @@ if __name__ == "__main__":
     from prediction import recording as _recording
     from prediction import timing as _timing
 
-    (chosen,) = (f for f in (predict_small,) if f.__name__ == sys.argv[1])
+    (chosen,) = (f for f in (predict_small, record_middle) if f.__name__ == sys.argv[1])
     Path(sys.argv[2]).write_text(json.dumps(chosen(_timing, _recording)))

@@ -121,8 +121,8 @@ class ContextParallelBench(Bench):
 
     def _measure(self, backend: str, length: int) -> dict[int, dict[str, Any]]:
         """The fields of a row for each number of ranks."""
-        ranks, others = self._start(), OtherProcesses(self.helper_seconds)
-        steps = self._step_in_turns(ranks, backend, length)
+        processes, others = self._start(), OtherProcesses(self.helper_seconds)
+        steps = self._step_in_turns(processes, backend, length)
         tokens, busy = self.args.batch_size * length, others.cpus()
         measured = {ranks: _summarize(turns, tokens, busy) for ranks, turns in steps.items()}
         self._check_losses({ranks: turns[0][0].loss for ranks, turns in steps.items()})
@@ -134,16 +134,16 @@ class ContextParallelBench(Bench):
                 fields |= self._predict(backend, length, ranks, alone, fields["ms_median"])
         return measured
 
-    def _step_in_turns(self, ranks: Ranks, backend: str, length: int) -> dict[int, list[list[StepFigures]]]:
+    def _step_in_turns(self, processes: Ranks, backend: str, length: int) -> dict[int, list[list[StepFigures]]]:
         """What each rank says of each step, by the number of ranks; the first steps are not kept."""
         counts = self.args.ranks
         for count in counts:
-            ranks.step(count, backend, length)
+            processes.step(count, backend, length)
         turns: dict[int, list[list[StepFigures]]] = {count: [] for count in counts}
         until = time.monotonic() + self.args.case_seconds * len(counts)
         while len(turns[1]) < FEWEST_REPEATS or (time.monotonic() < until and len(turns[1]) < MOST_TURNS):
             for count in counts:
-                turns[count].append(ranks.step(count, backend, length))
+                turns[count].append(processes.step(count, backend, length))
         return turns
 
     def _check_losses(self, losses: dict[int, float]) -> None:
@@ -184,7 +184,7 @@ class ContextParallelBench(Bench):
 
     def facts(self) -> list[str]:
         args = self.args
-        where = "NCCL, a GPU each" if self.cores is None else f"gloo, threads of each: {args.threads}"
+        where = "NCCL, a GPU each" if self.cores is None else f"gloo, threads of each and of one alone: {args.threads}"
         return [
             f"model     {args.preset}, backend {', '.join(map(self._chosen, args.backends))}",
             f"ranks     {' '.join(map(str, args.ranks))}: {where}",
