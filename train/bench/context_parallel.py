@@ -302,7 +302,7 @@ class ContextPrediction(Bench):
 
 def describe_cut(config: TNTConfig, length: int, ranks: int, args: ContextParallelBenchArguments) -> dict[str, int]:
     """The longest part, and the bytes that cross the border behind the first one in all layers and both passes."""
-    part = part_length(length, ranks, step_options(config), None)
+    part = min(length, part_length(length, ranks, step_options(config), None))
     crossing = sum(boundary_bytes(config, part, args.batch_size).values()) if part < length else 0
     return {"longest_part": part, "boundary_bytes": 2 * config.num_hidden_layers * crossing}
 

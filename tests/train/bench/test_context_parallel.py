@@ -16,7 +16,13 @@ from modeling_tnt import TNTConfig
 from modeling_tnt.context_parallel import boundary_bytes
 from modeling_tnt.train.bench import context_parallel
 from modeling_tnt.train.bench.arguments import ContextParallelBenchArguments
-from modeling_tnt.train.bench.context_parallel import ContextParallelBench, ContextPrediction, summarize_useful_ranks
+from modeling_tnt.train.bench.context_parallel import (
+    ContextParallelBench,
+    ContextPrediction,
+    describe_cut,
+    state_bytes,
+    summarize_useful_ranks,
+)
 from modeling_tnt.train.bench.context_ranks import RankError, Ranks, Setup
 from modeling_tnt.train.bench.predicted_parts import load_parts
 from modeling_tnt.train.bench.rows import ContextRow
@@ -47,6 +53,15 @@ def test_it_measures_predicts_writes_and_prints(run, output_dir: Path, capsys):
     printed = capsys.readouterr().out
     assert "measured beside predicted" in printed and "link between two ranks" in printed
     assert (output_dir / "context-parallel.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_are_cut_inside_of_shards(output_dir: Path):
+    bench = ContextParallelBench(ContextParallelBenchArguments(device="cpu", output_dir=output_dir).resolve())
+    config = bench.configs["auto"]
+    assert describe_cut(config, 700, 1, bench.args) == {"longest_part": 700, "boundary_bytes": 0}
+    # The global memory's weights and their anchors, and the same of the local one, whose shards have 256 tokens.
+    assert list(state_bytes(config, 350, rows=1)) == ["global", "local0"]
+    assert list(state_bytes(config, 512, rows=1)) == ["global"]
 
 
 def test_no_time(run):
