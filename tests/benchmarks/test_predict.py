@@ -391,11 +391,13 @@ def test_times_of_a_part():
     timings = [timing("a", "", float(ms)) for ms in range(1, 11)]
     whole = [parts.Stamp("begin", 0), parts.Stamp("end", 4)], [parts.Stamp("begin", 4), parts.Stamp("end", 10)]
     recordings = [
-        parts.PartRecording(parts.PartCase("p", 100, middle=True), None, (forward, backward)),
-        parts.PartRecording(parts.PartCase("p", 50, ends=True), None, whole),
-        parts.PartRecording(parts.PartCase("p", 100), None, whole),
+        parts.PartRecording(parts.PartCase("tnt-150m", 2048, middle=True), None, (forward, backward)),
+        parts.PartRecording(parts.PartCase("tnt-150m", 1024, ends=True), None, whole),
+        parts.PartRecording(parts.PartCase("tnt-150m", 2048), None, whole),
     ]
-    of_middle, of_whole = (parts.part_times(recordings, [timings] * 3, "p", middle)[100] for middle in (True, False))
+    of_middle, of_whole = (
+        parts.part_times(recordings, [timings] * 3, "tnt-150m", middle)[2048] for middle in (True, False)
+    )
     assert of_middle.forward.before == pytest.approx(6e-3)
     assert of_middle.forward.serial == pytest.approx((9e-3,)) and of_middle.forward.after == pytest.approx(6e-3)
     assert of_middle.backward.serial == pytest.approx((8e-3,)) and of_middle.backward.after == pytest.approx(19e-3)

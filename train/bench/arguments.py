@@ -19,7 +19,7 @@ from ..common.costs import MODES
 from ..common.machine import count_cpus
 from ..common.output_folder import OutputFolder
 from ..options import find_blocked_folder, flag_of, option
-from .predicted_parts import predicted_presets
+from .predicted_parts import load_parts, predicted_presets
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEERS = ("fla", "flash", "cudnn", "titans")
@@ -330,7 +330,7 @@ class ContextParallelBenchArguments(BenchArguments):
 
     ranks: list[int] | None = option(
         None, "grid", "processes that share a sequence; 1 is there in any case, as the others are compared with it "
-        "(default: 1 2 4; on GPUs powers of two up to their number; with --predict up to one global chunk a rank)",
+        "(default: 1 2 4; on GPUs powers of two up to their number; with --predict up to a part of 2048 tokens each)",
     )  # fmt: skip
     seq_lens: list[int] | None = option(
         None, "grid", "tokens in a row (default: 2048 8192 32768; on GPUs 16384 65536; with --predict 16384 131072 "
@@ -399,10 +399,10 @@ class ContextParallelBenchArguments(BenchArguments):
         if self.preset not in known:
             yield f"--preset must be one of {', '.join(known)} with --predict, got {self.preset!r}"
             return
-        chunk = TNTConfig.from_preset(self.preset).global_chunk_size
+        shortest = load_parts(self.preset).middle.lengths[0]
         for length in self.seq_lens:
-            if length < chunk or length % chunk:
-                yield f"--seq-lens must be multiples of the global chunk of {chunk} with --predict, got {length}"
+            if length < shortest or length % shortest:
+                yield f"--seq-lens must be multiples of {shortest}, the shortest part predicted, got {length}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -230,6 +230,7 @@ class ContextPrediction(Bench):
     def __init__(self, args: ContextParallelBenchArguments):
         super().__init__(args)
         self.config, self.parts, self.card = args.tnt_config("auto"), load_parts(args.preset), predicted_card()
+        self.shortest = self.parts.middle.lengths[0]
         self.machine = f"{self.card}, not measured"
         self.link = Link(args.link_microseconds / 1e6, args.link_gigabytes * 1e9)
 
@@ -244,14 +245,14 @@ class ContextPrediction(Bench):
                 )  # fmt: skip
 
     def _doublings(self, length: int) -> list[int]:
-        """Powers of two, as long as each rank has a global chunk."""
-        most = length // self.config.global_chunk_size
+        """Powers of two, as long as each rank has a part of at least the shortest length, a global chunk of TNT's."""
+        most = length // self.shortest
         return [2**i for i in range(most.bit_length())]
 
     def _predict(self, length: int, ranks: int) -> dict[str, Any]:
         layers, part = self.config.num_hidden_layers, part_length(length, ranks, step_options(self.config), None)
-        if part % self.config.global_chunk_size:
-            raise Refused(CANNOT_RUN, f"parts of {part} tokens end inside of global chunks, which is not predicted")
+        if part % self.shortest:
+            raise Refused(CANNOT_RUN, f"parts of {part} tokens are not predicted, only multiples of {self.shortest}")
         alone, sizes = self.parts.whole.at(length).total(layers), state_bytes(self.config, part, 1)
         if ranks == 1:
             simulation = Simulation(alone, (alone,), (0.0,), (0.0,))

@@ -1,4 +1,4 @@
-"""Times of a part of a sequence on one device: a layer, apart from it the global memory, and embedding, head and loss.
+"""Times of a part of a sequence on one device: a layer, apart from it its serial part, and embedding, head and loss.
 
 All kernels of a training step are recorded, as eager torch launches them: of a layer that reads a whole row, and of one
 that is the middle rank of three, which gets states and hands them on.
@@ -15,8 +15,9 @@ from recording import DTYPES, SHARED_LIMITS
 from torch import Tensor, nn
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.context_parallel import boundary_bytes
 from modeling_tnt.context_plan import plan_part
-from modeling_tnt.context_relay import Relay
+from modeling_tnt.context_relay import CONV, Relay
 from modeling_tnt.kernels.fused.limits import assume_device
 from modeling_tnt.modeling import TNTBlock
 from modeling_tnt.train.bench.context_model import LayerTimes, PartTimes
@@ -26,10 +27,9 @@ from .cases import DTYPE
 from .recording import Recording, record_calls
 from .timing import Timing
 
-PRESETS = ("tnt-150m",)
+PRESETS = ("tnt-150m", "titans-150m")
 LENGTHS = tuple(2048 * 2**i for i in range(8))
 ENDS_LENGTH = 8192  # logits of more tokens are large, and their time is in proportion
-SERIAL = ["global"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class PartCase:
     tokens: int
     middle: bool = False
     ends: bool = False
+
+    @property
+    def serial(self) -> list[str]:
+        """The memories whose states cross a cut: the global one, or one that is never reset."""
+        return [name for name in boundary_bytes(TNTConfig.from_preset(self.preset), self.tokens) if name != CONV]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class PartRecording:
         """Of both passes, from the timings of its calls."""
         seconds = [0.0, *accumulate(timing.seconds for timing in timings)]
         timed = ([stamp._replace(at=seconds[stamp.at]) for stamp in stamps] for stamps in self.passes)
-        return tuple(pass_times(stamps, SERIAL) for stamps in timed)
+        return tuple(pass_times(stamps, self.case.serial) for stamps in timed)
 
 
 def cases() -> Iterator[PartCase]:

@@ -221,7 +221,7 @@ def test_a_rank_has_at_least_a_global_chunk(run, output_dir: Path):
     assert prediction._doublings(2048) == [1] and prediction._doublings(16384) == [1, 2, 4, 8]
     status, rows = run("context-parallel", "--predict", "--ranks", "2", "16", "--seq-lens", "16384")
     assert status == 0 and [row["status"] for row in rows] == ["ok", "ok", "cannot run"]
-    assert rows[-1]["reason"] == "parts of 1024 tokens end inside of global chunks, which is not predicted"
+    assert rows[-1]["reason"] == "parts of 1024 tokens are not predicted, only multiples of 2048"
 
 
 def test_useful_ranks_as_text():
