@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ from .kernels.transfer import on_device
 from .kernels.types import FastWeights, MemoryOptions
 
 CONV = "conv"
+
+# What each group is sending. It must not be forgotten with the model, or what has not gone yet is never sent.
+_SENDING: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[dist.Work, Tensor, str]]] = WeakKeyDictionary()
 
 
 class ContextParallelError(RuntimeError):
@@ -44,7 +48,7 @@ class Neighbours:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self._sending: deque[tuple[dist.Work, Tensor, str]] = deque()
+        self._sending = _SENDING.setdefault(group, deque())
         self.reset_counts()
 
     def reset_counts(self) -> None:
