@@ -21,10 +21,12 @@ class Cut(NamedTuple):
 
     sequences  [n] int64, indices of the sequences that go on across it, rising.
     tokens     how many tokens of each of them lie before it in this batch.
+    ended      of each, whether none lies behind it: it is there for a cache.
     """
 
     sequences: Tensor
     tokens: list[int]
+    ended: list[bool]
 
 
 class Part(NamedTuple):
@@ -141,11 +143,10 @@ class _Tokens:
 
     def cut(self, column: int, keep_all: bool) -> Cut:
         before = self.before(column)
-        goes_on = torch.ones_like(before, dtype=torch.bool)
-        if not keep_all:
-            goes_on = (before > 0) & (before < self.before(self.length))
+        ended = before == self.before(self.length)
+        goes_on = torch.ones_like(ended) if keep_all else (before > 0) & ~ended
         sequences = goes_on.nonzero().squeeze(1)
-        return Cut(sequences, before[sequences].tolist())
+        return Cut(sequences, before[sequences].tolist(), ended[sequences].tolist())
 
     def pack(self, columns: range, counts: Tensor) -> Packing:
         """The tokens in these columns; `counts` of each of the part's sequences."""

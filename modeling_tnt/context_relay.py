@@ -193,12 +193,17 @@ def conv_message(config: TNTConfig, rows: int) -> Message | None:
     return Message(torch.arange(rows), [0] * rows, shapes)
 
 
-def state_message(config: TNTConfig, options: MemoryOptions, positions: Sequence[int]) -> Message | None:
+def state_message(
+    config: TNTConfig, options: MemoryOptions, positions: Sequence[int], ended: Sequence[bool] | None = None
+) -> Message | None:
     """What of a memory crosses a cut before which its sequences have read so many tokens; None: nothing.
 
-    A memory at the end of its shard is about to be reset, so nothing of it need be known.
+    A memory at the end of its shard is about to be reset, so nothing of it need be known, but where its sequence has
+    `ended`: it is not reset in this batch, and the cache keeps it as it is.
     """
-    needed = [i for i, p in enumerate(positions) if options.shard_length is None or p % options.shard_length]
+    ended = ended or [False] * len(positions)
+    length = options.shard_length
+    needed = [i for i, p in enumerate(positions) if length is None or p % length or ended[i]]
     if not needed:
         return None
     positions = [positions[i] for i in needed]
@@ -251,7 +256,7 @@ class Relay:
             return {}
         messages = {CONV: conv_message(self.config, len(cut.tokens))}
         for name, options in memories:
-            messages[name] = state_message(self.config, options, _positions_at(cut, self.starts[name]))
+            messages[name] = state_message(self.config, options, _positions_at(cut, self.starts[name]), cut.ended)
         return {name: message for name, message in messages.items() if message is not None}
 
     def describe(self, name: str) -> str:
