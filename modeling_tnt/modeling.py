@@ -391,7 +391,7 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         """
         context = self.context_parallel
         if context is not None:
-            _check_whole(context, labels, logits_to_keep)
+            _check_whole(context, labels, num_items_in_batch, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -440,11 +440,17 @@ class TNTForCausalLM(TNTPreTrainedModel, TNTGenerationMixin):
         return context.sum_loss(loss)
 
 
-def _check_whole(context: ContextParallel, labels: Tensor | None, logits_to_keep: int | Tensor) -> None:
+def _check_whole(
+    context: ContextParallel,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    logits_to_keep: int | Tensor,
+) -> None:
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
         raise ValueError(
             "logits_to_keep must be 0 with context parallel, where each rank has the logits of its own columns, got "
             f"{logits_to_keep}; choose among these, by context_parallel.columns(T)"
         )
     if labels is not None:
-        context.check_same("labels", labels)
+        divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
+        context.check_same("labels, and num_items_in_batch,", labels, divisor)
