@@ -86,7 +86,7 @@ class ContextParallel:
         """
         given = next(t for t in tensors if t is not None)
         found = [torch.tensor([*numbers, *_shapes(tensors)], device=given.device)]
-        found += [_checksum(t).view(1) for t in tensors if t is not None]
+        found += [_checksum(t).view(1).to(given.device) for t in tensors if t is not None]
         own = torch.cat(found)
         everywhere = self._gather(torch.stack([own.new_tensor(own.numel()), _checksum(own)]))
         if all(torch.equal(theirs, everywhere[0]) for theirs in everywhere):

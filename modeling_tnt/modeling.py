@@ -235,7 +235,7 @@ class TNTModel(TNTPreTrainedModel):
         packing = step = part = None
         context = self.context_parallel
         if context is not None:
-            self._check_same_in_all_ranks(context, input_ids, inputs_embeds, boundaries, columns)
+            self._check_same_in_all_ranks(context, input_ids, inputs_embeds, boundaries, columns, cache, use_cache)
         backend = self._step_backend(batch_shape, cache, use_cache) if not boundaries and context is None else None
         if backend is not None:
             step = plan_step(batch_shape, given.device, backend, step_options(self.config), **columns)
@@ -300,9 +300,14 @@ class TNTModel(TNTPreTrainedModel):
         inputs_embeds: Tensor | None,
         boundaries: dict[str, Tensor],
         columns: dict[str, Tensor | int | None],
+        cache: Cache | None,
+        use_cache: bool | None,
     ) -> None:
+        """Of a cache, how much it has read: by that a rank knows what it gets from the others."""
         tensors = [input_ids, inputs_embeds, *(t for t in columns.values() if isinstance(t, Tensor))]
-        context.check_same("the batch", *tensors, *boundaries.values(), numbers=[columns["past_length"]])
+        tensors += [*boundaries.values(), None if cache is None else cache.layers[0].tokens_read]
+        asked = [columns["past_length"], -1 if use_cache is None else use_cache, torch.is_grad_enabled()]
+        context.check_same("the batch, the cache and use_cache", *tensors, numbers=asked)
 
     def _step_backend(self, batch_shape: tuple[int, int], cache: Cache | None, use_cache: bool | None) -> str | None:
         """The backend of a call that reads a token a row behind a cache and writes it in place; None for any other."""

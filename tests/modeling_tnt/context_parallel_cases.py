@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 from context_parallel_workers import PATIENCE, Ranks
 from model_cases import VARIANTS, make_model, make_tokens, state_tensors
@@ -231,6 +232,11 @@ def _train_only(*parts: str) -> Callable[[TNTForCausalLM], None]:
     return freeze
 
 
+def _adapt(model: TNTForCausalLM, **options: Any) -> None:
+    """LoRA, whose adapters are not zero at the start here."""
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, init_lora_weights=False, **options), model)
+
+
 TTT = {"token_scale": True, "global_chunk_size": None, "local_shard_lengths": None, "qk_projection": "none"}
 TITANS = {
     "global_chunk_size": None, "local_shard_lengths": [None], "qk_projection": "none", "use_momentum": True,
@@ -309,6 +315,12 @@ def _settings() -> dict[str, Case]:
         cases[f"trained-{name}-checkpointing"] = Case(
             measure("mlp", prepare=lambda m, f=prepare: (f(m), enable_checkpointing(m)), part_multiple=1)
         )
+    adapters = {
+        "projections": {"target_modules": ["q_proj", "o_proj", "lr_gate"]},
+        "memories": {"target_modules": [], "target_parameters": ["local_memories.0.w1", "global_memory.w2"]},
+    }
+    for name, options in adapters.items():
+        cases[f"adapted-{name}"] = Case(measure(VARIANT, prepare=partial(_adapt, **options), part_multiple=1))
     cases["trained-head"] = Case(measure("linear", prepare=_train_only("lm_head")))
     cases["tied-embeddings"] = Case(measure("linear", tie_word_embeddings=True, part_multiple=1))
     cases["autocast"] = Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_tnt import TNTConfig, TNTForSequenceClassification
+from modeling_tnt.compat import enable_checkpointing
 from modeling_tnt.context_parallel import ContextParallelError, boundary_bytes
 
 # Several calls
@@ -153,9 +155,12 @@ def turn_off(ranks: Ranks) -> Found:
 # Wrappers
 
 
-def wrapped(ranks: Ranks, wrap: str, outer: int, part_multiple: int) -> Found:
+def wrapped(
+    ranks: Ranks, wrap: str, outer: int, part_multiple: int, prepare: Callable[[nn.Module], None] = lambda model: None
+) -> Found:
     """Two steps of DDP or FSDP2 over a grid of `outer` times the ranks of a group, each row with a batch of its own."""
     model, found = new_model(VARIANT).train(), Found()
+    prepare(model)
     batches = [plain(2, 37, seed=i) for i in range(outer)]
     call: nn.Module = model
     if ranks.group is not None:
@@ -229,8 +234,19 @@ def errors(ranks: Ranks) -> Found:
             model(ids, logits_to_keep=torch.tensor([3]))
         with model.pause_context_parallel():
             cache = model(ids, use_cache=True).cache
+            state, other = (model.memorize(make_tokens(n), progress=False) for n in (9, 9 + ranks.rank))
+        for name, given in {
+            "cache": {"cache": other},
+            "no cache": {"cache": None if ranks.rank else state},
+            "use_cache": {"use_cache": ranks.rank == 0},
+        }.items():
+            with fails(match="cache"):
+                model(ids[:1], **given)
+                raise AssertionError(f"other {name} on each rank raised nothing")
     with fails(match="cache"):
         model(ids, cache=cache)
+    with fails(match="cache"), torch.set_grad_enabled(ranks.rank == 0):
+        model(ids)
     assert model.context_parallel.sent_bytes == 0
     with torch.no_grad():
         assert model(ids).logits.shape[1] == len(model.context_parallel.columns(24)) < 24
@@ -351,6 +367,9 @@ def _programs() -> dict[str, Case]:
             case = partial(wrapped, wrap=wrap, part_multiple=multiple)
             cases[f"{wrap}{name}"] = Case(partial(case, outer=1), sizes=(2, 3))
             cases[f"{wrap}-of-groups{name}"] = Case(partial(case, outer=2), sizes=(4,))
+        cases[f"{wrap}-checkpointing"] = Case(
+            partial(wrapped, wrap=wrap, outer=1, part_multiple=40, prepare=enable_checkpointing), fast=False
+        )
     for where in ("forward", "backward", "sleep"):
         for size, who in ((2, 1), (2, 0), (3, 1)):
             cases[f"rank-{who}-of-{size}-{where}"] = Case(
