@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .validation import (
+    MEMORY,
     describe_extra_keys,
     find_extra_keys,
     find_problems,
@@ -25,6 +26,11 @@ logger = logging.get_logger(__name__)
 
 CACHE_LAYER_TYPE = "tnt_memory"
 """Name under which the model's cache layer is registered with transformers; see `TNTConfig.layer_types`."""
+
+ATTENTION_FIELDS = (
+    "layer_types", "full_attention_interval", "num_attention_heads", "num_key_value_heads", "sliding_window",
+    "rope_parameters", "memory_as", "num_persistent_tokens",
+)  # fmt: skip
 
 
 class TNTConfig(PreTrainedConfig):
@@ -41,6 +47,21 @@ class TNTConfig(PreTrainedConfig):
         head_dim: width D of a head's keys and values. None: hidden_size // num_heads. The projections map hidden_size
             to num_heads * head_dim, so the two need not be equal.
         intermediate_size: width of the SwiGLU. None: 8/3 of hidden_size, rounded up to a multiple of 64.
+        layer_types: what mixes the tokens in each block, one entry for each: "memory", "full_attention" or
+            "sliding_attention". None: memory in all of them, or by full_attention_interval.
+        full_attention_interval: every so many blocks, the last one attends and the others are memories (4 is the three
+            to one of Qwen3-Next); instead of layer_types, which it fills.
+        num_attention_heads: heads of the attention layers, of width head_dim each. None: num_heads.
+        num_key_value_heads: their heads of keys and values, a divisor. None: as many.
+        sliding_window: tokens that a "sliding_attention" layer sees, the newest included.
+        rope_parameters: rotary positions of the attention layers, as transformers has them: {"rope_type": "default",
+            "rope_theta": 10000.0}. Memories count positions themselves.
+        memory_as: how a block of memories attends, too (Titans, arXiv 2501.00663, section 4): "layer" (MAL): attention
+            within `sliding_window` on what the memories say; "gate" (MAG): both read the block's input, and each gates
+            the other; "context" (MAC): attention within segments, the chunks of the global memory, sees what that
+            memory said before the segment, too, and the memories read and learn what it says. None: it does not.
+        num_persistent_tokens: learned tokens that every attention layer sees before the first one, from any distance
+            (Titans); they are no positions.
         hidden_act: activation of the SwiGLU gate, a name that transformers knows.
         rms_norm_eps: added to the mean square in every RMSNorm.
         initializer_range: standard deviation of the initial slow weights.
@@ -85,8 +106,9 @@ class TNTConfig(PreTrainedConfig):
 
     model_type = "tnt"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    # Tools that ask for the standard name read num_heads.
-    attribute_map = {"num_attention_heads": "num_heads"}
+    # What transformers' attention asks a config for, and is no choice here.
+    attention_bias = False
+    attention_dropout = 0.0
 
     vocab_size: int = 32128
     hidden_size: int = 768
@@ -94,6 +116,14 @@ class TNTConfig(PreTrainedConfig):
     num_heads: int = 12
     head_dim: int | None = None
     intermediate_size: int | None = None
+    layer_types: list[str] | None = None
+    full_attention_interval: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    sliding_window: int | None = None
+    rope_parameters: dict | None = None
+    memory_as: str | None = None
+    num_persistent_tokens: int = 0
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -129,11 +159,27 @@ class TNTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.local_chunk_sizes = _as_list(self.local_chunk_sizes)
         self.local_shard_lengths = _as_list(self.local_shard_lengths)
+        self.layer_types = _as_list(self.layer_types)
         saved_by = kwargs.pop("tnt_version", None)
         unknown, wrong = find_unknown_fields(type(self), kwargs), find_problems(self, kwargs.get("num_labels"))
         raise_problems(chain(unknown, wrong), saved_by)
+        self._resolve_layers()
         super().__post_init__(**kwargs)
         self._resolve_defaults()
+
+    def _resolve_layers(self) -> None:
+        """Which block does what; memories under the name that transformers knows their cache layers by."""
+        if self.layer_types is None:
+            interval = self.full_attention_interval or self.num_hidden_layers + 1
+            self.layer_types = [
+                MEMORY if (i + 1) % interval else "full_attention" for i in range(self.num_hidden_layers)
+            ]
+        self.layer_types = [CACHE_LAYER_TYPE if kind == MEMORY else kind for kind in self.layer_types]
+        self.full_attention_interval = None
+        if self.num_attention_heads is None:
+            self.num_attention_heads = self.num_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
 
     def _resolve_defaults(self) -> None:
         """Replace None by the number it stands for, so that a saved config keeps it when a default changes."""
@@ -163,8 +209,12 @@ class TNTConfig(PreTrainedConfig):
         raise_problems(find_problems(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and `tnt_version`, the version of this package."""
-        return super().to_dict() | {"tnt_version": VERSION}
+        """The fields, and `tnt_version`, the version of this package. A model of memories alone has no field of
+        attention, so that earlier versions read it, and another number of layers may be given when it is loaded."""
+        saved = super().to_dict() | {"tnt_version": VERSION}
+        for name in () if self.has_attention else ATTENTION_FIELDS:
+            saved.pop(name, None)
+        return saved
 
     @property
     def shard_lengths(self) -> list[int | None]:
@@ -174,9 +224,17 @@ class TNTConfig(PreTrainedConfig):
         return [self.local_shard_lengths] * len(self.local_chunk_sizes)
 
     @property
-    def layer_types(self) -> list[str]:
-        """One entry for each cache layer that `DynamicCache(config=config)` builds. Derived, hence not saved."""
-        return [CACHE_LAYER_TYPE] * self.num_hidden_layers
+    def has_attention(self) -> bool:
+        """Whether some blocks attend."""
+        return bool(self.attention_types)
+
+    @property
+    def attention_types(self) -> list[str]:
+        """The kinds of attention that some block has."""
+        kinds = [kind for kind in self.layer_types if kind != CACHE_LAYER_TYPE]
+        if self.memory_as is not None and CACHE_LAYER_TYPE in self.layer_types:
+            kinds.append("segment_attention" if self.memory_as == "context" else "sliding_attention")
+        return list(dict.fromkeys(kinds))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> TNTConfig:

@@ -17,6 +17,10 @@ from .version import VERSION
 
 QK_PROJECTIONS = ("shard", "chunk", "none")
 GLOBAL_UPDATES = ("gradient", "muon")
+MEMORY = "memory"
+MEMORY_AS = ("context", "gate", "layer")
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear")  # others need to know a longest context, and a memory has none
 KERNEL_BACKENDS = ("auto", "reference", "torch", "native", "triton")
 
 # A file of somebody else's must not keep its reader busy: numbers are bounded, and so is what is said of them.
@@ -131,6 +135,7 @@ def find_problems(config: Any, num_labels: Any = None) -> Iterator[str]:
     yield from _find_wrong_token_ids(config)
     yield from _find_wrong_chunks(config)
     yield from _find_contradictions(config)
+    yield from _find_wrong_attention(config)
 
 
 def divisors(number: int) -> list[int]:
@@ -190,6 +195,105 @@ def _find_wrong_scalars(c: Any) -> Iterator[str]:
     if not isinstance(c.hidden_act, str) or c.hidden_act not in ACT2FN:
         near = difflib.get_close_matches(str(c.hidden_act), ACT2FN, n=3) or ["silu", "gelu", "relu"]
         yield f"hidden_act={c.hidden_act!r} is not an activation of transformers; use {' or '.join(map(repr, near))}"
+
+
+def _find_wrong_attention(c: Any) -> Iterator[str]:
+    """Layer types, and the heads, windows and positions of those that attend."""
+    for name in ("num_attention_heads", "num_key_value_heads", "sliding_window", "full_attention_interval"):
+        if getattr(c, name) is not None and not _is_int(getattr(c, name), 1):
+            yield f"{name} must be an int of at least 1, or None, got {getattr(c, name)!r}"
+            return
+    kinds = c.layer_types
+    if kinds is not None:
+        allowed = (MEMORY, *ATTENTION_TYPES)
+        if not isinstance(kinds, list):
+            yield f"layer_types must be a list with one entry for each block, got {kinds!r}; use e.g. {[MEMORY]!r}"
+            return
+        for i, kind in enumerate(kinds):
+            if kind not in (*allowed, "tnt_memory"):
+                near = difflib.get_close_matches(str(kind), allowed, n=1) or [" or ".join(map(repr, allowed))]
+                yield f"layer_types[{i}] must be one of {', '.join(map(repr, allowed))}, got {kind!r}; use {near[0]}"
+        if _is_int(c.num_hidden_layers, 1) and len(kinds) != c.num_hidden_layers:
+            yield (
+                f"layer_types has {len(kinds)} entries for num_hidden_layers={c.num_hidden_layers}; give one for each "
+                "block, or full_attention_interval=4 for three memories to one full attention"
+            )
+    if _is_int(c.full_attention_interval, 1) and _is_int(c.num_hidden_layers, 1):
+        if c.full_attention_interval > c.num_hidden_layers:
+            yield (
+                f"full_attention_interval={c.full_attention_interval} must be at most "
+                f"num_hidden_layers={c.num_hidden_layers}, or no block attends; use a smaller one, or None"
+            )
+    if kinds is not None and c.full_attention_interval is not None:
+        yield "layer_types and full_attention_interval both say which blocks attend; leave one out"
+    if c.memory_as not in (None, *MEMORY_AS):
+        yield f"memory_as must be None or one of {', '.join(map(repr, MEMORY_AS))}, got {c.memory_as!r}"
+    if not _is_int(c.num_persistent_tokens, 0):
+        yield f"num_persistent_tokens must be an int of at least 0, got {c.num_persistent_tokens!r}"
+    windows = {'layer_types with "sliding_attention" need': "sliding_attention" in (kinds or [])}
+    windows |= {f"memory_as={c.memory_as!r} needs": c.memory_as in ("gate", "layer")}
+    for what in (what for what, wanted in windows.items() if wanted and not _is_int(c.sliding_window, 2)):
+        yield f"{what} a sliding_window of at least 2, got {c.sliding_window}; set it, e.g. to 512 tokens"
+    among = any(kind in ATTENTION_TYPES for kind in kinds or [])
+    attends = c.full_attention_interval is not None or c.memory_as is not None or among
+    yield from _find_wrong_heads(c) if attends else _find_idle_attention(c)
+
+
+def _find_idle_attention(c: Any) -> Iterator[str]:
+    """Choices for attention layers where there are none. (Derived ones are there, for tools that read them.)"""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(c, name) not in (None, c.num_heads):
+            yield (
+                f"{name}={getattr(c, name)} is for attention layers, and no block attends; did you mean num_heads? Or "
+                "set layer_types"
+            )
+    for name in ("sliding_window", "num_persistent_tokens"):
+        if getattr(c, name):
+            yield f"{name}={getattr(c, name)} is for attention layers, and no block attends; set layer_types"
+
+
+def _find_wrong_heads(c: Any) -> Iterator[str]:
+    heads = c.num_heads if c.num_attention_heads is None else c.num_attention_heads
+    pairs = heads if c.num_key_value_heads is None else c.num_key_value_heads
+    if _is_int(heads, 1) and heads % pairs:
+        remedy = _nearest_divisors(heads, pairs)
+        yield f"num_key_value_heads={pairs} must divide num_attention_heads={heads}; use {remedy}"
+    if _is_int(c.hidden_size, 1) and _is_int(c.num_heads, 1):
+        dim = c.hidden_size // c.num_heads if c.head_dim is None else c.head_dim
+        if _is_int(dim, 1) and dim % 2:
+            yield f"head_dim={dim} must be even for rotary positions, which turn pairs; use {dim + 1}"
+    if c.memory_as == "gate" and heads != c.num_heads:
+        yield (
+            f'memory_as="gate" multiplies attention and memories: num_attention_heads={heads} must equal '
+            f"num_heads={c.num_heads}; leave it out"
+        )
+    if c.memory_as == "context":
+        yield from _find_wrong_segment(c)
+    rope = c.rope_parameters
+    if rope is not None and not isinstance(rope, dict):
+        yield f'rope_parameters must be a dict or None, got {rope!r}; use e.g. {{"rope_theta": 1e4}}'
+    elif rope is not None and rope.get("rope_type", "default") not in ROPE_TYPES:
+        yield (
+            f"rope_parameters has rope_type={rope['rope_type']!r}, which depends on a longest context; use one of "
+            f"{', '.join(map(repr, ROPE_TYPES))}"
+        )
+
+
+def _find_wrong_segment(c: Any) -> Iterator[str]:
+    """Segments of a memory as a context: the chunks of the global memory."""
+    segment = c.global_chunk_size
+    if not _is_int(segment, 1):
+        yield (
+            'memory_as="context" reads in segments, the chunks of the global memory, got global_chunk_size='
+            f"{segment}; set it, e.g. to 512"
+        )
+        return
+    for i, chunk in enumerate(c.local_chunk_sizes if isinstance(c.local_chunk_sizes, list) else []):
+        if _is_int(chunk, 1) and segment % chunk:
+            yield (
+                f'local_chunk_sizes[{i}]={chunk} must divide the segment of memory_as="context", '
+                f"global_chunk_size={segment}; use {_nearest_divisors(segment, chunk)}"
+            )
 
 
 def _find_wrong_token_ids(c: Any) -> Iterator[str]:

@@ -8,13 +8,14 @@ state is several tensors, of which some are shared at a chunk boundary, hence a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
@@ -26,8 +27,8 @@ LAYER_TYPE = "tnt_memory"
 
 # A state can be read on only by a model that agrees in these: they fix its shapes and what "mid-chunk" means.
 _SIGNATURE_FIELDS = (
-    "num_hidden_layers", "num_heads", "head_dim", "memory_type", "memory_depth", "memory_expansion", "memory_bias",
-    "global_chunk_size", "global_update",
+    "num_hidden_layers", "layer_types", "num_heads", "head_dim",
+    "memory_type", "memory_depth", "memory_expansion", "memory_bias", "global_chunk_size", "global_update",
     "local_chunk_sizes", "shard_lengths", "qk_projection", "use_momentum", "token_scale", "conv_kernel_size",
 )  # fmt: skip
 
@@ -36,6 +37,9 @@ class TNTCacheLayer(CacheLayerMixin):
     """The state of one layer for a batch of rows: its memories and the last inputs of its convolution.
 
     memories   name of a memory ("global", "local0", …) → `MemoryState`, whose `position` counts each row's real tokens.
+    window     keys and values of the last tokens, where the block attends within a window beside its memories, or None.
+    segment    [4, rows, key-value heads, segment, head_dim], or None: of the tokens of the segment that has begun, keys
+               and values of what the memory said to them, and their own (memory as a context).
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
     tokens_before  [rows] int64 or 0: what a row had read before column 0 of input_ids; None where that is not known.
 
@@ -46,12 +50,12 @@ class TNTCacheLayer(CacheLayerMixin):
     """
 
     _layer_type = LAYER_TYPE
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.stack: MemoryStack | None = None
+        self.window: DynamicSlidingWindowLayer | None = None
         self._tail_buffer: Tensor | None = None
         self.reset()
 
@@ -59,10 +63,22 @@ class TNTCacheLayer(CacheLayerMixin):
         """Forget everything; the next call starts at the learned initial states. The buffers of `stack` are kept."""
         self.memories: dict[str, MemoryState] = {}
         self.conv_tail: Tensor | None = None
+        self.segment: Tensor | None = None
+        if self.window is not None:
+            self.window.reset()
         self.signature: dict[str, Any] | None = None
         self.cumulative_length = 0
         self.tokens_before: Tensor | int | None = 0
         self.is_initialized = False
+
+    def attend_within(self, sliding_window: int) -> None:
+        """Keep keys and values of that window, too, from now on."""
+        if self.window is None:
+            self.window = DynamicSlidingWindowLayer(sliding_window=sliding_window)
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window is not None
 
     @property
     def tokens_read(self) -> Tensor:
@@ -164,6 +180,8 @@ class TNTCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.window is not None:
+            return self.window.get_mask_sizes(query_length)
         return self.cumulative_length + query_length, 0
 
     @property
@@ -174,8 +192,11 @@ class TNTCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of all state tensors."""
-        tail = 0 if self.conv_tail is None else self.conv_tail.numel() * self.conv_tail.element_size()
-        return tail + sum(state.nbytes for state in self.memories.values())
+        others = [self.conv_tail, self.segment]
+        if self.window is not None and self.window.is_initialized:
+            others += [self.window.keys, self.window.values]
+        held = sum(t.numel() * t.element_size() for t in others if t is not None)
+        return held + sum(state.nbytes for state in self.memories.values())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -219,6 +240,9 @@ class TNTCacheLayer(CacheLayerMixin):
         self.stack = self._tail_buffer = None
         self.memories = {name: state.map(fn) for name, state in self.memories.items()}
         self.conv_tail = None if self.conv_tail is None else fn(self.conv_tail)
+        self.window = None if self.window is None else map_layer(self.window, fn)
+        # Rows come first wherever a function selects them.
+        self.segment = None if self.segment is None else fn(self.segment.transpose(0, 1)).transpose(0, 1)
         if isinstance(self.tokens_before, Tensor):
             self.tokens_before = fn(self.tokens_before)
 
@@ -240,24 +264,45 @@ def cache_signature(config: TNTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _SIGNATURE_FIELDS}
 
 
+def is_memory_layer(layer: Any) -> bool:
+    """Whether a layer of a cache holds memories. By name and not isinstance: a model loaded as remote code brings a
+    class of its own, which replaces the registration of the installed one."""
+    return getattr(layer, "_layer_type", None) == LAYER_TYPE
+
+
+def memory_cache_layers(cache: Cache) -> list[TNTCacheLayer]:
+    """Those layers of a cache that hold memories."""
+    return [layer for layer in cache.layers if is_memory_layer(layer)]
+
+
+def map_layer(layer: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a layer of a cache, of memories or of attention, with `fn` applied to every state tensor."""
+    if is_memory_layer(layer):
+        return layer.map(fn)
+    mapped = copy.copy(layer)
+    if layer.is_initialized:
+        mapped.keys, mapped.values = fn(layer.keys), fn(layer.values)
+    return mapped
+
+
 def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
     """Raise ValueError unless a model of `config` can read on from `cache` with a batch of `rows`."""
-    # By name and not isinstance: a model loaded as remote code brings a class of its own, which replaces the
-    # registration of the installed one.
-    if isinstance(cache, Cache) and any(getattr(layer, "keys", None) is not None for layer in cache.layers):
+    wanted = [kind == LAYER_TYPE for kind in config.layer_types]
+    layers = cache.layers if isinstance(cache, Cache) else []
+    found = [is_memory_layer(layer) for layer in layers]
+    if any(here and getattr(x, "keys", None) is not None for here, x in zip(wanted, layers, strict=False)):
         raise ValueError(
             "cache (past_key_values) holds keys and values of attention, as prefix tuning makes them: a TNT model has "
             "none that could stand before its memories; use prompt tuning or LoRA, or a cache of a TNT model"
         )
-    if not isinstance(cache, Cache) or [getattr(layer, "_layer_type", None) for layer in cache.layers] != (
-        [LAYER_TYPE] * config.num_hidden_layers
-    ):
+    if found != wanted:
+        kinds = f"{sum(wanted)} TNT cache layers" + (" among those of attention" if not all(wanted) else "")
         raise ValueError(
-            f"cache (past_key_values) must hold {config.num_hidden_layers} TNT cache layers, got {cache!r:.200}; make "
-            "it with DynamicCache(config=model.config)"
+            f"cache (past_key_values) must hold {kinds}, got {cache!r:.200}; make it with "
+            "DynamicCache(config=model.config)"
         )
     signature = cache_signature(config)
-    for layer in cache.layers:
+    for layer in memory_cache_layers(cache):
         if not layer.is_initialized:
             continue
         check_signature("cache (past_key_values)", layer.signature, signature)
@@ -270,7 +315,9 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
 
 def check_mask(cache: Cache, attention_mask: Tensor | None, columns: int) -> None:
     """Raise ValueError if a mask over all columns shows more or fewer tokens of the past than the cache has read."""
-    layer = cache.layers[0]
+    layer = next(iter(memory_cache_layers(cache)), None)
+    if layer is None:
+        return
     past = layer.cumulative_length
     if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] != past + columns or not past:
         return
@@ -294,7 +341,9 @@ def _unsaid(filled: dict[str, Any]) -> dict[str, Any]:
     """What a state of a version in which there was no choice does not say of itself."""
     memory_type = filled.get("memory_type")
     depth = memory_kind(memory_type).depth if memory_type in ("mlp", "linear") else None
-    return {"memory_depth": depth, "global_update": "gradient"}
+    layers = filled.get("num_hidden_layers")
+    kinds = [LAYER_TYPE] * layers if isinstance(layers, int) else None
+    return {"memory_depth": depth, "global_update": "gradient", "layer_types": kinds}
 
 
 def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:

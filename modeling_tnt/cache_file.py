@@ -14,10 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .cache import LAYER_TYPE, cache_signature, check_signature, fast_weight_shapes
+from .cache import (
+    LAYER_TYPE,
+    TNTCacheLayer,
+    cache_signature,
+    check_signature,
+    fast_weight_shapes,
+    is_memory_layer,
+    memory_cache_layers,
+)
 from .configuration import TNTConfig
 from .kernels import MemoryState
 
+_OTHERS = ("conv_tail", "window", "segment")  # what a layer holds besides its memories
 _FORMAT, _VERSION = "tnt-cache-", 1
 
 
@@ -30,21 +39,20 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         ValueError: if the cache is not a TNT model's or has not read anything yet.
         OSError: if the file cannot be written.
     """
-    layers = cache.layers
-    if not layers or not all(getattr(c, "_layer_type", None) == LAYER_TYPE and c.is_initialized for c in layers):
+    layers, memories = cache.layers, memory_cache_layers(cache)
+    if not memories or not all(c.is_initialized for c in layers):
         raise ValueError("save_cache needs the filled cache of a TNT model; call it with use_cache=True")
     tensors = {}
     for i, layer in enumerate(layers):
-        flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
-        flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
+        flat = _tensors_of_memories(layer) if is_memory_layer(layer) else {"keys": layer.keys, "values": layer.values}
         # Cloned, as the file format does not allow two names for the same memory; and to strides of a new tensor.
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flat.items()}
         tensors |= {f"layers.{i}.{name}": t for name, t in copies.items()}
     metadata = {
         "format": f"{_FORMAT}{_VERSION}",
-        "signature": json.dumps(layers[0].signature),
-        "cumulative_length": str(layers[0].cumulative_length),
-        "tokens_before": json.dumps(_as_number(layers[0].tokens_before)),
+        "signature": json.dumps(memories[0].signature),
+        "cumulative_length": str(memories[0].cumulative_length),
+        "tokens_before": json.dumps(_as_number(memories[0].tokens_before)),
         "checksum": _checksum(tensors),
         "origin": json.dumps(getattr(cache, "origin", None)),
     }
@@ -81,18 +89,52 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     layers = [_split(tensors, f"layers.{i}.") for i in range(config.num_hidden_layers)]
     whole = sum(map(len, layers)) == len(tensors) and metadata.get("checksum") in (None, _checksum(tensors))
     try:
-        rows = {_check_layer(flat, config) for flat in layers}
+        checks = {LAYER_TYPE: _check_layer}
+        kinds = zip(layers, config.layer_types, strict=True)
+        rows = {checks.get(kind, _check_attention)(flat, config) for flat, kind in kinds}
     except ValueError as error:
         raise _damaged(path, error) from error
     if not whole or len(rows) != 1:
         raise _damaged(path, "its tensors are not those that were saved")
     for layer, flat in zip(cache.layers, layers, strict=True):
+        if not is_memory_layer(layer):
+            _fill_attention(layer, flat, columns)
+            continue
+        segment, window = flat.pop("segment", None), _split(flat, "window.")
+        layer.segment = None if segment is None else segment.transpose(0, 1)
+        if window:
+            layer.attend_within(config.sliding_window)
+            _fill_attention(layer.window, window, columns)
         conv_tail = flat.pop("conv_tail", None)
         memories = {name: MemoryState.from_tensors(_split(flat, f"{name}.")) for name in _memory_names(flat)}
         layer.store(memories, conv_tail, signature)
         layer.advance(columns)
         layer.tokens_before = before
     return origin
+
+
+def _tensors_of_memories(layer: TNTCacheLayer) -> dict[str, Tensor]:
+    flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
+    flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
+    if layer.window is not None and layer.window.is_initialized:
+        flat |= {"window.keys": layer.window.keys, "window.values": layer.window.values}
+    return flat | ({} if layer.segment is None else {"segment": layer.segment.transpose(0, 1)})
+
+
+def _fill_attention(layer: Any, flat: dict[str, Tensor], columns: int) -> None:
+    """Put keys and values into an empty attention layer of transformers."""
+    layer.lazy_initialization(flat["keys"], flat["values"])
+    layer.keys, layer.values = flat["keys"], flat["values"]
+    if layer.is_sliding:
+        layer.cumulative_length = columns
+
+
+def _check_attention(flat: dict[str, Tensor], config: TNTConfig) -> int:
+    """The rows of an attention layer's tensors; ValueError unless their names and shapes are those of `config`."""
+    shape = (config.num_key_value_heads, config.head_dim)
+    if flat.keys() != {"keys", "values"} or any((t.shape[1], *t.shape[3:]) != shape for t in flat.values()):
+        raise ValueError("its keys and values of attention are missing or of another shape")
+    return flat["keys"].shape[0]
 
 
 def _as_number(tokens_before: Tensor | int | None) -> list[int] | int | None:
@@ -154,11 +196,21 @@ def _split(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _memory_names(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.partition(".")[0] for name in names if name != "conv_tail"))
+    return list(
+        dict.fromkeys(name.partition(".")[0] for name in names if name != "conv_tail" and "window." not in name)
+    )
 
 
 def _check_layer(flat: dict[str, Tensor], config: TNTConfig) -> int:
     """The rows of one layer's tensors; ValueError unless their names and shapes are those of `config`."""
+    window = _split(flat, "window.")
+    if window:
+        _check_attention(window, config)
+        flat = {name: t for name, t in flat.items() if not name.startswith("window.")}
+    held = (4, config.num_key_value_heads, config.global_chunk_size, config.head_dim)
+    if "segment" in flat and flat["segment"].shape[1:] != held:
+        raise ValueError("its segment is of another shape")
+    flat = {name: t for name, t in flat.items() if name != "segment"}
     expected = _layer_shapes(config)
     names = _memory_names(flat)
     if not names or not set(names) <= expected.keys():

@@ -196,6 +196,11 @@ class ContextParallelMixin:
                 dimensions without "cp"; a part_multiple below 1.
             TypeError: another kind of group; or a model that cannot.
         """
+        if self.config.has_attention:
+            raise ValueError(
+                f"layer_types={self.config.layer_types} has attention, which sees all earlier tokens: context parallel "
+                "is for models of memories alone; train this one with data parallelism"
+            )
         if part_multiple is not None and (isinstance(part_multiple, bool) or not isinstance(part_multiple, int)):
             raise TypeError(f"part_multiple must be an int or None, got {type(part_multiple).__name__}")
         if part_multiple is not None and part_multiple < 1:

@@ -38,7 +38,8 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
     def record(index: int):
         return lambda _module, args: inputs.__setitem__(index, args[0])
 
-    hooks = [layer.memory.register_forward_pre_hook(record(i)) for i, layer in enumerate(base.layers)]
+    layers = base.memory_layers()
+    hooks = [layer.register_forward_pre_hook(record(i)) for i, layer in layers.items()]
     was_training = model.training
     try:
         cache = cache_of(model.eval()(input_ids=input_ids, use_cache=True, return_dict=True))
@@ -48,11 +49,11 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
             hook.remove()
 
     report = {}
-    for i, layer in enumerate(base.layers):
+    for i, layer in layers.items():
         states = cache.layers[i].memories
-        for name, memory, options in layer.memory.operations():
+        for name, memory, options in layer.operations():
             memory_inputs = memory(inputs[i], options.chunk_size)
-            values = _look_at_memory(layer.memory, memory_inputs, options, inputs[i], states[name])
+            values = _look_at_memory(layer, memory_inputs, options, inputs[i], states[name])
             report |= {f"layer{i}/{name}/{quantity}": value for quantity, value in values.items()}
     return report
 

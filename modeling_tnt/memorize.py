@@ -95,8 +95,8 @@ class MemorizeMixin:
         """Identify this model in saved states: its name, and a few numbers of the initial fast weights of its first
         and last layers."""
         name = self.config.name_or_path
-        layers = self.base_model.layers
-        memories = [memory for block in (layers[0], layers[-1]) for memory in block.memory.memories().values()]
+        layers = list(self.memory_layers().values())
+        memories = [memory for layer in (layers[0], layers[-1]) for memory in layer.memories().values()]
         # By name: an adapter of a memory's parameters stands in front of it.
         starts = [next(p.detach() for n, p in m.named_parameters() if n.split(".")[-1] == "w1") for m in memories]
         samples = None  # of weights that are offloaded nothing is known

@@ -177,7 +177,7 @@ class TNTMemoryLayer(nn.Module):
             qkv, conv_tail = self.conv(qkv, packing, conv_tail, return_tail)
         qkv = F.silu(qkv).unflatten(-1, (3, *self.head_shape))
         q, k, v = qkv.unbind(-3)
-        return _l2_normalize(q), _l2_normalize(k), v, conv_tail
+        return l2_normalize(q), l2_normalize(k), v, conv_tail
 
     def _project_at_once(
         self,
@@ -208,7 +208,7 @@ class TNTMemoryLayer(nn.Module):
         if self.conv is not None:
             qkv, conv_tail = self.conv(qkv, tail=conv_tail, one_token=True)
         qkv = F.silu(qkv).view(x.shape[0], 3, *self.head_shape)
-        q, k = _l2_normalize(qkv[:, :2]).unbind(1)
+        q, k = l2_normalize(qkv[:, :2]).unbind(1)
         return q, k, qkv[:, 2], conv_tail
 
     def forward(
@@ -222,16 +222,31 @@ class TNTMemoryLayer(nn.Module):
     ) -> Tensor:
         """Mix the tokens of x [B, T, hidden_size]; what `packing` does not count as a token mixes to zero.
 
+        Arguments as of `mix`.
+        """
+        return self.o_proj(self.mix(x, packing, cache_layer, update_cache, step, relay))
+
+    def mix(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        cache_layer: TNTCacheLayer | None = None,
+        update_cache: bool = False,
+        step: TokenStep | None = None,
+        relay: Relay | None = None,
+    ) -> Tensor:
+        """The same before the last projection, [B, T, H D].
+
         With a `cache_layer` the memories start from its states; with `update_cache` it gets those after the last token.
         With `step` there is one token a row and the states in the cache are written in place, see `steps`. With `relay`
         x is this rank's part of longer rows.
         """
         if packing is not None and packing.total == 0:
-            return torch.zeros_like(x)
+            return x.new_zeros(*x.shape[:2], self.head_shape[0] * self.head_shape[1])
         if step is not None:
-            return self.o_proj(self._step(x, cache_layer, step))
+            return self._step(x, cache_layer, step)
         o = self._normed(self._read(x, packing, cache_layer, update_cache, relay))
-        return self.o_proj(self._gated(o if packing is None else packing.scatter(o), x))
+        return self._gated(o if packing is None else packing.scatter(o), x)
 
     def _normed(self, o: Tensor) -> Tensor:
         """[..., H, D] → [..., H D]."""
@@ -468,7 +483,8 @@ class _KeepInGraph(torch.autograd.Function):
         return grad, *zeros
 
 
-def _l2_normalize(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
+    """x [..., D] as vectors of length 1; zero stays zero."""
     return F.normalize(_widen(x), dim=-1, eps=1e-6).to(x.dtype)
 
 

@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from . import registration  # noqa: F401  its import tells transformers and PEFT of these models
-from .cache import TNTCacheLayer, check_cache, check_mask
+from .attention import AttentionPlan, TNTAttention, TNTRotaryEmbedding, plan_attention, reading_copy
+from .cache import LAYER_TYPE, TNTCacheLayer, check_cache, check_mask, memory_cache_layers
 from .compat import OTHER_NAME, BaseModelOutputWithPast, CausalLMOutputWithPast, cache_of, named_cache, one_cache
 from .configuration import TNTConfig
 from .context_parallel import ContextParallel, ContextParallelMixin
@@ -27,6 +28,7 @@ from .hub_export import HubExportMixin
 from .kernels.checks import check_not_traced
 from .kernels.memories.kinds import memory_kind
 from .memorize import MemorizeMixin
+from .memory_as_context import MemoryAsContext
 from .memory_layer import TNTGate, TNTMemory, TNTMemoryLayer, step_options
 from .packing import Packing, TokenStep, plan_packing, plan_step
 
@@ -46,12 +48,26 @@ class TNTMLP(nn.Module):
 
 
 class TNTBlock(GradientCheckpointingLayer):
-    """RMSNorm → memories → residual, RMSNorm → SwiGLU → residual."""
+    """RMSNorm → memories, attention or both → residual, RMSNorm → SwiGLU → residual."""
 
-    def __init__(self, config: TNTConfig) -> None:
+    def __init__(self, config: TNTConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.memory = TNTMemoryLayer(config)
+        self.has_memory = config.layer_types[layer_idx] == LAYER_TYPE
+        self.memory_as = config.memory_as if self.has_memory else None
+        if self.has_memory:
+            self.memory = TNTMemoryLayer(config)
+        if not self.has_memory or self.memory_as is not None:
+            self.self_attn = TNTAttention(config, layer_idx, projects_out=self.memory_as != "gate")
+        inner = config.num_heads * config.head_dim
+        if self.memory_as == "context":
+            self.as_context = MemoryAsContext(config)
+        elif self.memory_as is not None:
+            self.memory_norm = nn.RMSNorm(
+                config.hidden_size if self.memory_as == "layer" else inner, eps=config.rms_norm_eps
+            )
+        if self.memory_as == "gate":
+            self.attention_norm = nn.RMSNorm(inner, eps=config.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = TNTMLP(config)
 
@@ -63,9 +79,27 @@ class TNTBlock(GradientCheckpointingLayer):
         update_cache: bool = False,
         step: TokenStep | None = None,
         relay: Relay | None = None,
+        attention: AttentionPlan | None = None,
     ) -> Tensor:
-        """[B, T, hidden_size] → the same shape; see `TNTMemoryLayer.forward`."""
-        mixed = self.memory(self.input_norm(hidden_states), packing, cache_layer, update_cache, step, relay)
+        """[B, T, hidden_size] → the same shape; see `TNTMemoryLayer.forward` and `TNTAttention.forward`."""
+        x = self.input_norm(hidden_states)
+        read = (packing, cache_layer, update_cache, step, relay)
+        if self.memory_as == "layer":
+            # Titans' MAL: y = M(x), o = SWA(y); the norm between the two is ours.
+            mixed = self.self_attn(self.memory_norm(self.memory(x, *read)), attention)
+        elif self.memory_as == "gate":
+            # Titans' MAG: o = SWA(x) ⊗ M(x), where ⊗ norms each by learned weights. The paper leaves its
+            # non-linearity open: here a sigmoid of what the memories say gates the attention.
+            y, m = self.attention_norm(self.self_attn(x, attention)), self.memory_norm(self.memory.mix(x, *read))
+            mixed = self.memory.o_proj(y * torch.sigmoid(m))
+        elif self.memory_as == "context":
+            mixed = self.as_context(x, self.memory, self.self_attn, attention.turn, *read[:-1])
+        else:
+            mixed = self.memory(x, *read) if self.has_memory else self.self_attn(x, attention)
+        tokens = step or packing
+        if attention is not None and tokens is not None:
+            # A query at padding sees nothing, and what comes out may be no number.
+            mixed = tokens.hide(mixed)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -80,6 +114,11 @@ class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, ContextParallelMixin, Pr
     _no_split_modules = ["TNTBlock"]
     _skip_keys_device_placement = ["cache", OTHER_NAME]
     _is_stateful = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def memory_layers(self) -> dict[int, TNTMemoryLayer]:
+        """The layers with memories, by the index of their block."""
+        return {i: block.memory for i, block in enumerate(self.base_model.layers) if block.has_memory}
 
     def set_local_chunks(
         self, chunk_sizes: Sequence[int], shard_lengths: int | Sequence[int | None] | None = None
@@ -114,7 +153,10 @@ class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, ContextParallelMixin, Pr
         self, chunk_sizes: Sequence[int], shard_lengths: int | Sequence[int | None] | None
     ) -> TNTConfig:
         """A checked copy of the config with these chunks; see `set_local_chunks`."""
-        memories = len(self.base_model.layers[0].memory.local_memories)
+        memories = [len(layer.local_memories) for layer in self.memory_layers().values()]
+        if not memories:
+            raise ValueError("a model of attention layers alone has no local memories whose chunks could be set")
+        memories = memories[0]
         changed = copy.copy(self.config)
         changed.local_chunk_sizes = list(chunk_sizes) if isinstance(chunk_sizes, tuple) else chunk_sizes
         if shard_lengths is not None:
@@ -161,7 +203,8 @@ class TNTModel(TNTPreTrainedModel):
     def __init__(self, config: TNTConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TNTBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TNTBlock(config, i) for i in range(config.num_hidden_layers))
+        self.rotary_emb = TNTRotaryEmbedding(config) if config.has_attention else None
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -256,13 +299,22 @@ class TNTModel(TNTPreTrainedModel):
         tokens = step or packing
         if tokens is not None:
             hidden_states = tokens.hide(hidden_states)
+        attention = None
+        if self.config.memory_as in ("layer", "gate") and cache is not None:
+            for cache_layer in memory_cache_layers(cache):
+                cache_layer.attend_within(self.config.sliding_window)
+        if self.rotary_emb is not None:
+            attention = plan_attention(
+                self.config, self.rotary_emb, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+                packing=packing, cache=cache if cache is None or use_cache else reading_copy(cache),
+            )  # fmt: skip
         kept = []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 kept.append(hidden_states)
             cache_layer = None if cache is None else cache.layers[i]
-            hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step, relays[i])
-            if use_cache:
+            hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step, relays[i], attention)
+            if use_cache and layer.has_memory:
                 cache_layer.advance(batch_shape[1])
         kept.append(self.norm(hidden_states))
         if tokens is not None:  # zero already, but for what an adapter may add to it
@@ -311,9 +363,10 @@ class TNTModel(TNTPreTrainedModel):
 
     def _step_backend(self, batch_shape: tuple[int, int], cache: Cache | None, use_cache: bool | None) -> str | None:
         """The backend of a call that reads a token a row behind a cache and writes it in place; None for any other."""
-        if batch_shape[1] != 1 or cache is None or use_cache is False or torch.is_grad_enabled():
+        layers = self.memory_layers()
+        if batch_shape[1] != 1 or cache is None or use_cache is False or torch.is_grad_enabled() or not layers:
             return None
-        backend = self.layers[0].memory.step_backend()
+        backend = next(iter(layers.values())).step_backend()
         return None if backend == "reference" else backend
 
     def _decide_use_cache(

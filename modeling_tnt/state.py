@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .cache import LAYER_TYPE
+from .cache import is_memory_layer, map_layer, memory_cache_layers
 from .cache_file import fill_cache, save_cache, write_whole
 from .configuration import TNTConfig
 
@@ -38,7 +38,12 @@ class TNTState(DynamicCache):
     """
 
     def __init__(self, config: TNTConfig) -> None:
-        """A state that has read nothing, for a model of `config`."""
+        """A state that has read nothing, for a model of `config`. Raises ValueError for one with attention layers."""
+        if config.has_attention:
+            raise ValueError(
+                "a TNTState is of constant size and stands before input_ids, and config.layer_types has attention, "
+                "whose keys stand at columns of input_ids; use the cache of model(..., use_cache=True), or generate"
+            )
         super().__init__(config=config)
         self.origin: dict[str, Any] | None = None
 
@@ -46,8 +51,7 @@ class TNTState(DynamicCache):
     def from_cache(cls, cache: Cache, config: TNTConfig) -> TNTState:
         """A copy of any cache of a TNT model of `config`, for instance the `cache` of an output."""
         state = cls(config)
-        kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", [])]
-        if kinds != [LAYER_TYPE] * len(state.layers):
+        if [is_memory_layer(layer) for layer in getattr(cache, "layers", [])] != [True] * len(state.layers):
             raise ValueError(f"cache must be that of a TNT model with {len(state.layers)} layers, got {cache!r:.200}")
         state.layers = [layer.map(Tensor.clone) for layer in cache.layers]
         state.origin = getattr(cache, "origin", None)
@@ -206,7 +210,7 @@ def detach_cache(cache: Cache) -> Cache:
 
 def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
     """The cache that `generate` reads on from with `prompts` · `copies` rows: a copy if it must have more of them."""
-    known = {layer.batch_size if layer.is_initialized else -1 for layer in cache.layers}
+    known = {layer.batch_size if layer.is_initialized else -1 for layer in memory_cache_layers(cache)}
     rows = known.pop() if len(known) == 1 else -1
     repeats = {prompts: copies, 1: prompts * copies}.get(rows, 1)
     if repeats == 1 or rows == prompts * copies:
@@ -217,7 +221,7 @@ def expand_rows(cache: Cache, prompts: int, copies: int) -> Cache:
 def _map_cache(cache: Cache, fn: Callable[[Tensor], Tensor]) -> Cache:
     """A copy of a cache with `fn` applied to every state tensor."""
     mapped = copy.copy(cache)
-    mapped.layers = [layer.map(fn) for layer in cache.layers]
+    mapped.layers = [map_layer(layer, fn) for layer in cache.layers]
     return mapped
 
 

@@ -207,8 +207,52 @@ def test_all_problems_at_once():
             {"qk_projection": "none", "normalize_projection": True},
             'normalize_projection=True needs a projection; use qk_projection="shard" or "chunk", or False',
         ),
-        ({"layer_types": ["tnt_memory"]}, "layer_types is not a field of TNTConfig; remove it, or see help(TNTConfig)"),
-        ({"num_attention_heads": 4}, "num_attention_heads is not a field of TNTConfig; did you mean num_heads?"),
+        (
+            {"num_attention_heads": 4},
+            "num_attention_heads=4 is for attention layers, and no block attends; did you mean num_heads? Or set "
+            "layer_types",
+        ),
+        (
+            {"sliding_window": 8},
+            "sliding_window=8 is for attention layers, and no block attends; set layer_types",
+        ),
+        (
+            {"layer_types": ["memory"]},
+            "layer_types has 1 entries for num_hidden_layers=12; give one for each block, or full_attention_interval=4 "
+            "for three memories to one full attention",
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["full_atention"]},
+            "layer_types[0] must be one of 'memory', 'full_attention', 'sliding_attention', got 'full_atention'; use "
+            "full_attention",
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            'layer_types with "sliding_attention" need a sliding_window of at least 2, got None; set it, e.g. to 512 '
+            "tokens",
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "sliding_window": 0},
+            "sliding_window must be an int of at least 1, or None, got 0",
+        ),
+        (
+            {"full_attention_interval": 13},
+            "full_attention_interval=13 must be at most num_hidden_layers=12, or no block attends; use a smaller one, "
+            "or None",
+        ),
+        (
+            {"full_attention_interval": 4, "num_key_value_heads": 5},
+            "num_key_value_heads=5 must divide num_attention_heads=12; use 4 or 6",
+        ),
+        (
+            {"full_attention_interval": 4, "head_dim": 7},
+            "head_dim=7 must be even for rotary positions, which turn pairs; use 8",
+        ),
+        (
+            {"full_attention_interval": 4, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            "rope_parameters has rope_type='dynamic', which depends on a longest context; use one of 'default', "
+            "'linear'",
+        ),
         ({"model_type": "llama"}, "model_type must be 'tnt', got 'llama'; load this checkpoint with AutoConfig"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -297,7 +341,7 @@ def test_keys_that_somebody_has_set_are_kept_and_told_of(tmp_path, warnings_of_c
         TNTConfig(pretraining_tp=1)
 
 
-@pytest.mark.parametrize("key", ["num_attention_heads", "shard_lengths", "from_preset"])
+@pytest.mark.parametrize("key", ["has_attention", "shard_lengths", "from_preset"])
 def test_a_file_must_not_hold_what_stands_for_something_else(key):
     """Another name of a field, a property and a method."""
     with pytest.raises(ValueError, match=f"{key} is not a field of TNTConfig"):

@@ -11,6 +11,7 @@ SMALL = {
     # Large step sizes and weights, so that what the memories have learned shows in the logits.
     "initializer_range": 0.2, "memory_base_lr": 0.5, "global_memory_base_lr": 0.5,
 }  # fmt: skip
+HYBRIDS = ("hybrid-full", "hybrid-sliding", "titans-mal", "titans-mag", "titans-mac", "titans-mac-global")
 VARIANTS = {
     "mlp": {},
     "linear": {"memory_type": "linear"},
@@ -25,9 +26,27 @@ VARIANTS = {
     "swiglu-forget": {"memory_type": "swiglu", "use_forget_gate": True, "memory_base_lr": 0.2},
     "mlp-three-maps-momentum": {"memory_depth": 3, "use_momentum": True, "memory_base_lr": 0.2},
     "mlp-muon": {"global_update": "muon", "use_momentum": True, "use_forget_gate": True, "local_shard_lengths": None},
+    "hybrid-full": {
+        "layer_types": ["memory", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2,
+        "use_momentum": True,
+    },
+    "hybrid-sliding": {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "memory", "full_attention"], "sliding_window": 5,
+    },
+    "titans-mal": {"memory_as": "layer", "sliding_window": 5, "num_persistent_tokens": 3, "num_attention_heads": 1},
+    "titans-mag": {
+        "memory_as": "gate", "sliding_window": 5, "num_persistent_tokens": 2, "use_momentum": True,
+        "use_forget_gate": True, "global_chunk_size": None, "local_shard_lengths": None,
+    },
+    "titans-mac": {"memory_as": "context", "num_persistent_tokens": 2, "use_momentum": True},
+    "titans-mac-global": {
+        "memory_as": "context", "local_chunk_sizes": [], "qk_projection": "none", "num_attention_heads": 4,
+        "num_key_value_heads": 2, "use_forget_gate": True, "conv_kernel_size": 0,
+    },
     "global-only": {"local_chunk_sizes": [], "qk_projection": "none", "tie_word_embeddings": True},
 }  # fmt: skip
 
+MEMORIES_ALONE = [name for name in VARIANTS if name not in HYBRIDS]  # whose state stands before input_ids
 TORCH_ONLY = ("swiglu-forget", "mlp-three-maps-momentum")  # kinds of memory that Triton's kernels do not run
 
 
@@ -43,9 +62,11 @@ def make_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def state_tensors(cache) -> dict[str, torch.Tensor]:
-    """Every tensor of a cache by name."""
+    """Every tensor of the memories of a cache by name."""
     tensors = {}
     for i, layer in enumerate(cache.layers):
+        if not hasattr(layer, "memories"):
+            continue  # keys and values of attention are of columns, padding included
         for name, state in layer.memories.items():
             tensors |= {f"{i}.{name}.{k}": v for k, v in state.tensors().items()}
         if layer.conv_tail is not None:

@@ -7,12 +7,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from model_cases import TORCH_ONLY, VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
+from model_cases import HYBRIDS, TORCH_ONLY, VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from modeling_tnt import load_cache, memory_layer, save_cache
+from modeling_tnt.cache import memory_cache_layers
 from modeling_tnt.kernels import BackendChoice, backends, probe, step
 from modeling_tnt.memory_layer import TNTMemoryLayer
 
@@ -86,10 +87,9 @@ def test_steps_give_what_the_whole_sequence_gives(variant, backend):
     tokens, mask = make_tokens(3, 10), torch.ones(3, 10, dtype=torch.long)
     mask[0, :3] = mask[1, 7] = mask[2] = 0
     tokens, (dtype, close) = tokens * mask, precision_of(backend)
-    want = make_model(variant, dtype, **ONE_LAYER)(
-        tokens, attention_mask=mask, use_cache=True, output_hidden_states=True
-    )
-    model = make_model(variant, dtype, **ONE_LAYER)
+    layers = {} if variant in HYBRIDS else ONE_LAYER
+    want = make_model(variant, dtype, **layers)(tokens, attention_mask=mask, use_cache=True, output_hidden_states=True)
+    model = make_model(variant, dtype, **layers)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :6], attention_mask=mask[:, :6], cache=cache)
     refused = {"triton": ("mlp-muon",), "native": ("mlp-muon", "swiglu-forget")}.get(backend, ())
@@ -103,7 +103,7 @@ def test_steps_give_what_the_whole_sequence_gives(variant, backend):
     for ours, theirs in zip(last.hidden_states, want.hidden_states, strict=True):
         torch.testing.assert_close(ours, theirs[:, 9:], **close)
     assert_same_states(cache, want.cache, **close)
-    assert cache.get_seq_length() == 10 and cache.layers[0].stack is not None
+    assert cache.get_seq_length() == 10 and memory_cache_layers(cache)[0].stack is not None
 
 
 @EACH

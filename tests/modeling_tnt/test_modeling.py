@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from model_cases import VARIANTS, VOCAB, make_model, make_tokens
+from model_cases import MEMORIES_ALONE, VARIANTS, VOCAB, make_model, make_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
@@ -31,7 +31,10 @@ def test_saved_and_loaded(variant, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = TNTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    # Weights at other addresses may be multiplied in another order: some roundings of float32.
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tied == model.config.tie_word_embeddings
 
@@ -261,7 +264,7 @@ def test_transformers_finds_the_arguments_it_needs():
     assert needed <= set(parameters) and TNTForCausalLM.accepts_loss_kwargs
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMORIES_ALONE)
 def test_health_reports_what_the_inner_loop_does(variant):
     """Against automatic differentiation of the inner loss with respect to the fast weights themselves."""
     model, tokens = make_model(variant, torch.float32).train(), make_tokens(2, 8)

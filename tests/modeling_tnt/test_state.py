@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from model_cases import VARIANTS, assert_same_states, make_model, make_tokens, state_tensors
+from model_cases import MEMORIES_ALONE, assert_same_states, make_model, make_tokens, state_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
@@ -207,7 +207,7 @@ def test_bytes_device_and_representation(read):
 
 
 @pytest.mark.parametrize("reset", [None, "reset_local", "reset_global"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MEMORIES_ALONE)
 @torch.no_grad()
 def test_a_saved_state_is_read_on_from(variant, reset, tmp_path):
     model, prompt = make_model(variant), make_tokens(2, 3, seed=2)

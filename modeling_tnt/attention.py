@@ -1,0 +1,205 @@
+"""Attention in blocks of its own, and beside the memories of a block: transformers' own, with its masks and caches.
+
+A layer is that of transformers' Llama, to which learned tokens (Titans, arXiv 2501.00663, section 3.3) can be added
+whose keys and values stand before all others. `plan_attention` makes positions and masks once for all layers of a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LlamaConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .cache import is_memory_layer, map_layer
+from .compat import named_cache
+from .configuration import TNTConfig
+from .packing import Packing
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class AttentionPlan(NamedTuple):
+    """What all attention layers of a call share.
+
+    cache      that of the model, or None.
+    positions  [B, T] or [1, T] int64, of each token in its sequence.
+    rotary     cosines and sines of these, [B, T, head_dim] each.
+    masks      by layer type, in the form that the attention's implementation takes.
+    turn       the module that makes cosines and sines of other positions.
+    """
+
+    cache: Cache | None
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+    masks: dict[str, Any]
+    turn: nn.Module
+
+
+class TNTAttention(LlamaAttention):
+    """Attention to all earlier tokens ("full_attention") or to those within a window ("sliding_attention")."""
+
+    def __init__(self, config: TNTConfig, layer_idx: int, projects_out: bool = True) -> None:
+        """`projects_out`: whether it ends with a projection to hidden_size, or with the heads side by side."""
+        super().__init__(config, layer_idx)
+        self.window = None if config.layer_types[layer_idx] == FULL else config.sliding_window
+        if not projects_out:
+            self.o_proj = nn.Identity()
+        persistent = config.num_persistent_tokens
+        self.persistent = nn.Embedding(persistent, config.hidden_size) if persistent else None
+
+    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """[B, T, hidden_size] → the same shape, or [B, T, H D]. The plan's cache is written."""
+        q, k, v = self.project(x, plan.rotary)
+        if plan.cache is not None:
+            layer = plan.cache.layers[self.layer_idx]
+            k, v = (layer.window if is_memory_layer(layer) else layer).update(k, v)
+        mask = plan.masks[FULL if self.window is None else SLIDING]
+        return self._attend(q, k, v, mask, sliding_window=self.window, position_ids=plan.positions)
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, hidden_size] → q [B, H, T, D] and k, v [B, key-value heads, T, D], q and k turned."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+        return *apply_rotary_pos_emb(q, k, *rotary), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor) -> Tensor:
+        """[B, T, hidden_size] of queries to those keys that a bool [B, 1, T, keys] shows, and the persistent tokens."""
+        shown = _show_persistent(shown, 0 if self.persistent is None else len(self.persistent.weight))
+        if self.config._attn_implementation == "eager":
+            shown = torch.zeros_like(shown, dtype=q.dtype).masked_fill(~shown, torch.finfo(q.dtype).min)
+        return self._attend(q, k, v, shown)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+        rows, _, length, _ = q.shape
+        if self.persistent is not None:
+            k, v = (torch.cat([self._persist(project, rows), t], dim=2)
+                    for project, t in ((self.k_proj, k), (self.v_proj, v)))  # fmt: skip
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        o, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(o.reshape(rows, length, -1))
+
+    def _persist(self, project: nn.Module, rows: int) -> Tensor:
+        """Keys or values of the persistent tokens, [rows, heads, tokens, head_dim]; at no position, so not turned."""
+        tokens = self.persistent.weight
+        return project(tokens).view(1, len(tokens), -1, self.head_dim).transpose(1, 2).expand(rows, -1, -1, -1)
+
+
+class TNTRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, which asks a config also for a longest context: none of the allowed kinds depends on it."""
+
+    def __init__(self, config: TNTConfig) -> None:
+        super().__init__(
+            LlamaConfig(
+                hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim, rope_parameters=dict(config.rope_parameters),
+            )
+        )  # fmt: skip
+
+
+def reading_copy(cache: Cache) -> Cache:
+    """The same states in layers of their own: attention writes into its cache also where nobody wants it to."""
+    read = DynamicCache()
+    read.layers = [map_layer(layer, lambda t: t) for layer in cache.layers]
+    return read
+
+
+def plan_attention(
+    config: TNTConfig,
+    rotary: nn.Module,
+    embeds: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    packing: Packing | None,
+    cache: Cache | None,
+) -> AttentionPlan:
+    """Masks and positions of a call on embeds [B, T, hidden_size]; the other arguments as `TNTModel.forward` got them.
+
+    Raises:
+        ValueError: a mask of new tokens alone behind a cache; packed sequences that are padded, or in several rows,
+            or persistent tokens, with an implementation that takes no mask.
+    """
+    batch, length, _ = embeds.shape
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is not None and past and attention_mask.shape[1] == length:
+        raise ValueError(
+            f"attention_mask has {length} columns and {past} tokens are in the cache, whose keys the attention layers "
+            f"see, too: pass the mask of all {past + length} columns"
+        )
+    together = packing is not None and packing.rows != batch
+    given: dict[str, Any] = {"config": config, "inputs_embeds": embeds}
+    if together:
+        positions, sequences = _packed_positions(packing)
+        if packing.active is None:  # transformers tells packed sequences by their positions
+            attention_mask = None
+        else:
+            given["and_mask_function"] = _in_one_sequence(sequences)
+    elif position_ids is not None:
+        positions = position_ids
+    elif attention_mask is not None:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    else:
+        positions = torch.arange(past, past + length, device=embeds.device).unsqueeze(0)
+    _check_implementation(config, batch if together else 1, padded="and_mask_function" in given)
+    positions = positions.to(embeds.device)
+    given |= {"attention_mask": attention_mask, "position_ids": positions}
+    if config.num_persistent_tokens:
+        given["allow_is_causal_skip"] = False
+    masks = {}
+    for kind in (kind for kind in config.attention_types if kind in (FULL, SLIDING)):
+        make = create_causal_mask if kind == FULL else create_sliding_window_causal_mask
+        masks[kind] = _show_persistent(make(**given, **named_cache(cache)), config.num_persistent_tokens)
+    return AttentionPlan(cache, positions, rotary(embeds, position_ids=positions), masks, rotary)
+
+
+def _check_implementation(config: TNTConfig, packed_rows: int, padded: bool) -> None:
+    name = config._attn_implementation or "eager"
+    if config.memory_as == "context" and name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation={name!r} takes no mask of a segment and what the memory says to it; use "
+            "attn_implementation='sdpa' with memory_as='context'"
+        )
+    if config.num_persistent_tokens and name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation={name!r} cannot show num_persistent_tokens={config.num_persistent_tokens} beside a "
+            "window or mask; use attn_implementation='sdpa'"
+        )
+    if "flash" in name and (packed_rows > 1 or padded):
+        raise ValueError(
+            f"attn_implementation={name!r} keeps packed sequences apart in a single row without padding only, got "
+            f"{packed_rows} rows; pack into one row, or use attn_implementation='sdpa'"
+        )
+
+
+def _show_persistent(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """A mask [B, 1, T, keys] with columns in front that every query sees."""
+    if not tokens:
+        return mask
+    return F.pad(mask, (tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+def _packed_positions(packing: Packing) -> tuple[Tensor, Tensor]:
+    """[B, T] each: the position of each token in its sequence, and the sequence's index; at padding 0 and −1."""
+    index = torch.arange(packing.total, device=packing.sequence_index.device)
+    positions = index - packing.cu_seqlens[:-1][packing.sequence_index]
+    return packing.scatter(positions[None]), packing.scatter(packing.sequence_index[None] + 1) - 1
+
+
+def _in_one_sequence(sequences: Tensor) -> Any:
+    """A mask function of transformers: queries and keys of the same sequence."""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sequences[batch, query] == sequences[batch, key]
+
+    return mask
