@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -21,22 +22,54 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from .cache import is_memory_layer, map_layer
+from .cache import is_constant_size, is_memory_layer, map_layer, memory_cache_layers, window_layers
 from .compat import named_cache
 from .configuration import TNTConfig
-from .packing import Packing
+from .packing import Packing, TokenStep
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class WindowPlan(NamedTuple):
+    """Of a model of constant size: each row's tokens side by side, so that windows are of tokens, not of columns.
+
+    The windows of a cache hold the last tokens of each row at their ends, and those of a call follow, its padding last.
+
+    order     [B, T] int64, the columns of a call with those of tokens first; None: there is no padding among them.
+    back      [B, T] int64, the inverse of `order`.
+    held      [B, n] int64, which of the columns that were held and those of the call are held from then on; None: the
+              last ones.
+    attended  [B] int64 or int, tokens of each row up to the end of the call.
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    held: Tensor | None
+    attended: Tensor | int
+
+    def align(self, x: Tensor) -> Tensor:
+        """[B, T, ...] with the tokens first."""
+        return x if self.order is None else _take(x, self.order, 1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `align`."""
+        return x if self.back is None else _take(x, self.back, 1)
+
+    def hold(self, layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
+        """Let the layer, which has held and given out `keys` and `values`, hold the last tokens of each row."""
+        if self.held is not None:
+            layer.keys, layer.values = _take(keys, self.held, 2), _take(values, self.held, 2)
 
 
 class AttentionPlan(NamedTuple):
     """What all attention layers of a call share.
 
     cache      that of the model, or None.
-    positions  [B, T] or [1, T] int64, of each token in its sequence.
+    positions  [B, T] or [1, T] int64, of each token in its sequence (with `windows`, in their order).
     rotary     cosines and sines of these, [B, T, head_dim] each.
     masks      by layer type, in the form that the attention's implementation takes.
     turn       the module that makes cosines and sines of other positions.
+    windows    where windows are of tokens; None: they are of columns, as in transformers.
     """
 
     cache: Cache | None
@@ -44,6 +77,7 @@ class AttentionPlan(NamedTuple):
     rotary: tuple[Tensor, Tensor]
     masks: dict[str, Any]
     turn: nn.Module
+    windows: WindowPlan | None = None
 
 
 class TNTAttention(LlamaAttention):
@@ -60,12 +94,17 @@ class TNTAttention(LlamaAttention):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """[B, T, hidden_size] → the same shape, or [B, T, H D]. The plan's cache is written."""
-        q, k, v = self.project(x, plan.rotary)
+        windows = plan.windows
+        q, k, v = self.project(x if windows is None else windows.align(x), plan.rotary)
         if plan.cache is not None:
             layer = plan.cache.layers[self.layer_idx]
-            k, v = (layer.window if is_memory_layer(layer) else layer).update(k, v)
+            layer = layer.window if is_memory_layer(layer) else layer
+            k, v = layer.update(k, v)
+            if windows is not None:
+                windows.hold(layer, k, v)
         mask = plan.masks[FULL if self.window is None else SLIDING]
-        return self._attend(q, k, v, mask, sliding_window=self.window, position_ids=plan.positions)
+        o = self._attend(q, k, v, mask, sliding_window=self.window, position_ids=plan.positions)
+        return o if windows is None else windows.restore(o)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden_size] → q [B, H, T, D] and k, v [B, key-value heads, T, D], q and k turned."""
@@ -123,8 +162,11 @@ def plan_attention(
     position_ids: Tensor | None,
     packing: Packing | None,
     cache: Cache | None,
+    step: TokenStep | None = None,
 ) -> AttentionPlan:
-    """Masks and positions of a call on embeds [B, T, hidden_size]; the other arguments as `TNTModel.forward` got them.
+    """Masks and positions of a call on embeds [B, T, hidden_size]; the other arguments as `TNTModel.forward` has them.
+
+    A model of constant size counts its positions itself, as its memories do: padding and gaps in position_ids are none.
 
     Raises:
         ValueError: a mask of new tokens alone behind a cache; packed sequences that are padded, or in several rows,
@@ -138,6 +180,9 @@ def plan_attention(
             f"see, too: pass the mask of all {past + length} columns"
         )
     together = packing is not None and packing.rows != batch
+    if not together and _counts_tokens(config, cache):
+        _check_implementation(config, 1, padded=False)
+        return _plan_windows(config, rotary, embeds, (step or packing), cache)
     given: dict[str, Any] = {"config": config, "inputs_embeds": embeds}
     if together:
         positions, sequences = _packed_positions(packing)
@@ -161,6 +206,63 @@ def plan_attention(
         make = create_causal_mask if kind == FULL else create_sliding_window_causal_mask
         masks[kind] = _show_persistent(make(**given, **named_cache(cache)), config.num_persistent_tokens)
     return AttentionPlan(cache, positions, rotary(embeds, position_ids=positions), masks, rotary)
+
+
+def _counts_tokens(config: TNTConfig, cache: Cache | None) -> bool:
+    """Whether all attention of a call is within windows of tokens. (Those of a static cache are of columns.)"""
+    if not is_constant_size(config) or SLIDING not in config.attention_types:
+        return False
+    return cache is None or all(isinstance(layer, DynamicSlidingWindowLayer) for layer in window_layers(cache))
+
+
+def _plan_windows(
+    config: TNTConfig, rotary: nn.Module, embeds: Tensor, tokens: Packing | TokenStep | None, cache: Cache | None
+) -> AttentionPlan:
+    batch, length, _ = embeds.shape
+    layers = [] if cache is None else [layer for layer in window_layers(cache) if layer.is_initialized]
+    held = layers[0].keys.shape[2] if layers else 0
+    attended = 0 if cache is None else memory_cache_layers(cache)[0].attended
+    active = None if tokens is None or tokens.active is None else tokens.active.view(batch, length)
+    columns = torch.arange(length, device=embeds.device)
+    if active is None and isinstance(attended, int) and attended >= held:  # all that is held is of tokens
+        shown, positions, windows = None, attended + columns[None], WindowPlan(None, None, None, attended + length)
+    else:
+        before = torch.as_tensor(attended, device=embeds.device).expand(batch)
+        new = torch.as_tensor(length, device=embeds.device).expand(batch) if active is None else active.sum(1)
+        positions, windows = before[:, None] + columns, _align_tokens(active, held, config.sliding_window, before + new)
+        place = torch.arange(held + length, device=embeds.device)
+        shown = (place >= held - before[:, None]) & (place < held + new[:, None])
+    mask = create_sliding_window_causal_mask(
+        config, embeds, shown, position_ids=positions, allow_is_causal_skip=not config.num_persistent_tokens,
+        **named_cache(_window_of(held, config.sliding_window)),
+    )  # fmt: skip
+    masks = {SLIDING: _show_persistent(mask, config.num_persistent_tokens)}
+    return AttentionPlan(cache, positions, rotary(embeds, position_ids=positions), masks, rotary, windows)
+
+
+def _align_tokens(active: Tensor | None, held: int, window: int, attended: Tensor) -> WindowPlan:
+    """`active` [B, T] bool, the tokens among the columns of a call behind `held` ones; None: all are."""
+    if active is None:
+        return WindowPlan(None, None, None, attended)
+    order = (~active).long().argsort(dim=1, stable=True)
+    holds = min(held + active.shape[1], window - 1)
+    last = held + active.sum(1, keepdim=True) - holds + torch.arange(holds, device=active.device)
+    return WindowPlan(order, order.argsort(dim=1), last.clamp(min=0), attended)
+
+
+def _window_of(held: int, window: int) -> Cache:
+    """A cache that says of itself that it holds so many columns of a window: what a mask is made for."""
+    cache = DynamicCache()
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=window)]
+    cache.layers[0].cumulative_length = held
+    return cache
+
+
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Of each row of x [B, ..., n, ...] other places along `dim`: index [B, m]."""
+    shape = [len(x)] + [1] * (x.dim() - 1)
+    shape[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
 def _check_implementation(config: TNTConfig, packed_rows: int, padded: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .configuration import TNTConfig
 from .kernels import MemoryState
@@ -27,7 +27,7 @@ LAYER_TYPE = "tnt_memory"
 
 # A state can be read on only by a model that agrees in these: they fix its shapes and what "mid-chunk" means.
 _SIGNATURE_FIELDS = (
-    "num_hidden_layers", "layer_types", "num_heads", "head_dim",
+    "num_hidden_layers", "layer_types", "memory_as", "sliding_window", "num_key_value_heads", "num_heads", "head_dim",
     "memory_type", "memory_depth", "memory_expansion", "memory_bias", "global_chunk_size", "global_update",
     "local_chunk_sizes", "shard_lengths", "qk_projection", "use_momentum", "token_scale", "conv_kernel_size",
 )  # fmt: skip
@@ -42,6 +42,9 @@ class TNTCacheLayer(CacheLayerMixin):
                and values of what the memory said to them, and their own (memory as a context).
     conv_tail  [rows, conv_kernel_size − 1, 3 · num_heads · head_dim], or None without a convolution.
     tokens_before  [rows] int64 or 0: what a row had read before column 0 of input_ids; None where that is not known.
+    attended   [rows] int64 or int: tokens of each row that have gone through windows, of which these hold the last ones
+               side by side. Zero where the model has none, or full attention, too: then windows hold columns.
+    forgotten  [rows] int64 or 0: tokens of each row that the segment must not show, as `forget` was called behind them.
 
     A call of several tokens replaces these tensors and leaves the old ones alone. A single token (without gradients;
     not with the "reference" backend) writes them in place: the memories are then views of `stack`, whose buffers, and
@@ -63,9 +66,7 @@ class TNTCacheLayer(CacheLayerMixin):
         """Forget everything; the next call starts at the learned initial states. The buffers of `stack` are kept."""
         self.memories: dict[str, MemoryState] = {}
         self.conv_tail: Tensor | None = None
-        self.segment: Tensor | None = None
-        if self.window is not None:
-            self.window.reset()
+        self._forget_attention()
         self.signature: dict[str, Any] | None = None
         self.cumulative_length = 0
         self.tokens_before: Tensor | int | None = 0
@@ -92,19 +93,33 @@ class TNTCacheLayer(CacheLayerMixin):
         self.cumulative_length = 0
         self.tokens_before = self.tokens_read if self.is_initialized else 0
 
-    def forget(self, names: Sequence[str], conv_tail: bool) -> None:
-        """Reset these memories, and the convolution if `conv_tail`, to their initial states. No memory left: `reset`.
+    def forget(self, names: Sequence[str], recent: bool) -> None:
+        """Reset these memories to their initial states; with `recent` also what holds the last tokens: the convolution,
+        the window and the segment. A segment is a chunk of the global memory, so it goes with that, too. No memory
+        left: `reset`.
 
         The columns that were read stay counted.
         """
         # Copies: a part of `stack` cannot be filled into all of it.
         self.memories = {name: state.clone() for name, state in self.memories.items() if name not in names}
-        self.conv_tail = None if conv_tail else self.conv_tail
+        if recent:
+            self.conv_tail = None
+            self._forget_attention()
+        if "global" in names:
+            self.segment, self.forgotten = None, 0
+        elif recent and "global" in self.memories:
+            self.forgotten = self.memories["global"].position.clone()
         if not self.memories:
             columns = self.cumulative_length
             self.reset()
             self.advance(columns)
         self.tokens_before = None
+
+    def _forget_attention(self) -> None:
+        self.segment: Tensor | None = None
+        self.window = None if self.window is None else empty_window(self.window)
+        self.attended: Tensor | int = 0
+        self.forgotten: Tensor | int = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TNTCacheLayer:
         """A copy of this layer with `fn` applied to every state tensor."""
@@ -192,11 +207,9 @@ class TNTCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of all state tensors."""
-        others = [self.conv_tail, self.segment]
-        if self.window is not None and self.window.is_initialized:
-            others += [self.window.keys, self.window.values]
-        held = sum(t.numel() * t.element_size() for t in others if t is not None)
-        return held + sum(state.nbytes for state in self.memories.values())
+        others = sum(t.nbytes for t in (self.conv_tail, self.segment) if t is not None)
+        others += 0 if self.window is None else attention_bytes(self.window)
+        return others + sum(state.nbytes for state in self.memories.values())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -243,8 +256,9 @@ class TNTCacheLayer(CacheLayerMixin):
         self.window = None if self.window is None else map_layer(self.window, fn)
         # Rows come first wherever a function selects them.
         self.segment = None if self.segment is None else fn(self.segment.transpose(0, 1)).transpose(0, 1)
-        if isinstance(self.tokens_before, Tensor):
-            self.tokens_before = fn(self.tokens_before)
+        for name in ("tokens_before", "attended", "forgotten"):
+            if isinstance(getattr(self, name), Tensor):
+                setattr(self, name, fn(getattr(self, name)))
 
 
 # Of constant size anyhow, so that `cache_implementation="static"` needs nothing else. (Dynamic: by `_layer_type`.)
@@ -283,6 +297,29 @@ def map_layer(layer: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if layer.is_initialized:
         mapped.keys, mapped.values = fn(layer.keys), fn(layer.values)
     return mapped
+
+
+def is_constant_size(config: TNTConfig) -> bool:
+    """Whether the cache of a model of `config` stops growing: it has memories, and attention within windows at most."""
+    return LAYER_TYPE in config.layer_types and "full_attention" not in config.layer_types
+
+
+def attention_bytes(layer: DynamicLayer) -> int:
+    """Bytes of the keys and values of a layer of transformers."""
+    return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
+
+
+def empty_window(layer: DynamicSlidingWindowLayer, columns: int = 0) -> DynamicSlidingWindowLayer:
+    """A window of the same length that holds nothing, behind so many columns."""
+    empty = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    empty.cumulative_length = columns
+    return empty
+
+
+def window_layers(cache: Cache) -> list[DynamicSlidingWindowLayer]:
+    """The layers of keys and values in the cache of a model of constant size: beside memories, and alone."""
+    layers = [layer.window if is_memory_layer(layer) else layer for layer in cache.layers]
+    return [layer for layer in layers if layer is not None]
 
 
 def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
@@ -342,8 +379,11 @@ def _unsaid(filled: dict[str, Any]) -> dict[str, Any]:
     memory_type = filled.get("memory_type")
     depth = memory_kind(memory_type).depth if memory_type in ("mlp", "linear") else None
     layers = filled.get("num_hidden_layers")
-    kinds = [LAYER_TYPE] * layers if isinstance(layers, int) else None
-    return {"memory_depth": depth, "global_update": "gradient", "layer_types": kinds}
+    alone = {
+        "layer_types": [LAYER_TYPE] * layers if isinstance(layers, int) else None,
+        "num_key_value_heads": filled.get("num_heads"),
+    }
+    return {"memory_depth": depth, "global_update": "gradient"} | alone
 
 
 def check_signature(what: str, filled: dict[str, Any], wanted: dict[str, Any]) -> None:

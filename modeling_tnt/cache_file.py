@@ -26,12 +26,13 @@ from .cache import (
 from .configuration import TNTConfig
 from .kernels import MemoryState
 
-_OTHERS = ("conv_tail", "window", "segment")  # what a layer holds besides its memories
+# Counts of tokens that all layers of memories share, and what files say that have none.
+_COUNTS = {"tokens_before": None, "attended": 0, "forgotten": 0}
 _FORMAT, _VERSION = "tnt-cache-", 1
 
 
 def save_cache(cache: Cache, path: str | os.PathLike) -> None:
-    """Write the memories of `cache` (the `cache` of a TNT model's output, or a `TNTState`) to a safetensors file.
+    """Write `cache` (the `cache` of a TNT model's output, or a `TNTState`) to a safetensors file.
 
     The file appears under its name only when it is complete; an existing one survives a failed write.
 
@@ -40,11 +41,11 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         OSError: if the file cannot be written.
     """
     layers, memories = cache.layers, memory_cache_layers(cache)
-    if not memories or not all(c.is_initialized for c in layers):
+    if not memories or not all(c.is_initialized for c in memories):
         raise ValueError("save_cache needs the filled cache of a TNT model; call it with use_cache=True")
     tensors = {}
     for i, layer in enumerate(layers):
-        flat = _tensors_of_memories(layer) if is_memory_layer(layer) else {"keys": layer.keys, "values": layer.values}
+        flat = _tensors_of_memories(layer) if is_memory_layer(layer) else _tensors_of_attention(layer)
         # Cloned, as the file format does not allow two names for the same memory; and to strides of a new tensor.
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in flat.items()}
         tensors |= {f"layers.{i}.{name}": t for name, t in copies.items()}
@@ -52,7 +53,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         "format": f"{_FORMAT}{_VERSION}",
         "signature": json.dumps(memories[0].signature),
         "cumulative_length": str(memories[0].cumulative_length),
-        "tokens_before": json.dumps(_as_number(memories[0].tokens_before)),
+        **{name: json.dumps(_as_number(getattr(memories[0], name))) for name in _COUNTS},
         "checksum": _checksum(tensors),
         "origin": json.dumps(getattr(cache, "origin", None)),
     }
@@ -78,8 +79,7 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     try:
         signature, origin = json.loads(metadata["signature"]), json.loads(metadata.get("origin", "null"))
         signature, columns = dict(signature), int(metadata["cumulative_length"])
-        before = json.loads(metadata.get("tokens_before", "null"))  # files of 0.1 have none
-        before = torch.tensor(before, dtype=torch.int64, device=device) if isinstance(before, list) else before
+        counts = {name: _read_count(metadata.get(name), default, device) for name, default in _COUNTS.items()}
         if origin is not None:
             torch.tensor(origin["fingerprint"] or [], dtype=torch.float64)  # which is what `TNTState` makes of it
             origin = {"model": origin["model"], "fingerprint": origin["fingerprint"]}
@@ -91,7 +91,9 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
     try:
         checks = {LAYER_TYPE: _check_layer}
         kinds = zip(layers, config.layer_types, strict=True)
-        rows = {checks.get(kind, _check_attention)(flat, config) for flat, kind in kinds}
+        rows = {checks.get(kind, _check_attention)(flat, config) for flat, kind in kinds} - {None}
+        rows |= {len(count) for count in counts.values() if isinstance(count, Tensor)}
+        _check_lengths(layers, config, columns, counts["attended"])
     except ValueError as error:
         raise _damaged(path, error) from error
     if not whole or len(rows) != 1:
@@ -100,41 +102,79 @@ def fill_cache(cache: Cache, path: str | os.PathLike, config: TNTConfig, device:
         if not is_memory_layer(layer):
             _fill_attention(layer, flat, columns)
             continue
-        segment, window = flat.pop("segment", None), _split(flat, "window.")
-        layer.segment = None if segment is None else segment.transpose(0, 1)
+        for name, count in counts.items():
+            setattr(layer, name, count)
+        window = _split(flat, "window.")
         if window:
             layer.attend_within(config.sliding_window)
             _fill_attention(layer.window, window, columns)
-        conv_tail = flat.pop("conv_tail", None)
+            flat = {name: t for name, t in flat.items() if not name.startswith("window.")}
+        segment, conv_tail = flat.pop("segment", None), flat.pop("conv_tail", None)
+        layer.segment = None if segment is None else segment.transpose(0, 1)
         memories = {name: MemoryState.from_tensors(_split(flat, f"{name}.")) for name in _memory_names(flat)}
         layer.store(memories, conv_tail, signature)
         layer.advance(columns)
-        layer.tokens_before = before
     return origin
 
 
 def _tensors_of_memories(layer: TNTCacheLayer) -> dict[str, Tensor]:
     flat = {f"{m}.{name}": t for m, state in layer.memories.items() for name, t in state.tensors().items()}
     flat |= {} if layer.conv_tail is None else {"conv_tail": layer.conv_tail}
-    if layer.window is not None and layer.window.is_initialized:
-        flat |= {"window.keys": layer.window.keys, "window.values": layer.window.values}
+    if layer.window is not None:
+        flat |= {f"window.{name}": t for name, t in _tensors_of_attention(layer.window).items()}
     return flat | ({} if layer.segment is None else {"segment": layer.segment.transpose(0, 1)})
 
 
+def _tensors_of_attention(layer: Any) -> dict[str, Tensor]:
+    """None after a reset."""
+    return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+
+
 def _fill_attention(layer: Any, flat: dict[str, Tensor], columns: int) -> None:
-    """Put keys and values into an empty attention layer of transformers."""
-    layer.lazy_initialization(flat["keys"], flat["values"])
-    layer.keys, layer.values = flat["keys"], flat["values"]
+    """Put keys and values, if there are any, into an empty attention layer of transformers."""
+    if flat:
+        layer.lazy_initialization(flat["keys"], flat["values"])
+        layer.keys, layer.values = flat["keys"], flat["values"]
     if layer.is_sliding:
         layer.cumulative_length = columns
 
 
-def _check_attention(flat: dict[str, Tensor], config: TNTConfig) -> int:
+def _check_attention(flat: dict[str, Tensor], config: TNTConfig) -> int | None:
     """The rows of an attention layer's tensors; ValueError unless their names and shapes are those of `config`."""
-    shape = (config.num_key_value_heads, config.head_dim)
-    if flat.keys() != {"keys", "values"} or any((t.shape[1], *t.shape[3:]) != shape for t in flat.values()):
+    if not flat:
+        return None
+    shapes = {(*t.shape[:2], *t.shape[3:]) for t in flat.values() if t.dim() == 4}
+    rows = flat["keys"].shape[0] if flat.keys() == {"keys", "values"} else 0
+    if shapes != {(rows, config.num_key_value_heads, config.head_dim)}:
         raise ValueError("its keys and values of attention are missing or of another shape")
-    return flat["keys"].shape[0]
+    return rows
+
+
+def _check_lengths(layers: list[dict[str, Tensor]], config: TNTConfig, columns: int, attended: Tensor | int) -> None:
+    """ValueError unless full attention holds all columns, and windows as many of their tokens as each other."""
+    full, windows = set(), set()
+    for flat, kind in zip(layers, config.layer_types, strict=True):
+        lengths = {t.shape[2] for name, t in flat.items() if name.split(".")[-1] in ("keys", "values")} or {0}
+        if kind == "full_attention":
+            full |= lengths
+        elif kind == "sliding_attention" or config.memory_as in ("gate", "layer"):
+            windows |= lengths
+    if full - {columns} or len(windows) > 1 or any(held >= config.sliding_window for held in windows):
+        raise ValueError(
+            f"behind {columns} columns it holds keys of {sorted(full)} and of {sorted(windows)} in windows"
+        )
+    if windows == {0} and bool((torch.as_tensor(attended) > 0).any()):
+        raise ValueError("its windows hold nothing")
+
+
+def _read_count(text: str | None, default: int | None, device: torch.device | str) -> Tensor | int | None:
+    """Tokens of each row, or of all, as `_as_number` writes them; raises ValueError or TypeError for anything else."""
+    count = default if text is None else json.loads(text)
+    if isinstance(count, list):
+        return torch.tensor(count, dtype=torch.int64, device=device).reshape(len(count))
+    if count is not default and (not isinstance(count, int) or count < 0):
+        raise ValueError(f"it counts {count!r:.50} tokens")
+    return count
 
 
 def _as_number(tokens_before: Tensor | int | None) -> list[int] | int | None:
@@ -196,34 +236,28 @@ def _split(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _memory_names(names: Iterable[str]) -> list[str]:
-    return list(
-        dict.fromkeys(name.partition(".")[0] for name in names if name != "conv_tail" and "window." not in name)
-    )
+    return list(dict.fromkeys(name.partition(".")[0] for name in names if name != "conv_tail"))
 
 
 def _check_layer(flat: dict[str, Tensor], config: TNTConfig) -> int:
     """The rows of one layer's tensors; ValueError unless their names and shapes are those of `config`."""
-    window = _split(flat, "window.")
-    if window:
-        _check_attention(window, config)
-        flat = {name: t for name, t in flat.items() if not name.startswith("window.")}
-    held = (4, config.num_key_value_heads, config.global_chunk_size, config.head_dim)
-    if "segment" in flat and flat["segment"].shape[1:] != held:
-        raise ValueError("its segment is of another shape")
-    flat = {name: t for name, t in flat.items() if name != "segment"}
+    windows = [] if config.memory_as not in ("gate", "layer") else [_check_attention(_split(flat, "window."), config)]
+    flat = {name: t for name, t in flat.items() if not (windows and name.startswith("window."))}
     expected = _layer_shapes(config)
-    names = _memory_names(flat)
+    names = _memory_names(name for name in flat if name != "segment")
     if not names or not set(names) <= expected.keys():
         raise ValueError(f"it holds the memories {names}, not those of {sorted(expected)}")
     shapes = {f"{name}.{field}": shape for name in names for field, shape in expected[name].items()}
     if config.conv_kernel_size:
         shapes["conv_tail"] = (config.conv_kernel_size - 1, 3 * config.num_heads * config.head_dim)
-    # Missing where the local memories were reset, and where the model has no convolution.
-    odd = (shapes.keys() ^ flat.keys()) - {"conv_tail"} | (flat.keys() - shapes.keys())
+    if config.memory_as == "context":
+        shapes["segment"] = (4, config.num_key_value_heads, config.global_chunk_size, config.head_dim)
+    # Missing where the local memories were reset, where the model has no convolution, and between two segments.
+    odd = (shapes.keys() ^ flat.keys()) - {"conv_tail", "segment"} | (flat.keys() - shapes.keys())
     odd |= {name for name in shapes.keys() & flat.keys() if flat[name].shape[1:] != shapes[name]}
     if odd:
         raise ValueError(f"{', '.join(sorted(odd)[:3])} are missing, unknown or of another shape")
-    rows = {t.shape[0] for t in flat.values()}
+    rows = {t.shape[0] for t in flat.values()} | set(windows) - {None}
     if len(rows) != 1:
         raise ValueError(f"its tensors have {sorted(rows)} rows")
     return rows.pop()

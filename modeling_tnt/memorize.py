@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .cache import check_cache
+from .cache import check_cache, map_layer
 from .state import TNTState
 
 DEFAULT_CHUNK_LENGTH = 4096
@@ -57,8 +57,8 @@ class MemorizeMixin:
             piece: read on from `state.tokens_read`.
 
         Raises:
-            ValueError: an empty document, text without a tokenizer, ids outside of the vocabulary, or a state of other
-                rows or of another model.
+            ValueError: an empty document, text without a tokenizer, ids outside of the vocabulary, a state of other
+                rows or of another model, or a model with full attention, whose keys would grow with the document.
             TypeError: a document or state of another kind.
         """
         if isinstance(chunk_length, bool) or not isinstance(chunk_length, int) or chunk_length < 1:
@@ -83,7 +83,7 @@ class MemorizeMixin:
             self.train(was_training)
             state.start_prompt()
             # Before a first update a state is a view of the model's parameters, which training changes.
-            state.layers = [layer.map(lambda t: t.detach().clone()) for layer in state.layers]
+            state.layers = [map_layer(layer, lambda t: t.detach().clone()) for layer in state.layers]
         return state
 
     def load_memory(self, save_directory: str | os.PathLike) -> TNTState:
@@ -152,7 +152,7 @@ def _pieces(length: int, chunk_length: int) -> list[tuple[int, int]]:
 def _keep(state: TNTState, columns: int) -> list[Any]:
     """A snapshot of the layers. A call of several columns leaves their tensors alone; one of a single column may
     write them in place."""
-    return [layer.map(Tensor.clone if columns == 1 else lambda t: t) for layer in state.layers]
+    return [map_layer(layer, Tensor.clone if columns == 1 else lambda t: t) for layer in state.layers]
 
 
 def _rows_of_ids(document: Any, tokenizer: PreTrainedTokenizerBase | None, is_first: bool) -> list[Any]:

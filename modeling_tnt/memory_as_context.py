@@ -118,6 +118,9 @@ class MemoryAsContext(nn.Module):
             held = self._keep(held, slots, memory.config.global_chunk_size, cache_layer, in_place=step is not None)
             seen = torch.arange(held.shape[3], device=x.device).expand(x.shape[0], -1)
         shown = (seen.unsqueeze(1) <= slots.unsqueeze(2)).unsqueeze(1)
+        if isinstance(cache_layer.forgotten, Tensor):
+            start = _positions(cache_layer, x.shape[0], x.device) - slots[:, 0]
+            shown = shown & (seen >= (cache_layer.forgotten - start).unsqueeze(1))[:, None, None]
         keys, values = (torch.cat([held[i], held[i + 2]], dim=2) for i in range(2))
         y = attention.attend(q, keys, values, torch.cat([shown, shown], dim=-1))
         m = memory(y, packing, cache_layer, True, step)

@@ -306,7 +306,7 @@ class TNTModel(TNTPreTrainedModel):
         if self.rotary_emb is not None:
             attention = plan_attention(
                 self.config, self.rotary_emb, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-                packing=packing, cache=cache if cache is None or use_cache else reading_copy(cache),
+                packing=packing, cache=cache if cache is None or use_cache else reading_copy(cache), step=step,
             )  # fmt: skip
         kept = []
         for i, layer in enumerate(self.layers):
@@ -316,6 +316,8 @@ class TNTModel(TNTPreTrainedModel):
             hidden_states = layer(hidden_states, packing, cache_layer, use_cache, step, relays[i], attention)
             if use_cache and layer.has_memory:
                 cache_layer.advance(batch_shape[1])
+                if attention is not None and attention.windows is not None:
+                    cache_layer.attended = attention.windows.attended
         kept.append(self.norm(hidden_states))
         if tokens is not None:  # zero already, but for what an adapter may add to it
             kept = [tokens.hide(hidden) for hidden in kept]

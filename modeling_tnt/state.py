@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from .cache import is_memory_layer, map_layer, memory_cache_layers
+from .cache import (
+    TNTCacheLayer,
+    attention_bytes,
+    empty_window,
+    is_constant_size,
+    is_memory_layer,
+    map_layer,
+    memory_cache_layers,
+    window_layers,
+)
 from .cache_file import fill_cache, save_cache, write_whole
 from .configuration import TNTConfig
 
@@ -23,6 +32,9 @@ DESCRIPTION_FILE = "memory.json"
 
 class TNTState(DynamicCache):
     """The memories of every layer for a batch of rows, of a size that does not depend on how much they have read.
+
+    Attention within windows or segments is part of it: a state holds the keys and values of its last tokens. Full
+    attention is not, as it keeps those of all.
 
     A transformers cache: pass it as `cache` to a model's call or to `generate`, which read on from it and
     advance it (give them `state.clone()` to keep it as it is). `model.memorize(document)` makes one that stands
@@ -38,11 +50,14 @@ class TNTState(DynamicCache):
     """
 
     def __init__(self, config: TNTConfig) -> None:
-        """A state that has read nothing, for a model of `config`. Raises ValueError for one with attention layers."""
-        if config.has_attention:
+        """A state that has read nothing, for a model of `config`. Raises ValueError for one with full attention, or
+        without memories."""
+        if not is_constant_size(config):
+            grows = "full_attention" in config.layer_types
             raise ValueError(
-                "a TNTState is of constant size and stands before input_ids, and config.layer_types has attention, "
-                "whose keys stand at columns of input_ids; use the cache of model(..., use_cache=True), or generate"
+                f"a TNTState is of constant size, and config.layer_types={config.layer_types} has "
+                f"{'full_attention, whose keys grow with what is read' if grows else 'no memory'}; use the cache of "
+                "model(..., use_cache=True), or a model of memories and sliding_attention"
             )
         super().__init__(config=config)
         self.origin: dict[str, Any] | None = None
@@ -51,32 +66,35 @@ class TNTState(DynamicCache):
     def from_cache(cls, cache: Cache, config: TNTConfig) -> TNTState:
         """A copy of any cache of a TNT model of `config`, for instance the `cache` of an output."""
         state = cls(config)
-        if [is_memory_layer(layer) for layer in getattr(cache, "layers", [])] != [True] * len(state.layers):
+        if [_kind(layer) for layer in getattr(cache, "layers", [])] != [_kind(layer) for layer in state.layers]:
             raise ValueError(f"cache must be that of a TNT model with {len(state.layers)} layers, got {cache!r:.200}")
-        state.layers = [layer.map(Tensor.clone) for layer in cache.layers]
+        state.layers = [map_layer(layer, Tensor.clone) for layer in cache.layers]
         state.origin = getattr(cache, "origin", None)
         return state
 
     def start_prompt(self) -> None:
         """Count columns from zero: the next input_ids hold new tokens only."""
         for layer in self.layers:
-            layer.start_prompt()
+            if is_memory_layer(layer):
+                layer.start_prompt()
+            else:
+                layer.cumulative_length = 0
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was read."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in memory_cache_layers(self))
 
     @property
     def tokens_read(self) -> Tensor:
         """[rows] int64, the real tokens behind each row's state; empty if nothing was read. After a reset of a part of
         the memories, those that the other part has read."""
-        return self.layers[0].tokens_read
+        return self._memories.tokens_read
 
     @property
     def nbytes(self) -> int:
         """Bytes of all state tensors."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes if is_memory_layer(layer) else attention_bytes(layer) for layer in self.layers)
 
     def clone(self) -> TNTState:
         """An independent copy: reading on from one leaves the other alone."""
@@ -97,18 +115,31 @@ class TNTState(DynamicCache):
             )
         return _map_cache(self, lambda t: t.repeat_interleave(repeats, dim=0))
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, in that order; repeats are allowed."""
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
     def reset_local(self) -> None:
         """Forget the recent past: local memories back to their learned initial states at position 0, and with them the
-        last tokens that the convolution sees. The global memory stays. (`reset()` forgets everything.)"""
-        self._forget(lambda name: name != "global", conv_tail=True)
+        last tokens that the convolution and attention see. The global memory stays. (`reset()` forgets everything.)
+
+        A segment (memory as a context) ends where it would have; what was read of it is not seen any more."""
+        self._forget(lambda name: name != "global", recent=True)
 
     def reset_global(self) -> None:
-        """The global memory back to its learned initial state at position 0; all else stays."""
-        self._forget(lambda name: name == "global", conv_tail=False)
+        """The global memory back to its learned initial state at position 0; all else stays, but for a segment (memory
+        as a context), which is one of the global memory: the next token begins one."""
+        self._forget(lambda name: name == "global", recent=False)
 
     def to(self, device: torch.device | str) -> TNTState:
         """Move every tensor, in place, and return the state."""
-        self.layers = [layer.map(lambda t: t.to(device)) for layer in self.layers]
+        self._map(lambda t: t.to(device))
         return self
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -172,7 +203,7 @@ class TNTState(DynamicCache):
             )
 
     def _description(self) -> dict[str, Any]:
-        layer = self.layers[0]
+        layer = self._memories
         return {
             "description": "Memories of a TNT model after reading; load with TNTState.from_pretrained or "
             "model.load_memory",
@@ -180,23 +211,49 @@ class TNTState(DynamicCache):
             "tokens_read": self.tokens_read.tolist(),
             "columns_of_input_ids": self.get_seq_length(),
             "memories": list(layer.memories),
+            "window": self._window,
+            "segment": 0 if layer.segment is None else layer.segment.shape[3],
             "bytes": self.nbytes,
             "made_for": layer.signature,
         }
 
-    def _forget(self, which: Callable[[str], bool], conv_tail: bool) -> None:
-        for layer in self.layers:
-            layer.forget([name for name in layer.memories if which(name)], conv_tail)
+    @property
+    def _memories(self) -> TNTCacheLayer:
+        """The first layer that holds some: all of them have read the same tokens."""
+        return memory_cache_layers(self)[0]
+
+    @property
+    def _window(self) -> int:
+        """Tokens that the windows hold."""
+        return next((layer.keys.shape[2] for layer in window_layers(self) if layer.is_initialized), 0)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        # transformers moves the rows of a window by its columns of input_ids, of which there may be none.
+        self.layers = [map_layer(layer, fn) for layer in self.layers]
+
+    def _forget(self, which: Callable[[str], bool], recent: bool) -> None:
+        columns = self.get_seq_length()
+        for i, layer in enumerate(self.layers):
+            if is_memory_layer(layer):
+                layer.forget([name for name in layer.memories if which(name)], recent)
+            elif recent:
+                self.layers[i] = empty_window(layer, columns)
 
     def __repr__(self) -> str:
-        layer = self.layers[0]
+        layer = self._memories
         if not self.is_initialized:
             return f"TNTState(nothing read, {len(self.layers)} layers)"
         device = next(iter(layer.memories.values())).position.device
+        held = [*layer.memories, *[f"a window of {self._window}"] * bool(self._window)]
+        held += [] if layer.segment is None else [f"a segment of {layer.segment.shape[3]}"]
         return (
             f"TNTState(tokens_read={self.tokens_read.tolist()}, columns={self.get_seq_length()}, "
-            f"{len(self.layers)} layers of {', '.join(layer.memories)}, {self.nbytes / 2**20:.1f} MiB on {device})"
+            f"{len(self.layers)} layers of {', '.join(held)}, {self.nbytes / 2**20:.1f} MiB on {device})"
         )
+
+
+def _kind(layer: Any) -> type:
+    return TNTCacheLayer if is_memory_layer(layer) else type(layer)
 
 
 def detach_cache(cache: Cache) -> Cache:

@@ -11,7 +11,9 @@ SMALL = {
     # Large step sizes and weights, so that what the memories have learned shows in the logits.
     "initializer_range": 0.2, "memory_base_lr": 0.5, "global_memory_base_lr": 0.5,
 }  # fmt: skip
-HYBRIDS = ("hybrid-full", "hybrid-sliding", "titans-mal", "titans-mag", "titans-mac", "titans-mac-global")
+HYBRIDS = (
+    "hybrid-full", "hybrid-sliding", "hybrid-windows", "titans-mal", "titans-mag", "titans-mac", "titans-mac-global",
+)  # fmt: skip
 VARIANTS = {
     "mlp": {},
     "linear": {"memory_type": "linear"},
@@ -33,6 +35,9 @@ VARIANTS = {
     "hybrid-sliding": {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "memory", "full_attention"], "sliding_window": 5,
     },
+    "hybrid-windows": {
+        "layer_types": ["sliding_attention", "memory"], "sliding_window": 4, "num_key_value_heads": 1,
+    },
     "titans-mal": {"memory_as": "layer", "sliding_window": 5, "num_persistent_tokens": 3, "num_attention_heads": 1},
     "titans-mag": {
         "memory_as": "gate", "sliding_window": 5, "num_persistent_tokens": 2, "use_momentum": True,
@@ -46,7 +51,9 @@ VARIANTS = {
     "global-only": {"local_chunk_sizes": [], "qk_projection": "none", "tie_word_embeddings": True},
 }  # fmt: skip
 
-MEMORIES_ALONE = [name for name in VARIANTS if name not in HYBRIDS]  # whose state stands before input_ids
+MEMORIES_ALONE = [name for name in VARIANTS if name not in HYBRIDS]
+# Whose cache does not grow: there are states of them.
+CONSTANT_SIZE = [name for name in VARIANTS if name not in ("hybrid-full", "hybrid-sliding")]
 TORCH_ONLY = ("swiglu-forget", "mlp-three-maps-momentum")  # kinds of memory that Triton's kernels do not run
 
 

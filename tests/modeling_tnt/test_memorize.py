@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from model_cases import MEMORIES_ALONE, VOCAB, assert_same_states, make_model, make_tokens, state_tensors
+from model_cases import CONSTANT_SIZE, VOCAB, assert_same_states, make_model, make_tokens, state_tensors
 from transformers import AutoTokenizer, ByT5Tokenizer, DynamicCache
 from transformers.utils import logging
 
@@ -19,7 +19,7 @@ QUIET = {"progress": False}
 
 
 @pytest.mark.parametrize("chunk_length", [1, 3, 7, 50])
-@pytest.mark.parametrize("variant", MEMORIES_ALONE)
+@pytest.mark.parametrize("variant", CONSTANT_SIZE)
 @torch.no_grad()
 def test_a_prompt_behind_a_document_is_read_as_if_they_were_one(variant, chunk_length):
     """Pieces of 3 and 7 end in mid-chunk, and 22 tokens are 7 · 3 + 1: the last piece is a single token."""

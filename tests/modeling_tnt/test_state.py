@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from model_cases import MEMORIES_ALONE, assert_same_states, make_model, make_tokens, state_tensors
+from model_cases import CONSTANT_SIZE, assert_same_states, make_model, make_tokens, state_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
@@ -176,7 +176,7 @@ def test_a_reset_of_memories_that_are_written_in_place(read, tmp_path):
     params = [one.params for one in memory.memories().values()]
     for _ in range(2):
         layer.stack_memories(names, lambda: memory._initial_states(x, params), layer.conv_tail, layer.signature)
-        layer.forget(["local0"], conv_tail=False)
+        layer.forget(["local0"], recent=False)
     assert layer.memories["global"].position.tolist() == [13]
     layer.stack_memories(names, lambda: memory._initial_states(x, params), layer.conv_tail, layer.signature)
     state.layers[1] = layer
@@ -207,7 +207,7 @@ def test_bytes_device_and_representation(read):
 
 
 @pytest.mark.parametrize("reset", [None, "reset_local", "reset_global"])
-@pytest.mark.parametrize("variant", MEMORIES_ALONE)
+@pytest.mark.parametrize("variant", CONSTANT_SIZE)
 @torch.no_grad()
 def test_a_saved_state_is_read_on_from(variant, reset, tmp_path):
     model, prompt = make_model(variant), make_tokens(2, 3, seed=2)
