@@ -6,6 +6,7 @@ whose keys and values stand before all others. `plan_attention` makes positions 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -204,8 +205,20 @@ def plan_attention(
     masks = {}
     for kind in (kind for kind in config.attention_types if kind in (FULL, SLIDING)):
         make = create_causal_mask if kind == FULL else create_sliding_window_causal_mask
-        masks[kind] = _show_persistent(make(**given, **named_cache(cache)), config.num_persistent_tokens)
+        mask = make(**given, **named_cache(_layers_of(kind, config, cache)))
+        masks[kind] = _show_persistent(mask, config.num_persistent_tokens)
     return AttentionPlan(cache, positions, rotary(embeds, position_ids=positions), masks, rotary)
+
+
+def _layers_of(kind: str, config: TNTConfig, cache: Cache | None) -> Cache | None:
+    """A cache with the layers that a mask of this kind is for: transformers asks the first one for its size."""
+    if cache is None:
+        return None
+    chosen = copy.copy(cache)
+    chosen.layers = [layer for layer, its in zip(cache.layers, config.layer_types, strict=True) if its == kind]
+    if kind == SLIDING:
+        chosen.layers += [layer.window for layer in memory_cache_layers(cache) if layer.window is not None]
+    return chosen
 
 
 def _counts_tokens(config: TNTConfig, cache: Cache | None) -> bool:
