@@ -53,6 +53,7 @@ class TNTCacheLayer(CacheLayerMixin):
     """
 
     _layer_type = LAYER_TYPE
+    is_sliding = False
     supports_early_init = False
 
     def __init__(self, **kwargs: Any) -> None:
@@ -76,10 +77,6 @@ class TNTCacheLayer(CacheLayerMixin):
         """Keep keys and values of that window, too, from now on."""
         if self.window is None:
             self.window = DynamicSlidingWindowLayer(sliding_window=sliding_window)
-
-    @property
-    def is_sliding(self) -> bool:
-        return self.window is not None
 
     @property
     def tokens_read(self) -> Tensor:
@@ -195,8 +192,6 @@ class TNTCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.window is not None:
-            return self.window.get_mask_sizes(query_length)
         return self.cumulative_length + query_length, 0
 
     @property
@@ -337,6 +332,12 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
         raise ValueError(
             f"cache (past_key_values) must hold {kinds}, got {cache!r:.200}; make it with "
             "DynamicCache(config=model.config)"
+        )
+    columns = {layer.get_seq_length() for layer in layers if is_memory_layer(layer) or isinstance(layer, DynamicLayer)}
+    if len(columns) > 1:
+        raise ValueError(
+            f"cache (past_key_values) has layers that have read {' and '.join(map(str, sorted(columns)))} tokens, as a "
+            "call that was interrupted leaves them, or a crop, which memories refuse; start with an empty cache"
         )
     signature = cache_signature(config)
     for layer in memory_cache_layers(cache):

@@ -125,6 +125,11 @@ class TNTState(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError unless that removes nothing: a memory cannot unlearn a token."""
+        for layer in memory_cache_layers(self):
+            layer.crop(tokens_to_remove)
+
     def reset_local(self) -> None:
         """Forget the recent past: local memories back to their learned initial states at position 0, and with them the
         last tokens that the convolution and attention see. The global memory stays. (`reset()` forgets everything.)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import SMALL, VOCAB, make_model, make_tokens
+from model_cases import HYBRIDS, SMALL, VOCAB, make_model, make_tokens
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTState, detach_cache
@@ -280,3 +280,55 @@ def test_persistent_tokens_are_seen_from_anywhere(variant):
     for block in model.model.layers:
         block.self_attn.persistent.weight.add_(1.0)
     assert (model(tokens).logits - before).abs().amax(-1).min() > 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- caches of all kinds
+
+every_hybrid = pytest.mark.parametrize("variant", HYBRIDS)
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+
+
+def padded_prompts() -> dict[str, torch.Tensor]:
+    """Two rows of 9 tokens, of which one begins with 4 of padding."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    return {"input_ids": make_tokens(2, 9) * mask, "attention_mask": mask}
+
+
+@every_hybrid
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "offloaded_static"])
+def test_caches_that_generate_makes(variant, implementation):
+    """Behind the window, too, and with the memories' layer first."""
+    model, prompts = make_model(variant), padded_prompts()
+    out = model.generate(**prompts, cache_implementation=implementation, **GREEDY)
+    assert torch.equal(out, model.generate(**prompts, use_cache=False, **GREEDY))
+
+
+@every_hybrid
+def test_beams(variant):
+    model, prompts = make_model(variant), padded_prompts()
+    out = model.generate(**prompts, num_beams=3, **GREEDY)
+    assert torch.equal(out, model.generate(**prompts, num_beams=3, use_cache=False, **GREEDY))
+
+
+@every_hybrid
+@torch.no_grad()
+def test_tokens_cannot_be_taken_back(variant):
+    model, prompts = make_model(variant), padded_prompts()
+    for wanted in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model(variant)}):
+        with pytest.raises(ValueError, match="assisted generation is not supported|assistant_model must be a model"):
+            model.generate(prompts["input_ids"][1:], **wanted, **GREEDY)
+    cache = cache_of(model(**prompts, use_cache=True))
+    with pytest.raises((ValueError, RuntimeError), match="cannot be cropped|does not track past states"):
+        cache.crop(-1)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_in_part_is_refused():
+    """transformers crops layer by layer, and an attention layer in front of the first memory does not refuse it."""
+    model = make_model(layer_types=["full_attention", "memory"])
+    cache = cache_of(model(make_tokens(1, 9), use_cache=True))
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-2)
+    with pytest.raises(ValueError, match="layers that have read 7 and 9 tokens, .* start with an empty cache"):
+        model(make_tokens(1, 1), cache=cache)
