@@ -4,6 +4,11 @@
                    (`qk_projection="none"`), which measured best at this size (tests/benchmarks/LOG.md).
 `tnt-150m`         TNT (arXiv 2511.07343), stage 1 with the local chunks {8}.
 `titans-150m`      Titans (arXiv 2501.00663) as a TNT without a global memory, reset or projection.
+`titans-mac-150m`, `titans-mag-150m`, `titans-mal-150m`
+                   the Titans of the paper's section 4: the memory as a context, a gate and a layer beside attention.
+`tnt-hybrid-150m`  TNT with full attention in every fourth block.
+`tiny-mac`, `tiny-mag`, `tiny-mal`, `tiny-hybrid`
+                   the same four on the memories and with the size of `tiny`.
 `ttt-linear-125m`  TTT-Linear (arXiv 2407.04620), the same with TTT's token scale instead of momentum and forget gate.
 `ttt-mlp-125m`     TTT-MLP.
 """

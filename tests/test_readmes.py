@@ -156,7 +156,19 @@ def test_preset_table(preset: str):
     assert memory == f"{'MLP' if inner else 'linear'}, {widths}"
     assert global_chunk == ("–" if config.global_chunk_size is None else str(config.global_chunk_size))
     resets = "never" if config.local_shard_lengths is None else f"{config.local_shard_lengths} tokens"
-    assert local == f"{', '.join(map(str, config.local_chunk_sizes))}, {resets}"
+    chunks = config.local_chunk_sizes
+    assert local == (f"{', '.join(map(str, chunks))}, {resets}" if chunks else "–")
+
+
+@pytest.mark.parametrize("base", ["tiny", "tnt-150m", "titans-150m"])
+def test_presets_with_attention_are_as_large_as_those_without(base: str):
+    kin = {"tiny": "tiny-", "tnt-150m": "tnt-hybrid", "titans-150m": "titans-m"}[base]
+    with torch.device("meta"):
+        sizes = {name: TNTForCausalLM(TNTConfig.from_preset(name)).num_parameters()
+                 for name in available_presets() if name == base or name.startswith(kin)}  # fmt: skip
+    assert len(sizes) > 1
+    for name, size in sizes.items():
+        assert size == pytest.approx(sizes[base], rel=0.01), name
 
 
 def test_every_recipe_is_named():

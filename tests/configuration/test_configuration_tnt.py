@@ -10,7 +10,10 @@ from modeling_tnt.configuration import TNTConfig, available_presets, validation
 from modeling_tnt.configuration.validation import divisors
 from modeling_tnt.configuration.version import VERSION
 
-PRESETS = ["tiny", "titans-150m", "tnt-150m", "ttt-linear-125m", "ttt-mlp-125m"]
+PRESETS = [
+    "tiny", "tiny-hybrid", "tiny-mac", "tiny-mag", "tiny-mal", "titans-150m", "titans-mac-150m", "titans-mag-150m",
+    "titans-mal-150m", "tnt-150m", "tnt-hybrid-150m", "ttt-linear-125m", "ttt-mlp-125m",
+]  # fmt: skip
 
 
 def problems_of(**changes) -> list[str]:
@@ -70,7 +73,7 @@ def test_available_presets():
 
 @pytest.mark.parametrize("name", ["tnt-7b", "", "../presets/tiny", None])
 def test_unknown_preset_says_which_exist(name):
-    with pytest.raises(ValueError, match="use one of tiny, titans-150m, tnt-150m, ttt-linear-125m, ttt-mlp-125m"):
+    with pytest.raises(ValueError, match="use one of " + ", ".join(PRESETS)):
         TNTConfig.from_preset(name)
 
 
@@ -81,6 +84,23 @@ def test_baselines_are_configurations_of_the_same_model():
     for name, base_lr in (("ttt-linear-125m", 1.0), ("ttt-mlp-125m", 0.1)):
         ttt = TNTConfig.from_preset(name)
         assert (ttt.local_chunk_sizes, ttt.token_scale, ttt.memory_base_lr) == ([16], True, base_lr)
+
+
+@pytest.mark.parametrize("size, base", [("titans-{}-150m", "titans-150m"), ("tiny-{}", "tiny")])
+def test_the_titans_family_is_one_model_with_attention(size, base):
+    alone = TNTConfig.from_preset(base)
+    for name, memory_as in (("mac", "context"), ("mag", "gate"), ("mal", "layer")):
+        config = TNTConfig.from_preset(size.format(name))
+        assert (config.memory_as, config.layer_types) == (memory_as, ["tnt_memory"] * config.num_hidden_layers)
+        assert (config.use_momentum, config.use_forget_gate) == (alone.use_momentum, alone.use_forget_gate)
+        reach = config.global_chunk_size if name == "mac" else config.sliding_window
+        assert (reach, config.num_persistent_tokens) == ((64, 4) if base == "tiny" else (512, 16))
+
+
+def test_hybrids_have_three_memories_to_one_attention():
+    for preset in ("tnt-hybrid-150m", "tiny-hybrid"):
+        kinds = TNTConfig.from_preset(preset).layer_types
+        assert kinds == (["tnt_memory"] * 3 + ["full_attention"]) * (len(kinds) // 4)
 
 
 def test_chunk_sizes_change_on_load(tmp_path):
