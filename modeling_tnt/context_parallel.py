@@ -7,6 +7,7 @@ each rank reads, `context_relay` what it passes on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -214,6 +215,12 @@ class ContextParallelMixin:
             self.context_parallel.neighbours.finish()  # a message that nobody keeps is lost
         self.base_model._context_parallel = None
 
+    def train(self, mode: bool = True) -> Any:
+        """As of any module. Raises ValueError where attention would be trained on rows that Trainer cuts in two."""
+        if mode and self.config.has_attention:  # without, Trainer refuses by itself
+            refuse_ring_attention()
+        return super().train(mode)
+
     @contextmanager
     def pause_context_parallel(self) -> Iterator[None]:
         """Inside, each process reads whole sequences by itself."""
@@ -223,6 +230,20 @@ class ContextParallelMixin:
             yield
         finally:
             base._context_parallel = kept
+
+
+def refuse_ring_attention() -> None:
+    """Raise ValueError where accelerate's ParallelismConfig shares rows out as attention would have them."""
+    # Without accelerate there is none; and no message that it must be installed.
+    accelerate = sys.modules.get("accelerate.state")
+    config = None if accelerate is None else accelerate.AcceleratorState._shared_state.get("parallelism_config")
+    if config is not None and config.cp_enabled:
+        raise ValueError(
+            f"accelerate's ParallelismConfig has cp_size={config.cp_size}, with which transformers' Trainer cuts rows "
+            "for ring attention: each process gets two pieces, one from each end, and a memory reads from left to "
+            "right; use cp_size=1 here, or tnt train, whose training.context_parallel it is, or a loop of your own "
+            "with model.enable_context_parallel"
+        )
 
 
 def _group_of(group_or_mesh: Any) -> dist.ProcessGroup:

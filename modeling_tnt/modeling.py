@@ -114,7 +114,14 @@ class TNTPreTrainedModel(HubExportMixin, MemorizeMixin, ContextParallelMixin, Pr
     _no_split_modules = ["TNTBlock"]
     _skip_keys_device_placement = ["cache", OTHER_NAME]
     _is_stateful = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _supports_attention_backend = True
+
+    @property
+    def _supports_attention(self) -> bool:
+        """Memories alone run no implementation of attention, and the Trainer cuts rows for ring attention by it."""
+        return self.config.has_attention
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention
 
     def memory_layers(self) -> dict[int, TNTMemoryLayer]:
         """The layers with memories, by the index of their block."""

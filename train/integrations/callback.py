@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_tnt.context_parallel import refuse_ring_attention
 
 from .lora import find_tnt_model, save_base_config
 
@@ -88,7 +89,7 @@ class TwoStageCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        _refuse_context_parallel()
+        refuse_ring_attention()
         name = type(self).__name__
         if isinstance(state.stateful_callbacks.get(name), list):
             raise ValueError(f"callbacks must hold one {name}, got several: a run has two stages; remove the others")
@@ -181,17 +182,6 @@ class TwoStageCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             chunks, lengths = fields["local_chunk_sizes"], fields["local_shard_lengths"]
             tqdm.write(f"step {state.global_step}: {event}; local chunks {chunks}, shard lengths {lengths}")
-
-
-def _refuse_context_parallel() -> None:
-    config = AcceleratorState().parallelism_config
-    if config is not None and config.cp_enabled:
-        raise ValueError(
-            f"accelerate's ParallelismConfig has cp_size={config.cp_size}, with which transformers' Trainer cuts rows "
-            "for ring attention: each process gets two pieces, one from each end, and a memory reads from left to "
-            "right; use cp_size=1 here, or tnt train, whose training.context_parallel it is, or a loop of your own "
-            "with model.enable_context_parallel"
-        )
 
 
 def _read_fields(config: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,18 @@ except ValueError as error:
 """
 
 
-@pytest.fixture
-def trainer(tmp_path: Path, fresh_accelerator, monkeypatch) -> Trainer:
-    """Told by Accelerate of two processes that share rows; it makes the mesh for these on accelerators only."""
+@pytest.fixture(params=["tiny"])
+def trainer(tmp_path: Path, fresh_accelerator, monkeypatch, request) -> Trainer:
+    """Of a preset's model, told by Accelerate of two processes that share rows. It makes their mesh, which would
+    cut the rows, on accelerators only.
+    """
     arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
-    model = TNTForCausalLM(TNTConfig.from_preset("tiny", num_hidden_layers=1))
+    model = TNTForCausalLM(TNTConfig.from_preset(request.param))
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": torch.arange(8), "labels": torch.arange(8)}])
     # The Trainer asks for it, and accelerate has it from 1.12 on.
     monkeypatch.setattr(ParallelismConfig, "cp_backend", "torch", raising=False)
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(cp_size=2))
+    trainer.accelerator._cp_context = lambda **buffers: nullcontext()
     return trainer
 
 
@@ -51,6 +55,16 @@ def test_the_trainer_refuses_a_model_without_attention(trainer: Trainer):
     inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long), "labels": torch.ones(1, 8, dtype=torch.long)}
     with pytest.raises(ValueError, match="Context parallelism is supported only with SDPA attention"):
         trainer.training_step(trainer.model, inputs)
+
+
+@pytest.mark.parametrize("trainer", ["tiny-hybrid", "tiny-mac"], indirect=True)
+def test_a_model_with_attention_refuses_the_trainer(trainer: Trainer):
+    """Which takes its attention for all that there is."""
+    inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long), "labels": torch.ones(1, 8, dtype=torch.long)}
+    assert trainer.model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="cp_size=2, .* a memory reads from left to right; use cp_size=1 here"):
+        trainer.training_step(trainer.model, inputs)
+    assert not trainer.model.eval().training
 
 
 def test_the_callback_says_what_to_do_instead(trainer: Trainer):
