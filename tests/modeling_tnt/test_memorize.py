@@ -114,12 +114,15 @@ def test_memory_does_not_grow_with_the_document():
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in state_tensors(state).values()), "views keep more"
 
 
+@pytest.mark.parametrize("chunk_length", [1, 4, 50])
+@pytest.mark.parametrize("variant", CONSTANT_SIZE)
 @torch.no_grad()
-def test_rows_of_different_lengths_and_a_padded_prompt():
-    model = make_model("mlp-momentum-forget")
+def test_rows_of_different_lengths_and_a_padded_prompt(variant, chunk_length):
+    """Of windows each row's own last tokens count, however many columns of padding were read behind them."""
+    model = make_model(variant)
     rows = [make_tokens(n, seed=n).tolist() for n in (17, 1, 9)]
     prompts = [make_tokens(n, seed=20 + n) for n in (2, 4, 1)]
-    state = model.memorize(rows, chunk_length=4, **QUIET)
+    state = model.memorize(rows, chunk_length=chunk_length, **QUIET)
     assert state.tokens_read.tolist() == [17, 1, 9]
     padded = torch.stack([torch.cat([torch.zeros(4 - len(p), dtype=torch.long), p]) for p in prompts])
     out = model.generate(padded, attention_mask=(padded > 0).long(), cache=state, **GREEDY)
@@ -128,9 +131,10 @@ def test_rows_of_different_lengths_and_a_padded_prompt():
         assert torch.equal(out[row, 4:], alone[0, len(ids) + len(prompt) :])
 
 
+@pytest.mark.parametrize("variant", ["mlp", "hybrid-windows", "titans-mag", "titans-mac"])
 @torch.no_grad()
-def test_a_state_is_read_on_from_and_a_conversation_passes_all_of_its_ids():
-    model = make_model()
+def test_a_state_is_read_on_from_and_a_conversation_passes_all_of_its_ids(variant):
+    model = make_model(variant)
     first, second, turn, answer = (make_tokens(1, n, seed=n) for n in (13, 6, 5, 3))
     state = model.memorize(first, **QUIET)
     assert model.memorize(second, state=state, **QUIET) is state and state.tokens_read.tolist() == [19]
@@ -228,9 +232,10 @@ def test_what_a_state_cannot_be():
 
 @pytest.mark.parametrize("at", ["between layers", "first layer"])
 @pytest.mark.parametrize("chunk_length", [4, 1])
+@pytest.mark.parametrize("variant", ["mlp", "hybrid-windows", "titans-mag", "titans-mac"])
 @torch.no_grad()
-def test_an_interrupted_state_stands_after_the_last_whole_piece(at, chunk_length):
-    model, document = make_model(), make_tokens(1, 12)
+def test_an_interrupted_state_stands_after_the_last_whole_piece(variant, at, chunk_length):
+    model, document = make_model(variant), make_tokens(1, 12)
     state = model.memorize(make_tokens(1, 3, seed=9), **QUIET)
     calls = iter(range(100))
 
@@ -247,6 +252,8 @@ def test_an_interrupted_state_stands_after_the_last_whole_piece(at, chunk_length
     model.memorize(document[:, read - 3 :], state=state, **QUIET)
     whole = model.memorize(torch.cat([make_tokens(1, 3, seed=9), document], dim=1), **QUIET)
     assert_same_states(state, whole, **CLOSE)
+    logits = [model(make_tokens(1, 2), cache=one).logits for one in (state, whole)]
+    torch.testing.assert_close(*logits, **CLOSE)
 
 
 def test_the_mode_of_the_model_is_restored_and_no_graph_is_kept():

@@ -12,11 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from modeling_tnt import TNTConfig, TNTState, load_cache, save_cache
+from modeling_tnt.cache import memory_cache_layers
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}  # float64: the same sums in another order
 EQUAL = {"rtol": 0, "atol": 0}
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 NEVER_RESET = {"local_shard_lengths": None}  # so that a reset of ours is not that of a shard
+BESIDE = {  # a layer of memories, alone and with attention
+    "alone": {"num_hidden_layers": 1},
+    "layer": {"num_hidden_layers": 1, "memory_as": "layer", "sliding_window": 5, "num_persistent_tokens": 1},
+    "gate": {"num_hidden_layers": 1, "memory_as": "gate", "sliding_window": 5},
+    "context": {"num_hidden_layers": 1, "memory_as": "context"},
+    "before": {"layer_types": ["sliding_attention", "memory"], "sliding_window": 5},
+}
 
 
 @pytest.fixture
@@ -26,15 +34,22 @@ def read():
     return model, model.memorize(make_tokens(1, 13), progress=False)
 
 
+@pytest.fixture(params=["mlp-momentum-forget", "hybrid-windows", "titans-mal", "titans-mag", "titans-mac"])
+def read_each(request):
+    """The same of several variants, attention among them: beyond every window, and in mid-segment."""
+    model = make_model(request.param)
+    return model, model.memorize(make_tokens(1, 13), progress=False)
+
+
 def whole(prompts: torch.Tensor) -> torch.Tensor:
     """The document of `read` in front of each prompt."""
     return torch.cat([make_tokens(1, 13).expand(len(prompts), -1), prompts], dim=1)
 
 
 @torch.no_grad()
-def test_a_clone_is_independent(read):
+def test_a_clone_is_independent(read_each):
     """Of one that reads several tokens, and of one that decodes in place."""
-    model, state = read
+    model, state = read_each
     kept = copy.deepcopy(state)
     for prompt in (make_tokens(1, 4), make_tokens(1, 1)):
         cloned = state.clone()
@@ -49,8 +64,8 @@ def test_a_clone_is_independent(read):
 
 
 @torch.no_grad()
-def test_repeat_makes_rows_that_go_their_own_way(read):
-    model, state = read
+def test_repeat_makes_rows_that_go_their_own_way(read_each):
+    model, state = read_each
     prompts = make_tokens(3, 4, seed=2)
     repeated = state.repeat(3)
     assert (state.batch_size, repeated.batch_size, repeated.tokens_read.tolist()) == (1, 3, [13] * 3)
@@ -67,8 +82,8 @@ def test_repeat_makes_rows_that_go_their_own_way(read):
 
 @pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("options", [{"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2}, {}], ids=str)
-def test_generate_spreads_a_state_of_one_row(read, options, prompts):
-    model, state = read
+def test_generate_spreads_a_state_of_one_row(read_each, options, prompts):
+    model, state = read_each
     ids, kept = make_tokens(prompts, 4, seed=2), state.clone()
     out = model.generate(ids, cache=state, **GREEDY, **options)
     expected = model.generate(whole(ids), use_cache=False, **GREEDY, **options)
@@ -80,8 +95,8 @@ def test_generate_spreads_a_state_of_one_row(read, options, prompts):
         assert state.get_seq_length() == 11
 
 
-def test_generate_samples_several_sequences_behind_a_state(read):
-    model, state = read
+def test_generate_samples_several_sequences_behind_a_state(read_each):
+    model, state = read_each
     ids, outs = make_tokens(2, 4, seed=2), []
     several = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 6}
     for prompt, cache in ((ids, state), (ids, state.repeat(2)), (ids, state.repeat(6)), (whole(ids), None)):
@@ -92,25 +107,27 @@ def test_generate_samples_several_sequences_behind_a_state(read):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_generate_refuses_rows_that_fit_no_prompt(read):
-    model, state = read
+def test_generate_refuses_rows_that_fit_no_prompt(read_each):
+    model, state = read_each
     with pytest.raises(ValueError, match=r"holds 2 rows but the batch has 3; .*repeat\(n\)"):
         model.generate(make_tokens(3, 2), cache=state.repeat(2), **GREEDY)
 
 
+@pytest.mark.parametrize("attention", BESIDE)
 @pytest.mark.parametrize("tokens", [1, 5])
 @torch.no_grad()
-def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens):
+def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens, attention):
     """The reference: a model whose global memory starts at what it had learned, which reads only the new tokens."""
-    config = {"num_hidden_layers": 1, "global_chunk_size": 4, **NEVER_RESET}
+    config = {"global_chunk_size": 4, **NEVER_RESET, **BESIDE[attention]}
     model, more = make_model(**config), make_tokens(1, tokens, seed=2)
     state = model.memorize(make_tokens(1, 8), progress=False)  # whole chunks: the global memory stands at a boundary
-    learned = state.layers[0].memories["global"].weights
+    learned = memory_cache_layers(state)[0].memories["global"].weights
     state.reset_local()
-    assert state.tokens_read.tolist() == [8] and list(state.layers[0].memories) == ["global"]
-    assert state.layers[0].conv_tail is None
+    layer = memory_cache_layers(state)[0]
+    assert state.tokens_read.tolist() == [8] and list(layer.memories) == ["global"]
+    assert layer.conv_tail is None and state.nbytes == layer.memories["global"].nbytes
     reference = make_model(**config)
-    start = reference.model.layers[0].memory.global_memory
+    start = next(iter(reference.memory_layers().values())).global_memory
     for name in start.weight_names:
         getattr(start, name).copy_(getattr(learned, name)[0])
     logits = [model(more, cache=state).logits]  # several tokens, or one in place
@@ -118,14 +135,33 @@ def test_a_local_reset_is_a_fresh_local_memory_beside_the_old_global_one(tokens)
     expected = reference(torch.cat([more, make_tokens(1, 1, seed=3)], dim=1)).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
     assert (expected[:, :tokens] - model(more).logits).abs().max() > 1e-3, "the global memory made no difference"
-    positions = {name: s.position.item() for name, s in state.layers[0].memories.items()}
+    positions = {name: s.position.item() for name, s in layer.memories.items()}
     assert positions == {"global": 9 + tokens, "local0": 1 + tokens}
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@torch.no_grad()
+def test_a_local_reset_hides_what_was_read_of_a_segment(tokens):
+    """Whatever stands in its first places, until the next segment begins; and these places are not shown as zeros."""
+    model, more = make_model("titans-mac", **NEVER_RESET), make_tokens(2, tokens, seed=2)
+    state = model.memorize([make_tokens(13).tolist(), make_tokens(6).tolist()], progress=False)
+    state.reset_local()
+    other = state.clone()
+    for layer in other.layers:
+        layer.segment = torch.randn(4, 2, 2, 8, 16, dtype=torch.float64)
+    shown = other.clone()
+    for layer in shown.layers:
+        layer.forgotten = 0
+    logits, same, moved = (model(more, cache=one).logits for one in (state, other, shown))
+    torch.testing.assert_close(same, logits, **CLOSE)
+    assert (moved - logits).abs().amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("attention", BESIDE)
 @pytest.mark.parametrize("tokens", [1, 5])
 @torch.no_grad()
-def test_a_global_reset_keeps_the_local_memories(tokens):
-    model, more = make_model(**NEVER_RESET), make_tokens(1, tokens, seed=2)
+def test_a_global_reset_keeps_the_local_memories(tokens, attention):
+    model, more = make_model(**NEVER_RESET, **BESIDE[attention]), make_tokens(1, tokens, seed=2)
     state = model.memorize(make_tokens(1, 13), progress=False)
     kept = {name: t for name, t in state_tensors(state).items() if "global" not in name}
     state.reset_global()
@@ -135,8 +171,9 @@ def test_a_global_reset_keeps_the_local_memories(tokens):
     # The reference: the states by hand, with the global memory's as in an empty cache.
     by_hand = state.clone()
     fresh = model.memorize([1], progress=False)
-    for layer, block, started in zip(by_hand.layers, model.model.layers, fresh.layers, strict=True):
-        weights = block.memory.global_memory.params.fast_weights.map(lambda t: t.detach()[None].clone())
+    layers = zip(memory_cache_layers(by_hand), model.memory_layers().values(), memory_cache_layers(fresh), strict=True)
+    for layer, memory, started in layers:
+        weights = memory.global_memory.params.fast_weights.map(lambda t: t.detach()[None].clone())
         initial = started.memories["global"]._replace(
             weights=weights, anchor=weights, position=torch.zeros(1, dtype=torch.int64)
         )
