@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,28 +35,32 @@ def memory_health(model: TNTPreTrainedModel, input_ids: Tensor) -> dict[str, flo
     A small batch will do: each memory layer's input is recorded in one forward pass, and all but the tokens of the last
     chunk are read once more.
     """
-    base = getattr(model, model.base_model_prefix, model)
-    inputs: dict[int, Tensor] = {}
+    layers = model.memory_layers()
+    inputs: dict[int, list[Tensor]] = {i: [] for i in layers}
 
-    def record(index: int):
-        return lambda _module, args: inputs.__setitem__(index, args[0])
+    def record(index: int, mix: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recording(x: Tensor, *args: Any) -> Tensor:
+            inputs[index].append(x)
+            return mix(x, *args)
 
-    layers = base.memory_layers()
-    hooks = [layer.register_forward_pre_hook(record(i)) for i, layer in layers.items()]
+        return recording
+
     was_training = model.training
+    for i, layer in layers.items():  # not by hooks: a gate of attention has a layer's `mix` alone
+        layer.mix = record(i, layer.mix)
     try:
         cache = cache_of(model.eval()(input_ids=input_ids, use_cache=True, return_dict=True))
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+        for layer in layers.values():
+            del layer.mix
 
     report = {}
     for i, layer in layers.items():
-        states = cache.layers[i].memories
+        states, x = cache.layers[i].memories, torch.cat(inputs[i], dim=1)  # segment by segment, as a context
         for name, memory, options in layer.operations():
-            memory_inputs = memory(inputs[i], options.chunk_size)
-            values = _look_at_memory(layer, memory_inputs, options, inputs[i], states[name])
+            memory_inputs = memory(x, options.chunk_size)
+            values = _look_at_memory(layer, memory_inputs, options, x, states[name])
             report |= {f"layer{i}/{name}/{quantity}": value for quantity, value in values.items()}
     return report
 

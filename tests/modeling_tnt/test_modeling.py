@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from model_cases import MEMORIES_ALONE, VARIANTS, VOCAB, make_model, make_tokens
+from model_cases import HYBRIDS, MEMORIES_ALONE, VARIANTS, VOCAB, make_model, make_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel
+from modeling_tnt import TNTConfig, TNTForCausalLM, TNTModel, health
 from modeling_tnt.health import memory_health
 from modeling_tnt.kernels import local_memory
 from modeling_tnt.kernels.memories.kinds import memory_kind
@@ -294,6 +294,22 @@ def test_health_reports_what_the_inner_loop_does(variant):
         norms.append(sum(g.detach().square().flatten(1).sum(1) for g in gradients).sqrt())
     # Float32 sums of a few hundred numbers.
     assert report[f"layer0/{name}/inner_grad_norm"] == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", HYBRIDS)
+def test_health_of_a_hybrid_looks_at_all_that_its_memories_read(variant, monkeypatch):
+    """Also where a gate of attention asks a layer for less than its output, and a context for one segment of two."""
+    model, tokens, looked = make_model(variant, torch.float32), make_tokens(2, 16), []
+    look = health._look_at_memory
+    monkeypatch.setattr(health, "_look_at_memory", lambda *given: looked.append(given[3].shape) or look(*given))
+    report, layers = memory_health(model, tokens), model.memory_layers()
+    assert {name.rpartition("/")[0] for name in report} == {
+        f"layer{i}/{m}" for i in layers for m in layers[i].memories()
+    }
+    assert all(0 < value < 1e4 for value in report.values())
+    assert set(looked) == {(2, 16, model.config.hidden_size)} and not any(
+        "mix" in vars(layer) for layer in layers.values()
+    )
 
 
 def test_health_tells_the_loss_of_a_chunk_before_and_after_its_update():

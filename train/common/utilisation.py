@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_tnt import TNTConfig
-from modeling_tnt.cache import fast_weight_shapes
+from modeling_tnt.cache import LAYER_TYPE, fast_weight_shapes
 
 from .costs import FORWARD, attention_operations, memory_operations, muon_operations
 
@@ -43,9 +46,35 @@ def operations_per_token(model: PreTrainedModel, seq_len: int) -> float:
 
 def _mixer_operations(model: PreTrainedModel, seq_len: int) -> float:
     config = model.config
-    heads = config.num_hidden_layers * config.num_attention_heads
+    attention = partial(attention_operations, FORWARD, head_dim=config.head_dim)
     if not isinstance(config, TNTConfig):
-        return heads * attention_operations(FORWARD, head_dim=config.head_dim, length=seq_len)
+        return config.num_hidden_layers * config.num_attention_heads * attention(length=seq_len)
+    memories = config.layer_types.count(LAYER_TYPE)
+    lengths = [_seen(kind, config, seq_len) for kind in config.layer_types if kind != LAYER_TYPE]
+    if config.memory_as is not None:
+        kind = "segment_attention" if config.memory_as == "context" else "sliding_attention"
+        lengths += [_seen(kind, config, seq_len)] * memories
+    operations = config.num_attention_heads * sum(attention(length=length) for length in lengths)
+    operations += config.num_heads * memories * _memory_operations(config)
+    if config.memory_as == "context":
+        operations += memories * _recall_operations(model)
+    return operations
+
+
+def _seen(kind: str, config: TNTConfig, seq_len: int) -> float:
+    """Keys that a token attends to on average, times two: the length of causal attention without a window that would
+    do as much."""
+    persistent = 2 * config.num_persistent_tokens
+    if kind == "full_attention":
+        return seq_len + persistent
+    if kind == "segment_attention":  # its own tokens, and as many that the memory has said
+        return 2 * min(config.global_chunk_size, seq_len) + persistent
+    window = min(config.sliding_window, seq_len)
+    return window * (2 * seq_len - window) / seq_len + persistent  # the first ones see less than a window
+
+
+def _memory_operations(config: TNTConfig) -> float:
+    """Of all memories of a block, per token and head."""
     shape = {"memory": config.memory_type, "head_dim": config.head_dim, "expansion": config.memory_expansion}
     shape["depth"] = config.memory_depth
     operations = sum(
@@ -58,4 +87,14 @@ def _mixer_operations(model: PreTrainedModel, seq_len: int) -> float:
     if config.global_update == "muon":
         matrices = [shape[1:] for shape in fast_weight_shapes(config).values() if len(shape) == 3]
         operations += muon_operations(FORWARD, matrices=matrices, chunk_size=config.global_chunk_size)
-    return heads * operations
+    return operations
+
+
+def _recall_operations(model: PreTrainedModel) -> float:
+    """What the memories of a block say to a segment, per token: at its queries, through their output projection, and
+    keys and values of it."""
+    config, layer = model.config, next(iter(model.memory_layers().values()))
+    attention = model.base_model.layers[0].self_attn
+    fast = sum(math.prod(shape) for shape in fast_weight_shapes(config).values() if len(shape) == 3)
+    projections = (layer.q_proj, layer.o_proj, attention.k_proj, attention.v_proj)
+    return 2 * (fast + sum(project.weight.numel() for project in projections))

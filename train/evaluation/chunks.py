@@ -44,42 +44,49 @@ def scale_chunks(config: TNTConfig, smallest: int) -> list[int]:
     """Chunk sizes of all local memories when the smallest of them has chunks of `smallest` tokens.
 
     All are scaled by the same factor: memory i gets `C_i · smallest / min(C)`, rounded (by ratio) to a chunk size that
-    it may have: at least 1 and, if it is reset, a divisor of its shard length. So {4, 16} at 1 is {1, 4}.
+    it may have: at least 1 and, if it is reset, a divisor of its shard length, and of the segment of Titans' MAC. So
+    {4, 16} at 1 is {1, 4}.
 
     Raises:
         ValueError: if the smallest memory itself cannot have such chunks.
     """
     own = min(config.local_chunk_sizes)
     scaled = [
-        _nearest_chunk(chunk * smallest / own, shard)
-        for chunk, shard in zip(config.local_chunk_sizes, config.shard_lengths, strict=True)
+        _nearest_chunk(chunk * smallest / own, period)
+        for chunk, period in zip(config.local_chunk_sizes, _periods(config), strict=True)
     ]
     first = config.local_chunk_sizes.index(own)
     if scaled[first] != smallest:
-        shard = config.shard_lengths[first]
-        near = {max(d for d in divisors(shard) if d <= smallest)} | {d for d in divisors(shard) if d > smallest}
+        period = _periods(config)[first]
+        near = {max(d for d in divisors(period) if d <= smallest)} | {d for d in divisors(period) if d > smallest}
         raise ValueError(
-            f"{smallest} must divide {shard}, the shard length of the local memory with the smallest chunks; "
-            f"use {' or '.join(map(str, sorted(near)[:2]))}"
+            f"{smallest} must divide {period}, the shard length (or segment) of the local memory with the smallest "
+            f"chunks; use {' or '.join(map(str, sorted(near)[:2]))}"
         )
     return scaled
 
 
-def _nearest_chunk(target: float, shard: int | None) -> int:
-    """The chunk size nearest to `target` by ratio that a memory with this shard length may have."""
-    if shard is None:
+def _periods(config: TNTConfig) -> list[int | None]:
+    """What the chunks of each local memory must divide: its shard length and, as a context, the segment."""
+    segments = [config.global_chunk_size] if config.memory_as == "context" else []
+    return [math.gcd(*segments, *([shard] if shard else [])) or None for shard in config.shard_lengths]
+
+
+def _nearest_chunk(target: float, period: int | None) -> int:
+    """The chunk size nearest to `target` by ratio that divides the period, if there is one."""
+    if period is None:
         return max(1, round(target))
-    return min(divisors(shard), key=lambda d: abs(math.log(d / target)))
+    return min(divisors(period), key=lambda d: abs(math.log(d / target)))
 
 
 def default_chunk_sizes(config: TNTConfig, seq_len: int) -> list[int]:
-    """1, 2, 4, … up to the shard length of the memory with the smallest chunks, or to seq_len if that is less, as far
-    as they divide it; and the model's own chunk size."""
+    """1, 2, 4, … up to the shard length (or segment) of the memory with the smallest chunks, or to seq_len if that is
+    less, as far as they divide it; and the model's own chunk size."""
     own = min(config.local_chunk_sizes)
-    shard = config.shard_lengths[config.local_chunk_sizes.index(own)]
-    limit = min(shard or seq_len, seq_len)
+    period = _periods(config)[config.local_chunk_sizes.index(own)]
+    limit = min(period or seq_len, seq_len)
     powers = (2**i for i in range(limit.bit_length()))
-    return sorted({own, *(p for p in powers if p <= limit and (shard is None or shard % p == 0))})
+    return sorted({own, *(p for p in powers if p <= limit and (period is None or period % p == 0))})
 
 
 @contextmanager

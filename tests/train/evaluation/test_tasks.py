@@ -189,6 +189,11 @@ def test_all_local_memories_are_scaled_alike():
     never = TNTConfig(local_chunk_sizes=[4, 6], local_shard_lengths=None)
     assert scale_chunks(never, 1) == [1, 2]  # 1.5, rounded
     assert scale_chunks(TNTConfig(local_chunk_sizes=[8, 12], local_shard_lengths=[64, 24]), 64) == [64, 24]
+    context = TNTConfig.from_preset("tiny-mac", local_shard_lengths=96, local_chunk_sizes=[16])
+    assert [scale_chunks(context, n) for n in (1, 8, 32)] == [[1], [8], [32]]  # of 96 and of segments of 64 tokens
+    assert default_chunk_sizes(context, 512) == [1, 2, 4, 8, 16, 32]
+    with pytest.raises(ValueError, match="48 must divide 32.*use 32"):
+        scale_chunks(context, 48)
     with pytest.raises(ValueError, match="3 must divide 64.*use 2 or 4"):
         scale_chunks(config, 3)
     with pytest.raises(ValueError, match="128 must divide 64.*use 64"):
