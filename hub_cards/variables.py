@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .facts import CardFacts, ResultFacts
-from .family import describe_family, describe_memory, describe_model
+from .family import describe_attention, describe_family, describe_memory, describe_model
 
 # End of a class name → pipeline tag, Auto class.
 HEADS = {
@@ -125,6 +125,10 @@ def _model_rows(facts: CardFacts) -> Iterable[tuple[str, Any]]:
         yield "Local memories, tokens in a chunk", chunks
         yield "Local memories, tokens until they are reset", _shards(config)
         yield "Q-K projection", config.get("qk_projection")
+    if describe_attention(config):
+        heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        yield "Heads of attention", f"{heads}" + (f", {shared} of keys and values" if shared != heads else "")
+        yield "Persistent tokens", config.get("num_persistent_tokens") or None
     inner = [word for key, word in (("use_momentum", "momentum"), ("use_forget_gate", "forget gate"),
                                     ("token_scale", "token scale")) if config.get(key)]  # fmt: skip
     yield "Inner optimizer", "gradient descent" + (f" with {' and '.join(inner)}" if inner else "")

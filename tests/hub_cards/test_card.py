@@ -61,7 +61,10 @@ def make_full_facts(**overrides) -> CardFacts:
     [
         ("tiny", "2511.07343", "A Titans|A TTT"),
         ("tnt-150m", "2511.07343", "A Titans|A TTT"),
+        ("tnt-hybrid-150m", "2511.07343", "A Titans|A TTT"),
         ("titans-150m", "2501.00663", "A TNT|A TTT"),
+        ("titans-mac-150m", "2501.00663", "A TNT|A TTT"),
+        ("titans-mag-150m", "2501.00663", "A TNT|A TTT"),
         ("ttt-linear-125m", "2407.04620", "A TNT|A Titans|TTT-MLP"),
         ("ttt-mlp-125m", "2407.04620", "A TNT|A Titans|TTT-Linear"),
     ],
@@ -71,6 +74,26 @@ def test_a_card_says_which_model_it_is(preset: str, paper: str, others: str):
     first = text.split("# ", 1)[1].split("## ")[0]
     assert f"arxiv.org/abs/{paper}" in first and not re.search(others, first)
     assert all(f"arXiv:{number}" in text for number in ("2511.07343", "2501.00663", "2407.04620"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        (
+            "tnt-hybrid-150m",
+            ["Of its 12 blocks, numbers 4, 8, 12 have attention to all earlier tokens, whose keys and"],
+        ),
+        ("titans-mac-150m", ["Titans' MAC: within a segment of 512 tokens", "sees 16 learned tokens before the first"]),
+        ("titans-mag-150m", ["Titans' MAG: it attends within 512 tokens", "| Heads of attention | 12 |"]),
+        ("titans-mal-150m", ["Titans' MAL: it attends within 512 tokens to what", "| Persistent tokens | 16 |"]),
+        ("titans-150m", []),
+    ],
+)
+def test_a_card_says_which_blocks_attend(preset: str, words: list[str]):
+    text = " ".join(str(render_card(CardFacts(config=TNTConfig.from_preset(preset).to_dict()))).split())
+    for part in words:
+        assert part in text
+    assert words or not re.search("[Aa]ttention|Persistent", text.split("## ")[0])
 
 
 @pytest.mark.parametrize(
