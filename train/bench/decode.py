@@ -7,7 +7,7 @@ row, through transformers' own classes; on a GPU it is waited for.
 The set-up does not read the whole context. A KV cache is filled with random keys and values: attention costs the same
 whatever they are. TNT reads `--read` tokens (all of a shorter context) and its counters of tokens are then set to the
 context: the step looks at nothing of the past but its state, which has one size. Chunks and shards end inside the
-timed steps as they do in decoding.
+timed steps as they do in decoding. Attention of a hybrid gets random keys and values, too, for what it has not read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from modeling_tnt import TNTForCausalLM
+from modeling_tnt.attention import FULL
+from modeling_tnt.cache import is_memory_layer, memory_cache_layers
 from modeling_tnt.compat import named_cache
 from modeling_tnt.kernels import BackendChoice, choose_step_backend
 
@@ -75,7 +79,8 @@ class DecodeBench(Bench):
         for backend in args.backends:
             config, name = args.tnt_config(backend), name_with_backend(TNT, backend, args.backends)
             self.models[name] = self._ready(partial(TNTForCausalLM, config))
-            memory = next(iter(self.models[name].model.layers[0].memory.memories().values()))
+            layer = next(iter(self.models[name].memory_layers().values()))
+            memory = next(iter(layer.memories().values()))
             self.backends[name] = choose_step_backend(backend, memory.params)
         if args.peer != "none":
             self.models |= dict.fromkeys(LLAMAS, self._ready(lambda: build_llama(config, max(args.contexts) + 1)))
@@ -111,7 +116,7 @@ class DecodeBench(Bench):
         ready: list[CachedModel] = []
         limit = self.limit if self.limit is not None else SHARE_OF_FREE_MEMORY * free_bytes(self.device)
         for name in self.models:
-            needed = self._needed_bytes(name, context) if name in LLAMAS else 0
+            needed = self._needed_bytes(name, context)
             if needed > limit:
                 reason = f"a KV cache of {needed / GIB:.1f} GiB is over the limit of {limit / GIB:.1f} GiB"
                 outcomes[name] = Outcome(OUT_OF_MEMORY, reason)
@@ -128,7 +133,8 @@ class DecodeBench(Bench):
         model = self.models[name]
         if name not in LLAMAS:
             cache = self._read(model, context)
-            return CachedModel(name, model, cache, sum(layer.nbytes for layer in cache.layers), lambda: None)
+            growing = [layer for layer in cache.layers if not (is_memory_layer(layer) or layer.is_sliding)]
+            return CachedModel(name, model, cache, _held_bytes(cache), lambda: [layer.crop(-1) for layer in growing])
         if name == DYNAMIC:
             cache = DynamicCache(config=model.config)
             undo: Callable[[], object] = lambda: cache.crop(-1)  # noqa: E731
@@ -136,8 +142,7 @@ class DecodeBench(Bench):
             cache = StaticCache(config=model.config, max_cache_len=context + 1)
             undo = lambda: [layer.cumulative_length.sub_(1) for layer in cache.layers]  # noqa: E731
         self._fill(cache, model.config, context)
-        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        return CachedModel(name, model, cache, held, undo)
+        return CachedModel(name, model, cache, _held_bytes(cache), undo)
 
     def _read(self, model: PreTrainedModel, context: int) -> Cache:
         """TNT's cache after reading, with its counters set to the context."""
@@ -145,25 +150,41 @@ class DecodeBench(Bench):
         cache = DynamicCache(config=model.config)
         tokens = torch.randint(model.config.vocab_size, (self.args.batch_size, length), device=self.device)
         model(tokens, cache=cache, logits_to_keep=1)
-        for layer in cache.layers:
+        for layer in memory_cache_layers(cache):
             layer.advance(context - length)
             layer.memories = {
                 name: state._replace(position=torch.full_like(state.position, context))
                 for name, state in layer.memories.items()
             }
+        for layer in (layer.window if is_memory_layer(layer) else layer for layer in cache.layers):
+            if layer is not None:
+                self._attend_to_more(layer, context - length)
         return cache
+
+    def _attend_to_more(self, layer: Any, tokens: int) -> None:
+        """Random keys and values behind those that an attention layer's cache holds; a window's only the last ones."""
+        rows, heads, _, head_dim = layer.keys.shape
+        made = min(tokens, layer.sliding_window) if layer.is_sliding else tokens
+        layer.update(*self._random_keys((rows, heads, made, head_dim)))
+        if layer.is_sliding:
+            layer.cumulative_length += tokens - made
+
+    def _random_keys(self, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+        """And values."""
+        keys, values = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return keys, values
 
     def _fill(self, cache: Cache, config: LlamaConfig, context: int) -> None:
         shape = (self.args.batch_size, config.num_key_value_heads, context, config.head_dim)
         for i in range(config.num_hidden_layers):
-            keys, values = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            cache.update(keys, values, i)
+            cache.update(*self._random_keys(shape), i)
 
     def _needed_bytes(self, name: str, context: int) -> int:
-        """Of the cache, and of the copy that a DynamicCache makes of one layer at each token."""
-        config: LlamaConfig = self.models[name].config
+        """Of keys and values of all tokens, and of the copy that a DynamicCache makes of one layer at each token."""
+        config = self.models[name].config
         per_layer = 2 * self.args.batch_size * config.num_key_value_heads * context * config.head_dim
-        layers = config.num_hidden_layers + (1 if name == DYNAMIC else 0)
+        layers = config.num_hidden_layers if name in LLAMAS else config.layer_types.count(FULL)
+        layers += 1 if layers and name != STATIC else 0
         return per_layer * layers * self.dtype.itemsize
 
     # ------------------------------------------------------------------------------------------------------------ steps
@@ -321,6 +342,13 @@ def give_free_memory_back() -> None:
     """What glibc keeps of freed memory would not be seen as needed again."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _held_bytes(cache: Cache) -> int:
+    """Of states, and of keys and values."""
+    return sum(
+        layer.nbytes if is_memory_layer(layer) else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+    )
 
 
 def _raise(error: Exception) -> None:

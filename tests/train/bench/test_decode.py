@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_tnt.cache import is_memory_layer
 from modeling_tnt.train.bench import decode
 from modeling_tnt.train.bench.arguments import DecodeBenchArguments
 from modeling_tnt.train.bench.decode import DYNAMIC, STATIC, TNT, DecodeBench, summarize_decode
@@ -82,6 +83,25 @@ def test_a_backend_that_cannot_step_here_is_no_traceback(bench, monkeypatch, cap
     monkeypatch.setattr(decode, "choose_step_backend", refuse)
     assert bench("decode", "--backends", "triton") == 2
     assert 'error: backend="triton" cannot run this step' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["tiny-hybrid", "tiny-mac", "tiny-mag"])
+@torch.no_grad()
+def test_a_hybrid_stands_at_the_context_and_stays_there(preset: str, output_dir: Path):
+    given = {"device": "cpu", "contexts": [300], "read": 20, "preset": preset, "peer": "none"}
+    bench = DecodeBench(DecodeBenchArguments(**given, output_dir=output_dir).resolve())
+    ready = bench._prepare(TNT, 300)
+    layers = ready.cache.layers
+    assert ready.cache.get_seq_length() == 300
+    assert [layer.get_seq_length() for layer in layers if not is_memory_layer(layer)] == [300] * (
+        preset == "tiny-hybrid"
+    )
+    assert {layer.window.cumulative_length for layer in layers if getattr(layer, "window", None)} <= {300}
+    bench._step(ready)
+    assert decode._held_bytes(ready.cache) == ready.cache_bytes
+    grown = bench._prepare(TNT, 400).cache_bytes - ready.cache_bytes
+    assert grown == (2 * 100 * 128 * 4 if preset == "tiny-hybrid" else 0)  # keys and values, tokens, width, float32
+    assert bench._needed_bytes(TNT, 400) == (2 * 2 * 400 * 128 * 4 if preset == "tiny-hybrid" else 0)
 
 
 @torch.no_grad()
