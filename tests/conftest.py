@@ -33,7 +33,8 @@ ONE_CASE_IN = {
     "kernels/test_muon.py": 3, "modeling_tnt/test_cache.py": 3, "modeling_tnt/test_decode_step.py": 5,
     "modeling_tnt/test_equivalence.py": 5, "modeling_tnt/test_generation.py": 5, "modeling_tnt/test_hub_export.py": 5,
     "modeling_tnt/test_memorize.py": 5, "modeling_tnt/test_modeling.py": 3, "modeling_tnt/test_native_backend.py": 5,
-    "modeling_tnt/test_no_waits.py": 3, "modeling_tnt/test_state.py": 3, "kernels/test_native_step.py": 5,
+    "modeling_tnt/test_no_waits.py": 3, "modeling_tnt/test_state.py": 3, "modeling_tnt/test_state_files.py": 3,
+    "kernels/test_native_step.py": 5,
 }  # fmt: skip
 
 

@@ -24,3 +24,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def read():
+    """A model and its state after 13 tokens of one row: mid-chunk everywhere."""
+    from model_cases import make_model, make_tokens
+
+    model = make_model("mlp-momentum-forget")
+    return model, model.memorize(make_tokens(1, 13), progress=False)

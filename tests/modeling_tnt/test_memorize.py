@@ -94,11 +94,13 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def tiny_config() -> TNTConfig:
-    return TNTConfig(
-        vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_heads=1, head_dim=8, intermediate_size=8,
-        memory_expansion=1, global_chunk_size=500, local_chunk_sizes=[250], local_shard_lengths=500,
-    )  # fmt: skip
+def tiny_config(**attention) -> TNTConfig:
+    size = {
+        "vocab_size": VOCAB, "hidden_size": 8, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 8,
+        "intermediate_size": 8, "memory_expansion": 1,
+        "global_chunk_size": 500, "local_chunk_sizes": [250], "local_shard_lengths": 500,
+    }  # fmt: skip
+    return TNTConfig(**size | attention)
 
 
 def test_memory_does_not_grow_with_the_document():
@@ -112,6 +114,23 @@ def test_memory_does_not_grow_with_the_document():
     assert 0 < made.largest < 100_000
     assert state.nbytes == short.nbytes
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in state_tensors(state).values()), "views keep more"
+
+
+@pytest.mark.parametrize("attention", [
+    {"memory_as": "layer", "sliding_window": 64}, {"memory_as": "gate", "sliding_window": 64}, {"memory_as": "context"},
+    {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "memory"], "sliding_window": 64},
+], ids=["mal", "mag", "mac", "windows"])  # fmt: skip
+@torch.no_grad()
+def test_states_with_attention_do_not_grow(attention):
+    """From 1k to 100k tokens, nor what is kept under their tensors. Both end in mid-segment, where one is held."""
+    model = TNTForCausalLM(tiny_config(**attention)).eval()
+    states = [model.memorize(torch.arange(n) % VOCAB, chunk_length=700, **QUIET) for n in (1_003, 100_003)]
+    assert states[1].tokens_read.tolist() == [100_003] and states[1].nbytes == states[0].nbytes
+    for layer in states[1].layers:
+        for attended in (layer, getattr(layer, "window", None)):
+            for keys in (getattr(attended, name, None) for name in ("keys", "values", "segment")):
+                assert keys is None or keys.untyped_storage().nbytes() == keys.nbytes, "views keep more"
+    assert model(torch.ones(1, 2, dtype=torch.int64), cache=states[1]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("chunk_length", [1, 4, 50])
