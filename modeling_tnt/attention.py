@@ -89,7 +89,7 @@ class TNTAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.window = None if config.layer_types[layer_idx] == FULL else config.sliding_window
         if not projects_out:
-            self.o_proj = nn.Identity()
+            self.o_proj = None  # no module, which adapters would look for weights in
         persistent = config.num_persistent_tokens
         self.persistent = nn.Embedding(persistent, config.hidden_size) if persistent else None
 
@@ -127,7 +127,8 @@ class TNTAttention(LlamaAttention):
                     for project, t in ((self.k_proj, k), (self.v_proj, v)))  # fmt: skip
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         o, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(o.reshape(rows, length, -1))
+        o = o.reshape(rows, length, -1)
+        return o if self.o_proj is None else self.o_proj(o)
 
     def _persist(self, project: nn.Module, rows: int) -> Tensor:
         """Keys or values of the persistent tokens, [rows, heads, tokens, head_dim]; at no position, so not turned."""

@@ -46,10 +46,13 @@ STORED = sorted(path.parent for path in HERE.glob("checkpoints/*/config.json"))
 HIDDEN = ("modeling_tnt", "modeling-tnt", "__editable__", "triton", "accelerate", "datasets", "peft", "trl", "lm_eval")
 
 
+LOADED = ("mlp", "linear-momentum-chunk", "hybrid-sliding", "titans-mag", "titans-mac")
+
+
 @pytest.fixture
 def models_of_bytes(tmp_path: Path) -> list[Path]:
     """Folders with a model of bytes, its tokenizer, and what it computes."""
-    return [store_expected(tmp_path / f"bytes-{variant}", variant) for variant in ("mlp", "linear-momentum-chunk")]
+    return [store_expected(tmp_path / f"bytes-{variant}", variant) for variant in LOADED]
 
 
 def store_expected(folder: Path, variant: str, **overrides) -> Path:

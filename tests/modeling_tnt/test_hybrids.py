@@ -197,7 +197,8 @@ def attend(attention, queries: torch.Tensor, others: list[tuple[torch.Tensor, li
                         values.append(attention.v_proj(vector)[pair])
             scores = torch.stack(keys) @ turn(attention.q_proj(query)[rows], t) / D**0.5
             parts.append(scores.softmax(0) @ torch.stack(values))
-        out.append(attention.o_proj(torch.cat(parts)))
+        joined = torch.cat(parts)
+        out.append(joined if attention.o_proj is None else attention.o_proj(joined))
     return torch.stack(out)
 
 

@@ -24,10 +24,10 @@ def kind(request):
     return KINDS[request.param]
 
 
-def make_float_model():
+def make_float_model(variant="mlp"):
     """With all gates, but no `normalize_projection`: at a first token it keeps only the sign of q·k, which can flip."""
     sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
-    return make_model("mlp", torch.float32, use_momentum=True, use_forget_gate=True, **sizes)
+    return make_model(variant, torch.float32, use_momentum=True, use_forget_gate=True, **sizes)
 
 
 def quantized_names(model) -> set[str]:
@@ -63,6 +63,19 @@ def test_projections_and_head(kind):
     assert len(projection_names(model)) == 2 * 8
     assert quantized_names(quantized) == projection_names(model) | {"lm_head"}
     check_close(quantized, model, kind[1])
+
+
+@pytest.mark.parametrize(
+    "variant, projections", [("hybrid-full", 8 + 7), ("titans-mag", 2 * 11), ("titans-mac", 2 * 13)]
+)
+def test_projections_of_hybrids(variant, projections):
+    """Twice the error of the others: there are up to twice as many."""
+    model = make_float_model(variant)
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, KINDS["int8"][0])
+    assert len(projection_names(model)) == projections
+    assert quantized_names(quantized) == projection_names(model) | {"lm_head"}
+    check_close(quantized, model, 2 * KINDS["int8"][1])
 
 
 @torch.no_grad()

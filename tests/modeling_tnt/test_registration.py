@@ -134,10 +134,13 @@ def test_adapters_decay_as_what_they_adapt(options, expected):
         ("LNTuningConfig", {"input_norm", "mlp_norm", "norm"}),
     ],
 )
-def test_default_modules_of_peft(method, modules):
-    model = adapt(getattr(peft, method)(task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("variant", ["mlp", "hybrid-full", "titans-mag"])
+def test_default_modules_of_peft(method, modules, variant):
+    model = adapt(getattr(peft, method)(task_type="CAUSAL_LM"), make_model(variant, torch.float32))
     adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".base_layer")}
     assert {name.rpartition(".")[2] for name in adapted} == modules
+    if "q_proj" in modules:  # of attention, too
+        assert any(".self_attn." in name for name in adapted) == (variant != "mlp")
     model(make_tokens(2, 9), labels=make_tokens(2, 9)).loss.backward()
 
 

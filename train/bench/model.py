@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
@@ -105,7 +106,7 @@ class ModelBench(Bench):
 
         def step() -> None:
             tokens = next(batches)
-            with in_precision(args.precision, args.device), sdpa_kernel(ATTENTION_KERNELS[args.attention]):
+            with in_precision(args.precision, args.device), self._attention(candidate):
                 loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             optimizer.step()
@@ -119,6 +120,10 @@ class ModelBench(Bench):
             return timing.fields(args.tokens) | {"parameters": model.num_parameters(), "loss": loss}
 
         return Work(step, figures)
+
+    def _attention(self, candidate: Candidate) -> AbstractContextManager:
+        """A hybrid's has masks, of persistent tokens and segments, which these kernels do not take."""
+        return sdpa_kernel(ATTENTION_KERNELS[self.args.attention]) if candidate.name == LLAMA else nullcontext()
 
     def _row(self, candidate: Candidate, length: int, outcome: Outcome) -> ModelRow:
         args, is_llama = self.args, candidate.name == LLAMA

@@ -56,6 +56,20 @@ def test_backends_are_rows_of_their_own(run, capsys):
     assert "tnt auto C=16 " in capsys.readouterr().out
 
 
+def test_a_hybrid_is_trained_with_any_kernel_of_attention(run, output_dir: Path):
+    """FlashAttention takes no masks; the Llama, which has none, keeps to it."""
+    args = ["--preset", "tiny-mac", "--titans-chunk-size", "0", "--lengths", "32"]
+    _, rows = run("model", *args)
+    assert [(row["contender"], row["status"]) for row in rows] == [("llama", "ok"), ("tnt C=16", "ok")]
+    arguments = ModelBenchArguments(
+        device="cpu", preset="tiny-mac", titans_chunk_size=0, output_dir=output_dir / "other"
+    )
+    bench = model.ModelBench(arguments.resolve())
+    for candidate in (one for several in bench.candidates() for one in several):
+        with bench._attention(candidate):
+            assert torch.backends.cuda.math_sdp_enabled() == (candidate.name != "llama")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["autocast-bf16", "bf16"])
 def test_model_precisions(run, precision: str):

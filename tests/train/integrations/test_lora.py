@@ -21,6 +21,9 @@ VARIANTS = {
         "memory_type": "linear", "use_output_gate": False, "local_chunk_sizes": [2, 8],
         "local_shard_lengths": [16, None],
     },
+    "hybrid": {"layer_types": ["memory", "full_attention"], "num_key_value_heads": 1},
+    "context": {"memory_as": "context", "num_persistent_tokens": 2},
+    "gate": {"memory_as": "gate", "sliding_window": 5, "num_persistent_tokens": 2},
 }  # fmt: skip
 TOKENS = torch.randint(0, 40, (2, 19), generator=torch.Generator().manual_seed(1))
 
@@ -82,7 +85,8 @@ def test_the_copies_of_the_local_memories_are_what_the_model_reads(trained):
     """Their parameters and gates are attributes that the layer reads; PEFT's wrapper hands on those of the copy."""
     before = logits(trained)
     wrappers = [m for m in trained.modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
-    assert len(wrappers) == 2 * len(trained.config.local_chunk_sizes)
+    layers = trained.config.layer_types.count("tnt_memory")
+    assert len(wrappers) == layers * len(trained.config.local_chunk_sizes)
     for wrapper in wrappers:
         for name, own in wrapper.original_module.named_parameters():
             assert not torch.equal(own, wrapper.modules_to_save["default"].get_parameter(name)), f"{name} did not learn"
