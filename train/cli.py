@@ -104,6 +104,15 @@ COMMANDS = (
         "parameters, with several seeds, and say which of the paper's orderings hold. Can be stopped: the same command "
         "goes on.",
     ),
+    Command(
+        "reproduce retrieval",
+        "reproduce.retrieval.arguments:RetrievalArguments",
+        "reproduce.retrieval.run:run_retrieval",
+        help="what attention adds to memories when values are to be found again",
+        description="Train small models on documents of key-value lines: memories alone, with one layer of attention "
+        "in four, Titans' MAG, MAL and MAC, and a Llama, with equal tokens and about as many parameters, and measure "
+        "each with the retrieval of tnt eval. Can be stopped: the same command goes on.",
+    ),
 )
 GROUPS = {
     "bench": ("benchmark", "measure speed and memory"),

@@ -45,8 +45,8 @@ class NeedleFactory:
         with_special, without = tokenizer("a").input_ids, self._encode("a")
         # As the tokenizer begins every text of its own accord (Llama's <s>), so that a model finds what it knows.
         self.prefix = with_special[:1] if with_special[:1] != without[:1] else []
-        lines = _draw_lines(random.Random(seed), 64, VALUE_DIGITS)
-        self.tokens_per_pair = len(self._encode("".join(map(_write, lines)))) / len(lines)
+        lines = draw_lines(random.Random(seed), 64, VALUE_DIGITS)
+        self.tokens_per_pair = len(self._encode("".join(map(write_line, lines)))) / len(lines)
         self.question_tokens = len(self._encode(_ask(lines[0][0])))
 
     def make(self, length: int, count: int) -> list[Needle]:
@@ -67,9 +67,9 @@ class NeedleFactory:
             )
         draw = random.Random(f"{self.seed}-{length}-{index}")
         # More pairs than fit: the tokens are cut at the front to the exact length, as a window of a longer text.
-        lines = _draw_lines(draw, pairs + 2 + pairs // 4, digits_for(pairs))
+        lines = draw_lines(draw, pairs + 2 + pairs // 4, digits_for(pairs))
         needle = len(lines) - pairs + min(pairs - 1, int(depth * pairs))
-        body = [_write(line) for line in lines]
+        body = [write_line(line) for line in lines]
         room = length - len(self.prefix)
         while needle < len(lines) - 1 and self._count(body[needle:], lines[needle][0]) > room:
             needle += 1  # pairs of this document are longer than the average
@@ -104,7 +104,7 @@ def digits_for(pairs: int) -> int:
     return max(VALUE_DIGITS, len(str(pairs)) + 1)
 
 
-def _draw_lines(draw: random.Random, count: int, digits: int) -> list[tuple[str, str]]:
+def draw_lines(draw: random.Random, count: int, digits: int) -> list[tuple[str, str]]:
     """Pairs of random letters and random digits, in which no key and no value comes twice."""
     keys: dict[str, None] = {}
     while len(keys) < count:
@@ -113,7 +113,7 @@ def _draw_lines(draw: random.Random, count: int, digits: int) -> list[tuple[str,
     return [(key, f"{value:0{digits}d}") for key, value in zip(keys, values, strict=True)]
 
 
-def _write(line: tuple[str, str]) -> str:
+def write_line(line: tuple[str, str]) -> str:
     return f"{line[0]} = {line[1]}\n"
 
 

@@ -39,7 +39,7 @@ def make_jobs(arguments: Table3Arguments) -> list[Job]:
     plans, problems = {}, dict.fromkeys(recipes, [])
     for row, recipe in recipes.items():
         try:
-            plans[row] = _plan(recipe, tokenizer, wanted, step)
+            plans[row] = plan_row(recipe, tokenizer, wanted, step)
         except ValueError as error:
             problems[row] = [str(error)]
     _raise_problems(problems)
@@ -81,7 +81,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _plan(
+def plan_row(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, wanted: int | None, step: int | None
 ) -> tuple[list[Stage], TNTConfig]:
     """Stages and configuration of a row's runs; with `wanted` the recipe gets the feed-forward width, a multiple of

@@ -147,7 +147,7 @@ def _main_table(table: Table) -> str:
             _mean(result, table.arguments.seeds), _estimate(difference_to_base(result, table.results), sign="+"),
             _estimate(nats), NOTHING if nats is None else f"{nats.exp().value:.3f}", paper,
         ])  # fmt: skip
-    return _markdown_table(head, lines)
+    return markdown_table(head, lines)
 
 
 def _main_notes(table: Table) -> str:
@@ -179,7 +179,7 @@ def _verdict_table(table: Table) -> str:
             ROWS[claim.better].title, ROWS[claim.worse].title, paper,
             _estimate(verdict.difference, sign="+"), str(verdict.seeds), verdict.verdict,
         ])  # fmt: skip
-    return _markdown_table(
+    return markdown_table(
         ["lower loss", "higher loss", "paper", "bits per byte gained here", "seeds", "verdict"], lines, texts=2
     )
 
@@ -233,7 +233,7 @@ def _settings_table(table: Table) -> str:
             _number(result.tokens),
         ])  # fmt: skip
     head = ["row", "memory", "global chunk", "reset after", "feed-forward width", "tokens trained on"]
-    table_lines = _markdown_table(head, lines, texts=2)
+    table_lines = markdown_table(head, lines, texts=2)
     if SCALES[table.arguments.scale].width_step is None:
         return table_lines
     return (
@@ -302,7 +302,7 @@ def _to_json(estimate: Estimate | None) -> dict[str, float | None] | None:
 # -------------------------------------------------------------------------------------------------------------- cells
 
 
-def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
     """The first `texts` columns to the left, the others to the right."""
     rule = ["---" if i < texts else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])

@@ -216,15 +216,9 @@ class Runner:
             log_start = log.tell()
             handle = subprocess.Popen(
                 trainer_command(job.beside("yaml")),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment(self.device),
             )  # fmt: skip
         self.running.append(Process(job, handle, log_start, time.monotonic()))
-
-    def _environment(self) -> dict[str, str]:
-        if self.device == "cuda":
-            return dict(os.environ)
-        # One thread for each run: matrices of this size gain little from a second one, which another run can use.
-        return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
     def _reap(self) -> None:
         for process in list(self.running):
@@ -256,6 +250,14 @@ class Runner:
         self.done += 1
         width = len(str(len(self.jobs)))
         print(f"[{self.done:>{width}}/{len(self.jobs)}] seed {job.seed}, {job.title}: {words}", flush=True)
+
+
+def environment(device: str) -> dict[str, str]:
+    """Of a run's process."""
+    if device == "cuda":
+        return dict(os.environ)
+    # One thread for each run: matrices of this size gain little from a second one, which another run can use.
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def trainer_command(recipe: Path) -> list[str]:

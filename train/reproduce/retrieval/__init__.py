@@ -1,0 +1,1 @@
+"""`tnt reproduce retrieval`: memories, attention and Titans' mixtures of both, trained to find values again."""
