@@ -11,14 +11,12 @@ import torch
 
 from ...options import find_blocked_folder, find_broken_rules, option
 from ..arguments import count_cores
-from .text import VOCABULARY
 
 WINDOW = 64  # tokens of a sliding window, and of a segment: a chunk of the global memory
 PERSISTENT = 4
 
 MODEL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "num_hidden_layers": 4, "hidden_size": 96, "num_heads": 4, "head_dim": 24, "intermediate_size": 320,
+    "num_hidden_layers": 4, "hidden_size": 64, "num_heads": 2, "head_dim": 32, "intermediate_size": 256,
     "global_chunk_size": WINDOW, "local_chunk_sizes": [16], "local_shard_lengths": 128, "qk_projection": "none",
 }  # fmt: skip
 
@@ -46,15 +44,15 @@ ROWS = {
 class RetrievalArguments:
     """What `tnt reproduce retrieval` needs to know; every field is a flag."""
 
-    steps: int = option(500, "training", "optimizer steps of each model", ge=1)
+    steps: int = option(600, "training", "optimizer steps of each model", ge=1)
     seq_len: int = option(256, "training", "tokens in a row", ge=2)
-    batch_size: int = option(8, "training", "rows in a step", ge=1)
+    batch_size: int = option(4, "training", "rows in a step", ge=1)
     learning_rate: float = option(3e-3, "training", "peak, the same for all models", gt=0)
-    megabytes: float = option(8.0, "training", "megabytes of text that is made to train on", gt=0)
+    megabytes: float = option(4.0, "training", "megabytes of text that is made to train on", gt=0)
     seeds: int = option(2, "training", "seeds 0, 1, ... of each model", ge=1)
     rows: list[str] = option([], "training", f"models to train, by default all of {', '.join(ROWS)}", choices=ROWS)
     retrieval_lengths: list[int] = option(
-        [32, 64, 128, 256, 512], "evaluation", "tokens in a document; those above seq_len are longer than any text "
+        [64, 128, 256, 512], "evaluation", "tokens in a document; those above seq_len are longer than any text "
         "that was trained on", ge=1,
     )  # fmt: skip
     retrieval_documents: int = option(100, "evaluation", "documents of each length, for each seed", ge=1)

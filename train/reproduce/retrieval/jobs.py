@@ -10,14 +10,14 @@ from typing import Any
 
 from ...common.model_facts import count_parameters
 from ...common.output_folder import OutputFolder
+from ...data import load_tokenizer
 from ...plan import make_config
 from ...recipe import Recipe, recipe_from_mapping
 from ..jobs import plan_row
 from ..runs import RUNS, Job, environment
 from .arguments import BASE, MODEL, ROWS, RetrievalArguments
-from .text import make_tokenizer
 
-TOKENIZER, EVALUATIONS = "tokenizer", "eval"
+EVALUATIONS = "eval"
 WIDTH_STEP = 8  # of the feed-forward layers, which make up for what attention adds
 STAGE = "trained"
 
@@ -27,8 +27,9 @@ def make_jobs(arguments: RetrievalArguments) -> list[Job]:
 
     Raises ValueError for recipes that cannot be used.
     """
-    tokenizer = make_tokenizer()
-    wanted = count_parameters(make_config(_make_recipe(arguments, BASE, 0).model, tokenizer))
+    base = _make_recipe(arguments, BASE, 0)
+    tokenizer = load_tokenizer(base.data.tokenizer)
+    wanted = count_parameters(make_config(base.model, tokenizer))
     jobs = []
     for seed in range(arguments.seeds):
         for row in arguments.rows:
@@ -47,8 +48,7 @@ def _make_recipe(arguments: RetrievalArguments, row: str, seed: int) -> Recipe:
             "override": {**MODEL, **ROWS[row].override},
         },
         "data": {
-            "sources": [str(folder / texts_name(arguments))], "tokenizer": str(folder / TOKENIZER),
-            "limit_megabytes": 0,
+            "sources": [str(folder / texts_name(arguments))], "limit_megabytes": 0,
         },
         "optimizer": {"learning_rate": arguments.learning_rate},
         "training": {"seq_len": arguments.seq_len, "batch_size": arguments.batch_size, "seed": seed},

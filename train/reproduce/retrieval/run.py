@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from ...common.output_folder import OutputFolder
-from ...data import load_data
+from ...data import load_data, load_tokenizer
 from ...loop.signals import Stopper
 from ...options import fail
 from ..runs import Job, Runner, claim_runs
 from .arguments import RetrievalArguments
-from .jobs import TOKENIZER, clear_evaluations, make_jobs, measure, texts_name
+from .jobs import clear_evaluations, make_jobs, measure, texts_name
 from .report import make_report, to_markdown, write_report
-from .text import make_tokenizer, write_texts
+from .text import write_texts
 
 COMMAND = "reproduce retrieval"
 MARKDOWN, JSON = "retrieval.md", "retrieval.json"
@@ -44,16 +44,15 @@ def run_retrieval(arguments: RetrievalArguments) -> int:
 
 
 def _prepare(arguments: RetrievalArguments, folder: OutputFolder) -> list[Job]:
-    """The runs, with the text, the tokenizer and the folder that they need."""
-    jobs, tokenizer, texts = make_jobs(arguments), make_tokenizer(), texts_name(arguments)
-    files = [f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]
-    claim_runs(folder, jobs, [MARKDOWN, JSON, texts, *files], overwrite=arguments.overwrite)
+    """The runs, with the text and the folder that they need."""
+    jobs, texts = make_jobs(arguments), texts_name(arguments)
+    claim_runs(folder, jobs, [MARKDOWN, JSON, texts], overwrite=arguments.overwrite)
     if arguments.overwrite:
         clear_evaluations(arguments, jobs)
-    tokenizer.save_pretrained(folder.root / TOKENIZER)
     if not (folder.root / texts).exists():
         write_texts(folder.root / texts, arguments.megabytes)
-    load_data(jobs[0].recipe.data, tokenizer)  # once: the runs find it in the cache
+    options = jobs[0].recipe.data
+    load_data(options, load_tokenizer(options.tokenizer))  # once: the runs find it in the cache
     return jobs
 
 
