@@ -66,6 +66,7 @@ SHORT = {
     "tnt card": "",
     "tnt push": "",
     "tnt reproduce table3": TABLE,
+    "tnt reproduce retrieval": "--rows memory --seeds 1 --megabytes 0.01 --device cpu --time-limit 1e-9",
     "tnt bench": NO_TIME,
     "tnt bench decode": "--device cpu --contexts 16 --read 16 --case-seconds 0.01",
     "tnt bench decode --preset tnt-150m": f"{NO_TIME} --contexts 16 --overwrite",
