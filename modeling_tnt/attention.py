@@ -147,6 +147,14 @@ class TNTRotaryEmbedding(LlamaRotaryEmbedding):
             )
         )  # fmt: skip
 
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, head_dim] like x of positions [B, T], at any of them: a window is read on behind
+        millions of tokens, where angles in float32 are off by a radian, and positions are no longer told apart."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # which has no float64
+        angles = position_ids[..., None].to(wide) * self.inv_freq.to(x.device, wide)
+        angles = torch.cat([angles, angles], dim=-1)
+        return tuple((turn * self.attention_scaling).to(x.dtype) for turn in (angles.cos(), angles.sin()))
+
 
 def reading_copy(cache: Cache) -> Cache:
     """The same states in layers of their own: attention writes into its cache also where nobody wants it to."""

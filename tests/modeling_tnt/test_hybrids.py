@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTState, detach_cache
 from modeling_tnt.attention import plan_attention
-from modeling_tnt.cache import TNTCacheLayer
+from modeling_tnt.cache import TNTCacheLayer, memory_cache_layers
 from modeling_tnt.compat import cache_of, named_cache
 from modeling_tnt.kernels.memories.kinds import memory_kind
 
@@ -239,7 +239,7 @@ def test_memory_as_a_context_by_its_equations():
     m = block.memory(y[None])[0]
     expected = join.o_proj(join.attention_norm(y) * torch.sigmoid(join.memory_norm(m)))
     got = join(x[None], block.memory, block.self_attn, model.rotary_emb, None, None, False, None)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # rotary positions are float32
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # rotary frequencies are float32
 
 
 @pytest.mark.parametrize("memory_as", ["layer", "gate"])
@@ -281,6 +281,20 @@ def test_persistent_tokens_are_seen_from_anywhere(variant):
     for block in model.model.layers:
         block.self_attn.persistent.weight.add_(1.0)
     assert (model(tokens).logits - before).abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("variant", ["hybrid-windows", "titans-mal", "titans-mag"])
+@torch.no_grad()
+def test_windows_are_read_behind_millions_of_tokens(variant):
+    """As at the beginning, but for angles that float64 rounds: 3e7 · 1e-16. Float32 has no odd number there."""
+    model, logits = make_model(variant, num_persistent_tokens=0), []
+    for read in (0, 30_000_001):
+        state = TNTState(model.config)
+        for layer in memory_cache_layers(state):
+            layer.attended = read
+        pieces = make_tokens(2, 9), make_tokens(2, 3, seed=2)
+        logits.append(torch.cat([model(tokens, cache=state).logits for tokens in pieces], dim=1))
+    torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- caches of all kinds
