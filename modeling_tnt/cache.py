@@ -333,14 +333,17 @@ def check_cache(cache: Cache, config: TNTConfig, rows: int) -> None:
             f"cache (past_key_values) must hold {kinds}, got {cache!r:.200}; make it with "
             "DynamicCache(config=model.config)"
         )
-    columns = {layer.get_seq_length() for layer in layers if is_memory_layer(layer) or isinstance(layer, DynamicLayer)}
-    if len(columns) > 1:
-        raise ValueError(
-            f"cache (past_key_values) has layers that have read {' and '.join(map(str, sorted(columns)))} tokens, as a "
-            "call that was interrupted leaves them, or a crop, which memories refuse; start with an empty cache"
-        )
+    memories = memory_cache_layers(cache)
+    # Compared number by number: a set of them would make torch.compile take every length for a constant.
+    for layer in (layer for layer in layers if memories and isinstance(layer, DynamicLayer)):
+        if layer.get_seq_length() != memories[0].cumulative_length:
+            raise ValueError(
+                f"cache (past_key_values) has read {layer.get_seq_length()} tokens in a layer of attention and "
+                f"{memories[0].cumulative_length} in one of memories, as a call that was interrupted leaves them, or a "
+                "crop, which memories refuse; start with an empty cache"
+            )
     signature = cache_signature(config)
-    for layer in memory_cache_layers(cache):
+    for layer in memories:
         if not layer.is_initialized:
             continue
         check_signature("cache (past_key_values)", layer.signature, signature)

@@ -74,6 +74,21 @@ def test_implementations_agree(variant):
         torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["hybrid-windows", "titans-mal", "titans-mag", "titans-mac"])
+@torch.no_grad()
+def test_implementations_agree_behind_a_state(variant):
+    """Rows of different lengths, a padded prompt and single tokens."""
+    model, logits = make_model(variant), []
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        state = model.memorize([make_tokens(13).tolist(), [1]], progress=False)
+        prompt = padded_prompts()
+        read = [model(**prompt, cache=state).logits[prompt["attention_mask"] == 1]]
+        read += [model(make_tokens(2, 1, seed=s), cache=state).logits[:, 0] for s in (3, 4)]
+        logits.append(torch.cat(read))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_layer_sees_its_window_alone():
     """Without memories between them, two layers of a window of 6 see 10 tokens back."""
@@ -345,5 +360,5 @@ def test_a_cache_that_was_cropped_in_part_is_refused():
     cache = cache_of(model(make_tokens(1, 9), use_cache=True))
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-2)
-    with pytest.raises(ValueError, match="layers that have read 7 and 9 tokens, .* start with an empty cache"):
+    with pytest.raises(ValueError, match="has read 7 tokens in a layer of attention and 9 in one of memories"):
         model(make_tokens(1, 1), cache=cache)
