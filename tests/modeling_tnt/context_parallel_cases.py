@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -329,4 +330,32 @@ def _settings() -> dict[str, Case]:
     return cases
 
 
-GRID = _grid()
+def _random(seed: int) -> Case:
+    """Any combination of a configuration, a batch and cuts."""
+    rng = random.Random(seed)
+    chunks = [rng.choice((1, 2, 3, 4, 8)) for _ in range(rng.choice((0, 1, 1, 2)))]
+    scaled, projection = bool(chunks) and rng.random() < 0.2, rng.choice(("shard", "chunk", "none"))
+    config = {
+        "local_chunk_sizes": chunks,
+        "local_shard_lengths": [None if rng.random() < 0.3 else c * rng.randint(1, 5) for c in chunks],
+        "global_chunk_size": None if chunks and rng.random() < 0.3 else rng.randint(1, 20),
+        "memory_type": rng.choice(("linear", "mlp")), "qk_projection": projection,
+        "normalize_projection": projection != "none" and rng.random() < 0.5, "token_scale": scaled,
+        "use_momentum": not scaled and rng.random() < 0.5, "use_forget_gate": not scaled and rng.random() < 0.5,
+        "conv_kernel_size": rng.choice((0, 2, 4, 6)), "memory_base_lr": 0.2, "global_memory_base_lr": 0.2,
+    }  # fmt: skip
+    length, rows, g = rng.randint(1, 50), rng.randint(1, 4), torch.Generator().manual_seed(seed)
+    batch = plain(rows, length, seed=seed, num_items_in_batch=torch.tensor(31))
+    if rng.random() < 0.5:
+        shown = torch.rand(rows, length, generator=g) < torch.rand(rows, 1, generator=g)
+        shown[0, -1] = True  # without any token there are no states
+        batch |= {"attention_mask": shown.long(), "labels": batch["labels"].masked_fill(~shown, -100)}
+    packed = rng.random() < 0.4
+    if packed:
+        batch["seq_idx"] = (torch.rand(rows, length, generator=g) < 0.1).cumsum(1)
+    prepare = partial(_checkpoint, reentrant=False) if rng.random() < 0.2 else lambda model: None
+    cut = {"part_multiple": rng.choice((None, 1, 1, 2, 5, 8)), "prepare": prepare, "has_states": not packed}
+    return Case(measure("mlp", batch, as_embeds=rng.random() < 0.3, **cut, **config), fast=False)
+
+
+GRID = _grid() | {f"random-{seed}": _random(seed) for seed in range(30)}
