@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..options import find_blocked_folder, option
-from .paper import ROWS
+from .paper import HYBRIDS, ROWS
 from .scales import SCALES
 
 # Stages and what tells the runs apart are the scale's and the command's to say.
@@ -25,7 +25,10 @@ class Table3Arguments:
     scale: str = option("small", "reproduction", "; ".join(f"{name}: {scale.help}" for name, scale in SCALES.items()))
     seeds: int = option(3, "reproduction", "seeds 0, 1, ... of each row; standard errors need two, and mean little "
                         "below three")  # fmt: skip
-    rows: list[str] = option([], "reproduction", f"rows to train, by default all of {', '.join(ROWS)}")
+    rows: list[str] = option([], "reproduction", f"rows to train, of {', '.join(ROWS)}; by default all but the "
+                            "hybrids")  # fmt: skip
+    hybrids: bool = option(False, "reproduction", "train the hybrids, too: models with attention, which the paper does "
+                           "not have")  # fmt: skip
     tokens: float | None = option(None, "reproduction", "tokens of the first stage; none: the scale's")
     override: dict[str, Any] = option(
         {}, "reproduction", "recipe fields to replace in every row, e.g. training.micro_batch_size=2 "
@@ -59,7 +62,9 @@ class Table3Arguments:
 
     def complete_rows(self) -> list[str]:
         """The chosen rows and those whose runs they need, in the order of the table."""
-        wanted = list(self.rows or self._known_rows())
+        known, ours = self._known_rows(), [key for key, row in ROWS.items() if row.group == HYBRIDS]
+        wanted = list(self.rows or [key for key in known if key not in ours])
+        wanted += [key for key in ours if self.hybrids and key not in wanted]
         for row in wanted:
             needed = (ROWS[row].begins_with, ROWS[row].read_from)
             wanted += [key for key in needed if key is not None and key not in wanted]

@@ -29,6 +29,7 @@ class Row(NamedTuple):
 
 
 BASE = "tnt-1"
+HYBRIDS = "hybrids"  # the group of rows that the paper does not have
 
 ROWS = {
     "llama": Row("Transformer (Llama)", "baselines", 20.98),
@@ -47,6 +48,10 @@ ROWS = {
     "swapped": Row("TNT, 1 local, chunks swapped only", "stage 2", None, read_from="stage2"),
     "more-steps": Row("TNT, 1 local, more steps only", "stage 2", None, begins_with=BASE),
     "stage2": Row("TNT, 1 local, stage 2", "stage 2", 20.86, begins_with=BASE),
+    "hybrid": Row("TNT, 1 local, some blocks attend", HYBRIDS, None),
+    "titans-mac": Row("Titans, memory as a context", HYBRIDS, None),
+    "titans-mag": Row("Titans, memory as a gate", HYBRIDS, None),
+    "titans-mal": Row("Titans, memory as a layer", HYBRIDS, None),
 }  # fmt: skip
 
 # The paper's numbers are not always of the same thing as the row here.
@@ -62,6 +67,7 @@ REMARKS = [
     "Small chunks of Titans are those of TNT's local memory.",
     "Chunks swapped only: the model of one local memory, read at the chunks of stage 2 without training at them. More "
     "steps only: it is trained for as many steps as stage 2 takes, in the same way, with its chunks kept.",
+    "The paper has no models with attention beside memories: hybrids are ours, and trained with --hybrids only.",
 ]
 
 

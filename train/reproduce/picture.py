@@ -12,10 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 from ..common.pictures import picture, without_outliers
 from ..evaluation.estimates import Estimate
-from .paper import BASE, ROWS
+from .paper import BASE, HYBRIDS, ROWS
 from .results import STANDARD_ERRORS, RowResult, difference_to_base
 
-COLORS = {"baselines": "tab:gray", "memories": "tab:blue", "ablations": "tab:orange", "stage 2": "tab:green"}
+COLORS = {
+    "baselines": "tab:gray", "memories": "tab:blue", "ablations": "tab:orange", "stage 2": "tab:green",
+    HYBRIDS: "tab:purple",
+}  # fmt: skip
 
 
 class Line(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_tnt import TNTConfig
+from modeling_tnt.configuration.validation import ATTENTION_TYPES
 
 from ..common.files import atomic_file
 from ..common.machine import describe_versions
@@ -69,6 +70,8 @@ class Table:
         words = [f"tnt reproduce table3 --scale {args.scale} --seeds {args.seeds}"]
         if args.rows != replace(args, rows=[]).complete_rows():
             words.append(f"--rows {' '.join(args.rows)}")
+        if args.hybrids:
+            words.append("--hybrids")
         if args.tokens is not None:
             words.append(f"--tokens {args.tokens:g}")
         if args.override:
@@ -215,6 +218,21 @@ def chance_beyond(t: float, freedom: int) -> float:
     return 1 - scale * within * 2 * t / steps / 3
 
 
+def _attention(config: TNTConfig) -> str:
+    """Which blocks attend, and how far."""
+    kinds = config.layer_types
+    words = [
+        f"{kind.replace('_', ' ')} in {kinds.count(kind)} of {len(kinds)} blocks instead"
+        for kind in ATTENTION_TYPES if kind in kinds
+    ]  # fmt: skip
+    if config.memory_as is not None:
+        reach = config.global_chunk_size if config.memory_as == "context" else config.sliding_window
+        words.append(
+            f"{config.memory_as} of attention within {reach}, {config.num_persistent_tokens} persistent tokens"
+        )
+    return "".join(f"; {word}" for word in words)
+
+
 def _settings_table(table: Table) -> str:
     lines = []
     for result in table.results:
@@ -224,6 +242,7 @@ def _settings_table(table: Table) -> str:
         memory += ", momentum and forget gate" if config.use_momentum else ""
         memory += ", token scale" if config.token_scale else ""
         memory += f"; projection {_projection(config)}" if config.local_chunk_sizes else ""
+        memory += _attention(config)
         chunk, resets = config.global_chunk_size, _resets(stage.local_shard_lengths)
         if job.recipe.model.architecture == "llama":
             memory, chunk, resets = "causal attention", None, NOTHING

@@ -29,6 +29,7 @@ class Scale:
 
 def _rows(
     *, tnt: dict[str, Any], local: list[list[int]], large: int, stages: list[dict[str, Any]], stage2: list[int],
+    hybrid: dict[str, Any], window: int, persistent: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The rows of a scale whose models are a preset with changes.
 
@@ -38,6 +39,9 @@ def _rows(
         large: chunk size of the Titans row with large chunks.
         stages: of all rows; the first one alone, but for the rows with a second.
         stage2: local chunk sizes of the second stage.
+        hybrid: what makes some blocks of the TNT model attend.
+        window: tokens that Titans' attention sees; of the memory as a context the segment.
+        persistent: its persistent tokens.
 
     Where the TNT rows have the Q-K projection, as in the paper, the ablation is the row without; where they read at raw
     queries, it is the row with.
@@ -47,6 +51,7 @@ def _rows(
     alone = {**base, "global_chunk_size": None, "local_shard_lengths": None, "qk_projection": "none",
              "normalize_projection": False}  # fmt: skip
     titans = {**alone, "use_momentum": True, "use_forget_gate": True}
+    attends = {**titans, "num_persistent_tokens": persistent}
     ttt = {**alone, "token_scale": True, "memory_norm_init": 1.0}
     models = {
         "titans-large": {**titans, "local_chunk_sizes": [large]},
@@ -60,6 +65,10 @@ def _rows(
             if tnt["qk_projection"] == "none"
             else {"no-projection": {**base, "qk_projection": "none", "normalize_projection": False}}
         ),
+        "hybrid": {**base, **hybrid},
+        "titans-mac": {**attends, "memory_as": "context", "global_chunk_size": window, "local_chunk_sizes": []},
+        "titans-mag": {**attends, "memory_as": "gate", "sliding_window": window},
+        "titans-mal": {**attends, "memory_as": "layer", "sliding_window": window},
         "more-steps": base,
         "stage2": base,
     }
@@ -85,6 +94,9 @@ _SMOKE = Scale(
         large=32,
         stages=[{"name": "stage1", "steps": 6}, {"name": "stage2", "share": 0.5}],
         stage2=[2],
+        hybrid={"num_hidden_layers": 2, "full_attention_interval": 2},
+        window=16,
+        persistent=2,
     ),
     width_step=8,
 )  # fmt: skip
@@ -106,6 +118,9 @@ _SMALL = Scale(
         large=128,
         stages=[{"name": "stage1", "tokens": 300e3}, {"name": "stage2", "share": 0.05}],
         stage2=[4],
+        hybrid={"full_attention_interval": 2},
+        window=64,
+        persistent=4,
     ),
     width_step=8,
 )  # fmt: skip
@@ -115,7 +130,8 @@ _PAPER_RECIPES = {
     "ttt-linear": "ttt-linear-125m", "ttt-mlp": "ttt-mlp-125m", "tnt-0": "table3-0-memories",
     "tnt-1": "table3-1-memory", "tnt-2": "table3-2-memories", "tnt-3": "table3-3-memories",
     "tnt-4": "table3-4-memories", "no-global": "table3-no-global", "no-projection": "table3-no-projection",
-    "more-steps": "tnt-150m", "stage2": "tnt-150m",
+    "more-steps": "tnt-150m", "stage2": "tnt-150m", "hybrid": "tnt-hybrid-150m", "titans-mac": "titans-mac-150m",
+    "titans-mag": "titans-mag-150m", "titans-mal": "titans-mal-150m",
 }  # fmt: skip
 _PAPER_ROWS: dict[str, dict[str, Any]] = {row: {"recipe": name} for row, name in _PAPER_RECIPES.items()}
 _PAPER_ROWS["more-steps"]["stages"] = [{"name": "stage1", "tokens": 10e9}, {"name": "stage2", "share": 0.05}]
@@ -139,6 +155,9 @@ _MEDIUM = Scale(
         large=256,
         stages=_MEDIUM_STAGES,
         stage2=[1],
+        hybrid={"full_attention_interval": 3},
+        window=256,
+        persistent=16,
     ),
     width_step=64,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,9 +31,9 @@ from modeling_tnt.train.reproduce import jobs as jobs_module
 from modeling_tnt.train.reproduce import runs as runs_module
 from modeling_tnt.train.reproduce.arguments import Table3Arguments
 from modeling_tnt.train.reproduce.jobs import make_jobs, merge
-from modeling_tnt.train.reproduce.paper import BASE, CLAIMS, ROWS
-from modeling_tnt.train.reproduce.picture import describe_lines, draw_table
-from modeling_tnt.train.reproduce.report import chance_beyond, summarize
+from modeling_tnt.train.reproduce.paper import BASE, CLAIMS, HYBRIDS, ROWS
+from modeling_tnt.train.reproduce.picture import COLORS, describe_lines, draw_table
+from modeling_tnt.train.reproduce.report import _attention, chance_beyond, summarize
 from modeling_tnt.train.reproduce.results import (
     HOLDS,
     NOISE,
@@ -77,7 +78,7 @@ def test_every_scale_has_every_row_at_equal_tokens_and_parameters(scale: str, tm
 
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs), "seed by seed"
     first = {job.row: job for job in jobs if job.seed == 0}
-    own = [key for key, row in ROWS.items() if row.read_from is None]
+    own = [key for key, row in ROWS.items() if row.read_from is None and row.group != HYBRIDS]
     reads_raw = first[BASE].config.qk_projection == "none"
     assert [*first] == [key for key in own if key != ("no-projection" if reads_raw else "projection")]
     assert {len(first[f"tnt-{n}"].config.local_chunk_sizes) for n in range(5)} == set(range(5))
@@ -97,6 +98,30 @@ def test_every_scale_has_every_row_at_equal_tokens_and_parameters(scale: str, tm
     assert (other == "none") != reads_raw
     assert first["titans-small"].config.local_chunk_sizes == first[BASE].config.local_chunk_sizes
     assert first["titans-large"].config.local_chunk_sizes > first["titans-small"].config.local_chunk_sizes
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_hybrids_are_rows_when_they_are_asked_for(scale: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "load_tokenizer", lambda name: ByT5Tokenizer())
+    ours = ["hybrid", "titans-mac", "titans-mag", "titans-mal"]
+    paper = Table3Arguments(scale=scale, output_dir=tmp_path).resolve().rows
+    with_hybrids = Table3Arguments(scale=scale, output_dir=tmp_path, hybrids=True).resolve().rows
+    assert with_hybrids == [*paper, *ours] and not set(ours) & set(paper)
+    jobs = make_jobs(Table3Arguments(scale=scale, seeds=1, rows=[BASE], hybrids=True, output_dir=tmp_path).resolve())
+    base, *hybrids = jobs
+    assert [job.row for job in jobs] == [BASE, *ours]
+    assert {job.stages[0].steps for job in jobs} == {base.stages[0].steps}
+    assert [job.config.memory_as for job in hybrids] == [None, "context", "gate", "layer"]
+    assert set(hybrids[0].config.layer_types) == {"tnt_memory", "full_attention"}
+    assert {row.group for row in ROWS.values()} == set(COLORS)
+    said = [_attention(job.config) for job in jobs]
+    assert said[0] == "" and re.match(r"; full attention in \d of \d+ blocks instead$", said[1]), said
+    for words, config in zip(said[2:], (job.config for job in hybrids[1:]), strict=True):
+        reach = config.global_chunk_size if config.memory_as == "context" else config.sliding_window
+        assert words.startswith(f"; {config.memory_as} of attention within {reach}, "), words
+    sizes = [count_parameters(job.config) for job in jobs]
+    if scale != "smoke":  # whose blocks are too small to pay for attention
+        assert sizes == pytest.approx([sizes[0]] * 5, rel=0.02)
 
 
 @pytest.mark.parametrize("scale", SCALES)
