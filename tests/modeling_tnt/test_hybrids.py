@@ -362,3 +362,21 @@ def test_a_cache_that_was_cropped_in_part_is_refused():
         cache.crop(-2)
     with pytest.raises(ValueError, match="has read 7 tokens in a layer of attention and 9 in one of memories"):
         model(make_tokens(1, 1), cache=cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["hybrid-sliding", "titans-mag"])
+@torch.no_grad()
+def test_flex_attention_gives_what_sdpa_gives(variant):
+    """In float32, and compiled: sums in another order. It takes no persistent tokens."""
+    options = {"num_persistent_tokens": 0}
+    models = [
+        TNTForCausalLM._from_config(make_model(variant, torch.float32, **options).config, attn_implementation=name)
+        for name in ("sdpa", "flex_attention")
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens, mask = make_tokens(2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, :4] = 0
+    expected, got = (model.eval()(tokens, attention_mask=mask).logits for model in models)
+    assert models[1].config._attn_implementation == "flex_attention" and expected.std() > 0.1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

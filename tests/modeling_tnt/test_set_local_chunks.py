@@ -131,3 +131,13 @@ def test_a_compiled_model_follows():
     after = logits(compiled, tokens)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, logits(model, tokens), **EXACT)
+
+
+def test_chunks_must_divide_the_segment_of_a_memory_as_a_context():
+    """16 divides the shard of 48 tokens, and segments of 24 tokens it does not."""
+    model = make_model("titans-mac", local_chunk_sizes=[4], local_shard_lengths=48, global_chunk_size=24)
+    with pytest.raises(ValueError, match=r"local_chunk_sizes\[0\]=16 must divide the segment .*use 12 or 24"):
+        model.set_local_chunks([16])
+    assert model.config.local_chunk_sizes == [4]
+    model.set_local_chunks([12])
+    assert model(make_tokens(1, 50)).logits.isfinite().all()

@@ -175,3 +175,17 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "modeling_tnt.train.harness")
     with pytest.raises(ImportError, match=r"is not installed; use pip install 'modeling-tnt\[eval\]'"):
         importlib.import_module("modeling_tnt.train.harness")
+
+
+@pytest.mark.parametrize("preset", ["tiny-hybrid", "tiny-mac"])
+def test_a_hybrid_is_scored_row_by_row_as_alone(preset: str):
+    torch.manual_seed(0)
+    model, tokenizer = TNTForCausalLM(TNTConfig.from_preset(preset)).eval(), ByT5Tokenizer()
+    harness = TNTHarnessModel(model, tokenizer=tokenizer, batch_size=2, max_length=256)
+    texts = [("the sky is", " blue"), ("one and one is rather", " two")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
+    for (context, answer), (score, _) in zip(texts, harness.loglikelihood(requests), strict=True):
+        ids = tokenizer(context + answer, add_special_tokens=False, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(ids).logits.log_softmax(-1)[0, -len(answer) - 1 : -1]
+        assert score == pytest.approx(logits.gather(1, ids[0, -len(answer) :, None]).sum().item(), **CLOSE)
