@@ -16,7 +16,7 @@ WINDOW = 64  # tokens of a sliding window, and of a segment: a chunk of the glob
 PERSISTENT = 4
 
 MODEL: dict[str, Any] = {
-    "num_hidden_layers": 4, "hidden_size": 64, "num_heads": 2, "head_dim": 32, "intermediate_size": 256,
+    "num_hidden_layers": 4, "hidden_size": 96, "num_heads": 4, "head_dim": 24, "intermediate_size": 320,
     "global_chunk_size": WINDOW, "local_chunk_sizes": [16], "local_shard_lengths": 128, "qk_projection": "none",
 }  # fmt: skip
 
@@ -31,12 +31,12 @@ class Row(NamedTuple):
 
 BASE = "memory"
 ROWS = {
+    "llama": Row("full attention alone (Llama)", {}, "llama"),
     BASE: Row("memories alone (TNT)", {}),
     "hybrid": Row("3 memories : 1 full attention", {"full_attention_interval": 4}),
     "mag": Row("MAG", {"memory_as": "gate", "sliding_window": WINDOW, "num_persistent_tokens": PERSISTENT}),
     "mal": Row("MAL", {"memory_as": "layer", "sliding_window": WINDOW, "num_persistent_tokens": PERSISTENT}),
     "mac": Row("MAC", {"memory_as": "context", "num_persistent_tokens": PERSISTENT}),
-    "llama": Row("full attention alone (Llama)", {}, "llama"),
 }
 
 
