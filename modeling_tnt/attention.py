@@ -108,10 +108,14 @@ class TNTAttention(LlamaAttention):
         return o if windows is None else windows.restore(o)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, hidden_size] → q [B, H, T, D] and k, v [B, key-value heads, T, D], q and k turned."""
+        """x [B, T, hidden_size] → q [B, H, T, D] and k, v [B, key-value heads, T, D], q and k turned.
+
+        With persistent tokens q is [B, H, T, 2 D]: the turned one, and the same as it is, which is for them.
+        """
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
-        return *apply_rotary_pos_emb(q, k, *rotary), v
+        turned, k = apply_rotary_pos_emb(q, k, *rotary)
+        return turned if self.persistent is None else torch.cat([turned, q], dim=-1), k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor) -> Tensor:
         """[B, T, hidden_size] of queries to those keys that a bool [B, 1, T, keys] shows, and the persistent tokens."""
@@ -123,15 +127,17 @@ class TNTAttention(LlamaAttention):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Tensor:
         rows, _, length, _ = q.shape
         if self.persistent is not None:
-            k, v = (torch.cat([self._persist(project, rows), t], dim=2)
-                    for project, t in ((self.k_proj, k), (self.v_proj, v)))  # fmt: skip
+            # A score is q · k: tokens see the turned half of a query, persistent tokens, which are nowhere, the other.
+            nowhere, turned = (self.head_dim, 0), (0, self.head_dim)
+            k = torch.cat([F.pad(self._persist(self.k_proj, rows), nowhere), F.pad(k, turned)], dim=2)
+            v = torch.cat([self._persist(self.v_proj, rows), v], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         o, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         o = o.reshape(rows, length, -1)
         return o if self.o_proj is None else self.o_proj(o)
 
     def _persist(self, project: nn.Module, rows: int) -> Tensor:
-        """Keys or values of the persistent tokens, [rows, heads, tokens, head_dim]; at no position, so not turned."""
+        """Keys or values of the persistent tokens, [rows, heads, tokens, head_dim]."""
         tokens = self.persistent.weight
         return project(tokens).view(1, len(tokens), -1, self.head_dim).transpose(1, 2).expand(rows, -1, -1, -1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_cases import HYBRIDS, SMALL, VOCAB, make_model, make_tokens
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_tnt import TNTConfig, TNTForCausalLM, TNTState, detach_cache
 from modeling_tnt.attention import plan_attention
@@ -210,7 +211,8 @@ def attend(attention, queries: torch.Tensor, others: list[tuple[torch.Tensor, li
                     if position <= t:
                         keys.append(turn(attention.k_proj(vector)[pair], position))
                         values.append(attention.v_proj(vector)[pair])
-            scores = torch.stack(keys) @ turn(attention.q_proj(query)[rows], t) / D**0.5
+            q, nowhere = attention.q_proj(query)[rows], len(attention.persistent.weight)
+            scores = torch.cat([torch.stack(keys[:nowhere]) @ q, torch.stack(keys[nowhere:]) @ turn(q, t)]) / D**0.5
             parts.append(scores.softmax(0) @ torch.stack(values))
         joined = torch.cat(parts)
         out.append(joined if attention.o_proj is None else attention.o_proj(joined))
@@ -285,6 +287,24 @@ def test_memory_as_a_layer_and_as_a_gate_by_their_equations(memory_as):
 @pytest.mark.parametrize("variant", ["titans-mal", "titans-mag", "titans-mac", "titans-mac-global"])
 def test_gradients_of_titans(variant):
     check_gradients(make_model(variant).train())
+
+
+@pytest.mark.parametrize("variant", ["titans-mal", "titans-mag"])
+@torch.no_grad()
+def test_persistent_tokens_are_at_no_position(variant):
+    """As far into a text as one may be: the same logits where windows have counted 100,000 tokens more."""
+    model, tokens = make_model(variant), make_tokens(1, 24)
+    near = model(tokens[:, :12], use_cache=True).cache
+    far = model(tokens[:, :12], use_cache=True).cache
+    keys_at = model.model.rotary_emb(near.layers[0].window.keys, torch.arange(8, 12)[None])
+    keys_to = model.model.rotary_emb(near.layers[0].window.keys, torch.arange(100_008, 100_012)[None])
+    for layer in far.layers:
+        layer.attended = 100_012
+        layer.window.keys = apply_rotary_pos_emb(
+            *[apply_rotary_pos_emb(layer.window.keys, layer.window.keys, keys_at[0], -keys_at[1])[0]] * 2, *keys_to
+        )[0]
+    want, got = (model(tokens[:, 12:], cache=cache).logits for cache in (near, far))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["titans-mal", "titans-mag", "titans-mac"])
