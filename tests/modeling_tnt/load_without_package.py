@@ -44,8 +44,8 @@ def check(folder: Path) -> None:
     greedy = {"max_new_tokens": 12, "do_sample": False}
     assert model.generate(**prompt, **greedy).tolist() == expected["tokens"], "generated tokens differ"
 
-    # A memory as an object, saved and read on from; attention among or beside memories has none.
-    if not model.config.has_attention:
+    # A memory as an object, saved and read on from; a model with full attention has none.
+    if "full_attention" not in model.config.layer_types:
         model.memorize(expected["ids"][0][:-1], progress=False).save_pretrained(folder / "memory")
         state = model.load_memory(folder / "memory")
         with torch.no_grad():
