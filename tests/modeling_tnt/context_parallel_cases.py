@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 from context_parallel_workers import PATIENCE, Ranks
-from model_cases import HYBRIDS, VARIANTS, make_model, make_tokens, state_tensors
+from model_cases import MEMORIES_ALONE, make_model, make_tokens, state_tensors
 from torch import Tensor
 
 from modeling_tnt import TNTForCausalLM
@@ -269,7 +269,7 @@ CONFIGS = {
 def _grid() -> dict[str, Case]:
     """Cases of one step of training and one of reading."""
     cases = {}
-    for name in [variant for variant in VARIANTS if variant not in HYBRIDS]:  # attention is refused
+    for name in MEMORIES_ALONE:
         cases[f"{name}-cut-anywhere"] = Case(measure(name, part_multiple=1))
         cases[f"{name}-cut-at-shards"] = Case(measure(name, plain(2, 64)), fast=name == VARIANT)
     for name, config in CONFIGS.items():
