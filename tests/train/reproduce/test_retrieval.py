@@ -45,7 +45,10 @@ def test_models_have_equal_tokens_and_about_equal_parameters(tmp_path: Path):
     for job in jobs[: len(ROWS)]:
         config = make_llama_config(job.config, arguments.seq_len) if job.row == "llama" else job.config
         sizes[job.row] = count_parameters(config)
-    assert all(abs(size / sizes["memory"] - 1) < 0.03 for size in sizes.values()), sizes
+    # A Llama's width goes in steps of 64, each a tenth of this model: half of one at most.
+    assert all(abs(size / sizes["memory"] - 1) < (0.05 if row == "llama" else 0.01) for row, size in sizes.items()), (
+        sizes
+    )
     attending = {job.row: job.config.attention_types for job in jobs[: len(ROWS)]}
     assert attending == {
         "memory": [], "hybrid": ["full_attention"], "mag": ["sliding_attention"], "mal": ["sliding_attention"],
@@ -68,7 +71,7 @@ def test_flags_of_the_evaluation_are_those_of_tnt_eval(tmp_path: Path):
     [
         (["--steps", "0", "--seeds", "-1"], ["--steps must be at least 1", "--seeds must be at least 1"]),
         (["--device", "tpu"], ["--device must be cuda or cpu, got 'tpu'"]),
-        (["--rows", "mamba"], ["--rows must be one of memory, hybrid, mag, mal, mac, llama, got"]),
+        (["--rows", "mamba"], ["--rows must be one of llama, memory, hybrid, mag, mal, mac, got"]),
         (["--seq-len", "100", "--retrieval-lengths", "0"], ["--retrieval-lengths must be at least 1, got"]),
     ],
 )
@@ -135,7 +138,7 @@ def test_the_report_has_means_over_seeds_and_what_is_missing(fakes, tmp_path: Pa
     assert "| full attention alone (Llama) (1 of 2 seeds) | 1,000 | 2.00 | 0% | 0% |" in text
     assert "| chance | – | – | 25% | 25% |" in text and "| ln of the pairs | – | – | 1.39 | 1.39 |" in text
     assert "- llama-seed1: the loss is nan" in text
-    assert "`tnt reproduce retrieval --seq-len 64 --megabytes 0.01 --rows mac llama --retrieval-lengths 64 128`" in text
+    assert "`tnt reproduce retrieval --seq-len 64 --megabytes 0.01 --rows llama mac --retrieval-lengths 64 128`" in text
     record = json.loads((folder / "retrieval.json").read_text())
     assert record["rows"]["mac"]["exact_match"] == {"64": [0.0, 1.0], "128": [0.0, 1.0]}
     assert record["not_finished"] == ["llama-seed1: the loss is nan"]
