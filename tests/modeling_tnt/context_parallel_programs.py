@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -383,4 +384,8 @@ def _programs() -> dict[str, Case]:
     return cases
 
 
-CASES = GRID | _programs()
+# Over two ranks, and in turns over three or four: each kind of case is cut by all numbers, in half the time.
+CASES = {
+    name: replace(case, sizes=(2, 3 + i % 2)) if len(case.sizes) == 3 else case
+    for i, (name, case) in enumerate((GRID | _programs()).items())
+}
