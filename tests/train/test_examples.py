@@ -170,7 +170,7 @@ def test_classifier_learns_the_toy_texts(arguments, tmp_path, monkeypatch, capsy
 
 def test_a_long_sequence_in_two_processes():
     done = run_in_two_processes(LONG, "--tokens", "700", "--device", "cpu")
-    losses = re.findall(r"loss (\S+)", done.stdout)
+    losses = re.findall(r"loss (\d\.\d{4})", done.stdout)
     assert len(losses) == 2 and losses[0] == losses[1]
     assert "range(0, 352)" in done.stdout and "range(352, 700)" in done.stdout
     assert "after 700 tokens it goes on with" in done.stdout

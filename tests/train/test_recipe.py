@@ -233,7 +233,7 @@ def test_all_problems_of_the_flags_at_once(flags, tmp_path: Path, capsys):
     assert "--stages.stage1.steps must be at least 1, got 0" in message
     assert "--optimizer.learning-rate must be above 0, got -1.0" in message
     assert f"{tmp_path / 'file'} is a file; give another folder" in message
-    assert "'tnt-1b' does not exist; use one of tiny, titans-150m, tnt-150m" in message
+    assert "'tnt-1b' does not exist; use one of tiny, tiny-hybrid, tiny-mac" in message
     assert "--training.micro-batch-size 3 must divide the 2 rows of a step" in message and "use 2" in message
     assert "--stages.stage2.schedule must be one of cosine, wsd, constant, got 'linear'" in message
 
