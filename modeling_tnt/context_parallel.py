@@ -199,8 +199,9 @@ class ContextParallelMixin:
         """
         if self.config.has_attention:
             raise ValueError(
-                f"layer_types={self.config.layer_types} has attention, which sees all earlier tokens: context parallel "
-                "is for models of memories alone; train this one with data parallelism"
+                f"layer_types={self.config.layer_types} with memory_as={self.config.memory_as!r} has attention, which "
+                "sees tokens of other ranks: context parallel is for models of memories alone; train this one with "
+                "data parallelism"
             )
         if part_multiple is not None and (isinstance(part_multiple, bool) or not isinstance(part_multiple, int)):
             raise TypeError(f"part_multiple must be an int or None, got {type(part_multiple).__name__}")
@@ -262,15 +263,12 @@ def _group_of(group_or_mesh: Any) -> dist.ProcessGroup:
                 "one over which sequences are cut, as mesh['name']"
             )
         return group_or_mesh.get_group()
-    if group_or_mesh is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(
-            f"group_or_mesh must be a group that this process, {dist.get_rank()}, is in; give each process its own"
-        )
-    if not isinstance(group_or_mesh, dist.ProcessGroup):
+    is_outside = group_or_mesh is dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives to those who are not in it
+    if not is_outside and not isinstance(group_or_mesh, dist.ProcessGroup):
         raise TypeError(
             f"group_or_mesh must be a torch.distributed process group or DeviceMesh, got {type(group_or_mesh).__name__}"
         )
-    if dist.get_rank(group_or_mesh) < 0:
+    if is_outside or dist.get_rank(group_or_mesh) < 0:
         raise ValueError(
             f"group_or_mesh must be a group that this process, {dist.get_rank()}, is in; give each process its own"
         )

@@ -23,7 +23,6 @@ from .cache import TNTCacheLayer
 from .kernels import MemoryState, initial_memory_state
 from .kernels.api import read
 from .kernels.checks import MemoryProblem
-from .kernels.types import MemoryOptions
 from .memory_layer import MemoryInputs, TNTMemoryLayer, l2_normalize
 from .packing import Packing, TokenStep, pack_lengths
 
@@ -73,10 +72,8 @@ class MemoryAsContext(nn.Module):
             cache_layer = cache_layer.map(lambda t: t)
         segment = memory.config.global_chunk_size
         if step is not None:
-            rows = x.shape[0]
-            slots = _positions(cache_layer, rows, x.device) % segment
-            o = self._read(x, slots[:, None], False, memory, attention, rotary, cache_layer, None, step)
-            return o
+            slots = _positions(cache_layer, x.shape[0], x.device) % segment
+            return self._read(x, slots[:, None], False, memory, attention, rotary, cache_layer, None, step)
         pieces = _plan_pieces(x, packing, cache_layer, segment)
         flat, outputs = x.flatten(0, 1), []
         for piece in pieces:
@@ -135,7 +132,7 @@ class MemoryAsContext(nn.Module):
         options = options._replace(chunk_size=x.shape[1])
 
         def use(inputs: MemoryInputs) -> Tensor:
-            state = _state_before(inputs, cache_layer.memories.get("global"), x.shape[0], q.dtype, options)
+            state = _state_before(inputs, cache_layer.memories.get("global"), x.shape[0], q.dtype)
             problem = MemoryProblem(q, q, q, inputs.gates(), inputs.params, options, None, None, state)
             return read(problem, False, backend)[0]
 
@@ -153,9 +150,7 @@ class MemoryAsContext(nn.Module):
         return F.pad(held, (0, 0, 0, 1)).scatter(3, index, new)[:, :, :, :segment]  # with a place for padding
 
 
-def _state_before(
-    inputs: MemoryInputs, state: MemoryState | None, rows: int, dtype: torch.dtype, options: MemoryOptions
-) -> MemoryState:
+def _state_before(inputs: MemoryInputs, state: MemoryState | None, rows: int, dtype: torch.dtype) -> MemoryState:
     """The global memory at the start of a segment, where nothing of it has been learned."""
     if state is None:
         state = initial_memory_state(
