@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from modeling_tnt import TNTConfig, memory_layer
+from modeling_tnt.block import TNTBlock
 from modeling_tnt.kernels.checks import MemoryProblem
 from modeling_tnt.kernels.operators import OPERATORS
-from modeling_tnt.modeling import TNTBlock
 
 pytest.importorskip("triton")
 

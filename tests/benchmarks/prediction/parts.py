@@ -15,11 +15,11 @@ from recording import DTYPES, SHARED_LIMITS
 from torch import Tensor, nn
 
 from modeling_tnt import TNTConfig, TNTForCausalLM
+from modeling_tnt.block import TNTBlock
 from modeling_tnt.context_parallel import boundary_bytes
 from modeling_tnt.context_plan import plan_part
 from modeling_tnt.context_relay import CONV, Relay
 from modeling_tnt.kernels.fused.limits import assume_device
-from modeling_tnt.modeling import TNTBlock
 from modeling_tnt.train.bench.context_model import LayerTimes, PartTimes
 from modeling_tnt.train.bench.context_trace import BEGIN, END, MIDDLE, THREE, NoNeighbours, Stamp, pass_times
 
